@@ -1,0 +1,47 @@
+"""Golden fixtures: tensors and JSON descriptions written by the authors' code.
+
+Looked for in the folder of the environment variable ZOO_GOLDEN, else ../shared/golden beside the checkout, else tests/goldens.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent
+
+
+def folder() -> Path:
+    """The folder that holds the fixtures."""
+    if os.environ.get("ZOO_GOLDEN"):
+        return Path(os.environ["ZOO_GOLDEN"])
+    shared = ROOT.parent.parent / "shared" / "golden"
+    return shared if shared.is_dir() else ROOT / "goldens"
+
+
+def cases(prefix: str, exclude: str | None = None) -> list:
+    """Parameters for pytest: the names of all fixtures that start with `prefix` (and not with `exclude`); a skip that says so if none."""
+    names = sorted(path.stem for path in folder().glob(f"{prefix}*.json"))
+    names = [name for name in names if exclude is None or not name.startswith(exclude)]
+    return names or [pytest.param(None, marks=pytest.mark.skip(reason=f"no fixture {prefix}*.json in {folder()}"))]
+
+
+def load(case: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(JSON description, tensors) of a fixture."""
+    return json.loads((folder() / f"{case}.json").read_text()), load_file(folder() / f"{case}.safetensors")
+
+
+def state(tensors: dict[str, torch.Tensor], prefix: str = "state/") -> dict[str, torch.Tensor]:
+    """The official state dict stored in a fixture."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def tolerance(info: dict) -> dict[str, float]:
+    """rtol and atol as the fixture's JSON states them."""
+    stated = info.get("suggested_tolerance") or info.get("tolerance") or {"atol": info.get("suggested_atol")}
+    if stated.get("atol") is None:
+        raise KeyError(f"fixture {info.get('case')} states no tolerance; keys: {sorted(info)}")
+    return {"atol": stated["atol"], "rtol": stated.get("rtol", 0.0)}

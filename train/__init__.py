@@ -1,0 +1,1 @@
+"""Training: configuration, data, tasks, the loop and the `zoo` command."""
