@@ -1,0 +1,10 @@
+"""The zoo's backbones. Importing this package registers every one of them with timm."""
+
+import timm
+
+from backbones import poolformer  # noqa: F401
+
+
+def list_models(filter: str = "") -> list[str]:
+    """Names of the zoo's models, sorted; `filter` with wildcards as in timm.list_models, e.g. "poolformer_*_gn"."""
+    return [name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith("backbones.")]

@@ -23,7 +23,7 @@ def folder() -> Path:
 
 
 def cases(prefix: str, exclude: str | None = None) -> list:
-    """Parameters for pytest: the names of all fixtures that start with `prefix` (and not with `exclude`); a skip that says so if none."""
+    """Parameters for pytest: the fixtures that start with `prefix` and not with `exclude`; a skip if there are none."""
     names = sorted(path.stem for path in folder().glob(f"{prefix}*.json"))
     names = [name for name in names if exclude is None or not name.startswith(exclude)]
     return names or [pytest.param(None, marks=pytest.mark.skip(reason=f"no fixture {prefix}*.json in {folder()}"))]

@@ -1,0 +1,201 @@
+"""What every staged backbone of the zoo shares: stem -> stages -> norm -> head, and timm's methods written once.
+
+Shapes: B batch, H W map height and width, C channels.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, checkpoint_seq, register_notrace_function
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+import weights
+
+
+@register_notrace_function
+def check_size(x: Tensor, minimum: int) -> Tensor:
+    """x, B C H W, unchanged; ValueError if a side is shorter than `minimum` pixels."""
+    if min(x.shape[-2:]) < minimum:
+        raise ValueError(
+            f"images of {x.shape[-2]}x{x.shape[-1]} are too small: this model needs at least {minimum} pixels a side"
+        )
+    return x
+
+
+class Stage(nn.Module):
+    """Downsampling (Identity in a first stage), then blocks. The output is the authors' tap: before the next downsampling."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+
+class StagedBackbone(nn.Module):
+    """Image -> patch_embed -> stages -> norm -> head.
+
+    A family's constructor sets `patch_embed` (NCHW image -> the family's layout), `stages` (a ModuleList of `Stage`) and `norm`,
+    then calls `finish`. `nhwc` says that patch_embed, stages and norm work on B H W C; what leaves the model is always NCHW.
+    """
+
+    family: str  # names the converter, weights/convert/<family>.py
+    nhwc = False
+    min_size = 32  # pixels; the smallest image side that the family accepts
+    default_out_indices: tuple[int, ...] = (0, 1, 2, 3)  # what features_only returns unless told
+
+    def finish(
+        self,
+        dims: Sequence[int],
+        strides: Sequence[int],
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        feature_norms: Sequence[nn.Module] | None = None,
+    ) -> None:
+        """Add the classifier and what timm reads of a model.
+
+        dims, strides: channels and pixels per side of each stage's map; feature_norms: one norm for each stage's map when it
+        is returned as a feature, as the authors' dense-prediction code has (norm0..norm3 there), or None.
+        """
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"} for i, (dim, stride) in enumerate(zip(dims, strides))
+        ]
+        self.feature_norms = None if feature_norms is None else nn.ModuleDict({str(i): n for i, n in enumerate(feature_norms)})
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+
+    def to_nchw(self, x: Tensor) -> Tensor:
+        """The family's layout -> B C H W."""
+        return x.permute(0, 3, 1, 2) if self.nhwc else x
+
+    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/32 W/32
+        """The last stage's normalised map, not pooled."""
+        x = self.patch_embed(check_size(x, self.min_size))
+        for stage in self.stages:
+            x = stage(x)
+        return self.to_nchw(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """B C H W -> B num_classes, or B C when pre_logits (or without a classifier)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def feature(self, x: Tensor, index: int, norm: bool) -> Tensor:
+        """Output of stage `index` as a returned feature: its own norm where there is one, else the final norm if asked."""
+        if self.feature_norms is not None:
+            x = self.feature_norms[str(index)](x)
+        elif norm and index == len(self.stages) - 1:
+            x = self.norm(x)
+        return self.to_nchw(x)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages, finest first, as NCHW.
+
+        indices: last n stages (int), stage numbers (negative from the end), or all (None); norm: final norm on the last map;
+        stop_early: do not run stages after the last one asked for. Returns the maps, and before them the output of
+        `forward_features` unless intermediates_only.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x, maps = self.patch_embed(check_size(x, self.min_size)), []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                maps.append(self.feature(x, i, norm))
+        if intermediates_only:
+            return maps
+        return self.to_nchw(self.norm(x) if i == len(self.stages) - 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the features `indices` do not need, in place; returns their absolute numbers."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if self.feature_norms is not None:
+            self.feature_norms = nn.ModuleDict({str(i): self.feature_norms[str(i)] for i in sorted(take)})
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifier; 0 classes give pooled features, (0, '') the map."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, pool_type=global_pool)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups, input to output, for layer-wise decay and freezing: stem, then stages (coarse) or blocks."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(norm|feature_norms)", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+
+def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device=None, dtype=None, **kwargs) -> nn.Module:
+    """Model `name` of class `cls` as timm builds it: pretrained cfg, weights in any known format, features_only.
+
+    device, dtype: where and in which type parameters are made ("meta" makes none).
+    """
+    feature_cfg = {"out_indices": cls.default_out_indices, "feature_cls": "getter"}
+    with torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
+        return build_model_with_cfg(
+            cls, name, pretrained, pretrained_filter_fn=weights.convert_state_dict, feature_cfg=feature_cfg, **kwargs
+        )
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype | None):
+    """New floating tensors have this type inside; None changes nothing."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear weights from a normal of std 0.02 cut at two std, biases zero: the initialisation of most transformers here."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
