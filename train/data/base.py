@@ -1,0 +1,98 @@
+"""What every data set shares: the arguments, the sample it returns, and the checks that name the file."""
+
+import abc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from train.data.depth import DepthSpec
+
+SPLITS = ("train", "val")
+
+
+class ImageDataset(Dataset, abc.ABC):
+    """Images with any of three targets. A subclass lists `provides`, finds its files and defines `read` and `__len__`.
+
+    root: folder of the data; None for data that need no files.
+    split: "train" or "val"; targets: which of `provides` to read; transform: called on the finished sample.
+
+    A sample is {"image": uint8 3 H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
+    (metres, 0 = missing), "path": str} with the requested targets only.
+
+    Raises ValueError for an unknown split or a target the data do not have, and when reading a sample: for a label or a mask id
+    outside `classes`, or for a map of another size than its image.
+    """
+
+    provides: tuple[str, ...] = ()
+    classes: list[str] | None = None
+    palette: list[tuple[int, int, int]] | None = None
+    ignore_index: int = 255
+    depth: DepthSpec | None = None
+
+    def __init__(self, root: str | Path | None, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+        if split not in SPLITS:
+            raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        missing = [target for target in targets if target not in self.provides]
+        if missing:
+            raise ValueError(f"{type(self).__name__} has no target {missing[0]!r}; it provides {', '.join(self.provides)}")
+        self.root = None if root is None else Path(root).expanduser()
+        self.split, self.targets, self.transform = split, tuple(targets), transform
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, index: int) -> dict:
+        """The sample before checks and transform: image and masks as arrays or tensors, any targets the files have."""
+
+    def __getitem__(self, index: int) -> dict:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        sample = self.checked(self.read(index % len(self)))
+        return sample if self.transform is None else self.transform(sample)
+
+    def checked(self, sample: dict) -> dict:
+        """The sample as tv_tensors with the requested targets, or a ValueError that names the file and the value."""
+        path = sample["path"]
+        image = torch.as_tensor(sample["image"])
+        out = {"image": tv_tensors.Image(image)}
+        size = tuple(image.shape[-2:])
+        if "label" in self.targets:
+            label = int(sample["label"])
+            if self.classes is not None and not 0 <= label < len(self.classes):
+                raise ValueError(f"{path}: label {label} is outside the {len(self.classes)} classes")
+            out["label"] = label
+        if "mask" in self.targets:
+            mask = torch.as_tensor(sample["mask"]).long()
+            self._check_size(sample, "mask", mask, size)
+            self._check_ids(sample, mask)
+            out["mask"] = tv_tensors.Mask(mask)
+        if "depth" in self.targets:
+            depth = torch.as_tensor(sample["depth"]).float()
+            depth = depth[None] if depth.ndim == 2 else depth
+            self._check_size(sample, "depth", depth, size)
+            out["depth"] = tv_tensors.Mask(depth)
+        out["path"] = str(path)
+        return out
+
+    def _check_size(self, sample: dict, target: str, values: torch.Tensor, size: tuple[int, int]) -> None:
+        if tuple(values.shape[-2:]) != size:
+            place = sample.get(f"{target}_path", sample["path"])
+            raise ValueError(
+                f"{place}: the {target} has height x width {values.shape[-2]}x{values.shape[-1]} but its image "
+                f"{sample['path']} has {size[0]}x{size[1]}"
+            )
+
+    def _check_ids(self, sample: dict, mask: torch.Tensor) -> None:
+        if self.classes is None:
+            return
+        bad = (mask != self.ignore_index) & ((mask < 0) | (mask >= len(self.classes)))
+        if bad.any():
+            value, count = int(mask[bad][0]), int(bad.sum())
+            raise ValueError(
+                f"{sample.get('mask_path', sample['path'])}: mask id {value} ({count} such pixels) is outside the "
+                f"{len(self.classes)} classes 0..{len(self.classes) - 1} and is not the ignore id {self.ignore_index}"
+            )
