@@ -1,0 +1,151 @@
+"""Neighbourhood attention with a relative position bias: one public function, one definition, several backends.
+
+`reference` is the definition; every other file computes the same thing faster on some kind of call. Each backend is a module
+with two functions: `refuses(call)` gives a sentence when it cannot run the call (None when it can), `run(call)` runs it.
+
+A backend asked for by name runs or raises with that sentence; it never falls back. Without a name the first of `AUTOMATIC`
+for the device that does not refuse runs. A program that is being exported always takes the tiled path, which consists of
+standard operators only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference, tiled
+
+__all__ = ["AUTOMATIC", "BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
+
+_logger = logging.getLogger(__name__)
+
+BACKENDS = {"tiled": tiled, "reference": reference}  # fastest first
+
+# What each kind of device tries, fastest first. NATTEN without a GPU is left out: its only path there has no backward and was
+# 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56); it runs when asked for by name.
+AUTOMATIC = {"cpu": ("tiled", "reference")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call. q, k, v: [B, H, W, heads, dim]; bias: [heads, 2 kh - 1, 2 kw - 1] or None; kernel, dilation: (rows,
+    columns)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    bias: Tensor | None
+    scale: float
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every pixel to its kernel_size neighbours (the definition is in reference.py).
+
+    q, k, v: [B, H, W, heads, dim], one floating dtype, any strides; kernel_size (odd) and dilation: int or (rows, columns);
+    bias: [heads, 2 kh - 1, 2 kw - 1], any floating dtype, added to the scores, entry = key position - query position + k - 1;
+    scale: factor on q k^T, default dim ** -0.5; backend: a key of BACKENDS, or None for the fastest that can run the call.
+    Returns [B, H, W, heads, dim].
+    Raises ValueError or TypeError for arguments that do not fit, for a map smaller than kernel_size * dilation on an axis
+    (pad it first, as the authors' modules do), and, when `backend` is given, for a call that this backend cannot run.
+    """
+    call = check(q, k, v, kernel_size, dilation, bias, scale)
+    return BACKENDS[choose(call, backend)].run(call)
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> dict[str, str | None]:
+    """For every backend, fastest first: None if it can run this call, else the sentence why not (arguments as above)."""
+    call = check(q, k, v, kernel_size, dilation, bias, scale)
+    return {name: module.refuses(call) for name, module in BACKENDS.items()}
+
+
+def choose(call: Call, backend: str | None = None) -> str:
+    """Name of the backend that runs this call. Raises ValueError if `backend` is unknown or refuses."""
+    if backend is not None:
+        if backend not in BACKENDS:
+            near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown neighbourhood attention backend {backend!r}.{hint} Known: {', '.join(BACKENDS)}.")
+        reason = BACKENDS[backend].refuses(call)
+        if reason is not None:
+            raise ValueError(f"the neighbourhood attention backend {backend!r} cannot run this call: {reason}")
+        return backend
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "tiled"
+    for name in AUTOMATIC.get(call.q.device.type, ("tiled", "reference")):
+        reason = BACKENDS[name].refuses(call)
+        if reason is None:
+            return name
+        if not torch.compiler.is_compiling():
+            _logger.debug("neighbourhood attention: %s refuses: %s", name, reason)
+    raise AssertionError("the reference backend never refuses")
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | tuple[int, int],
+    dilation: int | tuple[int, int] = 1,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Call:
+    """The arguments as a Call, or an error that says what does not fit."""
+    kernel, step = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
+    for name, value in (("kernel_size", kernel), ("dilation", step)):
+        if min(value) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, so that a window has a centre; got {kernel}")
+    if q.dim() != 5:
+        raise ValueError(f"q must be [B, H, W, heads, dim], got {q.dim()} dimensions: {tuple(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise TypeError(f"{name} must be {q.dtype} on {q.device} like q, got {tensor.dtype} on {tensor.device}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q, k, v must be floating point, got {q.dtype}")
+    heads, dim = q.shape[3:]
+    for axis, size, window, stride in zip("HW", q.shape[1:3], kernel, step, strict=True):
+        if size < window * stride:
+            raise ValueError(
+                f"{axis} = {size} is smaller than kernel_size * dilation = {window} * {stride} = {window * stride}: "
+                f"pad the map to at least {window * stride} on that axis, or use a smaller dilation (at most {size // window})"
+            )
+    if bias is not None:
+        table = (heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
+        if tuple(bias.shape) != table:
+            raise ValueError(f"bias must be [heads, 2 kh - 1, 2 kw - 1] = {table}, got {tuple(bias.shape)}")
+        if not bias.dtype.is_floating_point or bias.device != q.device:
+            raise TypeError(f"bias must be floating point on {q.device}, got {bias.dtype} on {bias.device}")
+    return Call(q, k, v, kernel, step, bias, float(dim**-0.5 if scale is None else scale))
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(item, int) for item in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
+    return pair
