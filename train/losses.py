@@ -97,7 +97,7 @@ def l1(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def berhu(pred: Tensor, target: Tensor, mask: Tensor | None = None, threshold: float = 0.2) -> Tensor:
-    """Reverse Huber (Laina et al. 2016, eq. 2): |r| up to c, (r^2 + c^2) / 2c above, c = threshold * the batch's largest |r|."""
+    """Reverse Huber (Laina et al. 2016, eq. 2): |r| up to c, (r^2 + c^2) / 2c above; c = threshold * largest |r|."""
     pred, target, valid = depth_maps(pred, target, mask)
     residual = (pred[valid] - target[valid]).abs()
     if not residual.numel():

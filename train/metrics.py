@@ -193,7 +193,7 @@ class DepthMetric(Metric):
         )
 
     def update(self, prediction: Tensor, batch: dict) -> None:
-        """prediction: B 1 H W (or B H W), metres, or relative as `spec` says; batch["depth"]: metres of the same size, 0 = missing.
+        """prediction: B 1 H W (or B H W), metres, or relative as `spec` says; batch["depth"]: metres, same size, 0 = missing.
 
         Raises ValueError if the sizes differ.
         """
@@ -201,7 +201,7 @@ class DepthMetric(Metric):
         prediction, target = (maps.squeeze(1) if maps.ndim == 4 else maps for maps in (prediction, target))
         if prediction.shape != target.shape or prediction.ndim != 3:
             raise ValueError(
-                f"prediction {tuple(prediction.shape)} and depth {tuple(target.shape)} differ; resize the prediction to the depth"
+                f"prediction {tuple(prediction.shape)} and depth {tuple(target.shape)} differ; resize the prediction first"
             )
         for pred, true in zip(prediction.detach().double(), target.double(), strict=True):
             self._update_image(pred, true)

@@ -10,7 +10,7 @@ from train.data.base import ImageDataset
 
 
 class Digits(ImageDataset):
-    """A fixed stratified fifth (360 images) is the validation split, the other 1437 the training split. Grey is repeated to RGB."""
+    """A fixed stratified fifth (360 images) is the validation split, the other 1437 train; grey becomes RGB."""
 
     provides = ("label",)
     classes = [str(digit) for digit in range(10)]

@@ -1,8 +1,8 @@
 """Generated scenes: solid bodies on a floor before a wall, with the true class and the true depth of every pixel.
 
-Nothing is downloaded and nothing is approximate: every pixel is a ray that meets spheres, boxes, cylinders and cones analytically.
-Colours, textures, light, camera and places are drawn at random and independently of the class, so a class can be told only by its
-outline and shading, and depth only by perspective: where a body touches the floor, and how large it looks.
+Nothing is downloaded and nothing is approximate: every pixel is a ray that meets spheres, boxes, cylinders and cones
+analytically. Colours, textures, light, camera and places are drawn at random and independently of the class, so a class can be
+told only by its outline and shading, and depth only by perspective: where a body touches the floor, and how large it looks.
 
 World axes: x right, y up, z forward; metres. The camera stands at the origin, `height` above the floor.
 """
@@ -166,8 +166,8 @@ def shade(rng, rays, points, normals, colours, bodies) -> np.ndarray:
     return (colours * (ambient + strength * lit)[:, None] * tint + gloss[:, None]).astype(np.float32)
 
 
-# Every solid answers two questions. hit(origin, rays): the smallest positive t with origin + t * ray on the surface, or infinity;
-# origin is 3 or P 3, rays P 3 or 1 3, the answer P. normal(points): outward unit normals of surface points P 3.
+# Every solid answers two questions. hit(origin, rays): the smallest positive t with origin + t * ray on the surface, or
+# infinity; origin is 3 or P 3, rays P 3 or 1 3, the answer P. normal(points): outward unit normals of surface points P 3.
 
 
 def smallest_root(a: np.ndarray, b: np.ndarray, c: np.ndarray, accept: Callable | None = None) -> np.ndarray:

@@ -1,0 +1,278 @@
+"""From a sample of train/data to what the network sees: image, mask and depth always moved together.
+
+Labels and depth are only ever picked, never mixed: nearest neighbour for both, so no pixel between two classes gets a third and
+no depth is interpolated across a missing reading. Where a crop or a rotation leaves the image, the mask becomes `ignore_index`,
+the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and torch, so
+whoever seeds them decides what is drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
+
+
+@dataclass
+class AugmentConfig:
+    """What changes a training image. Geometry moves image, mask and depth together; evaluation images are only resized.
+
+    Attributes:
+        crop: how the training size is reached. "resize": the whole image; "area": a random box of `scale` of the image's area
+            and `ratio` width:height, resized (classification); "scale": the image made to cover the size, times a factor drawn
+            from `scale`, then a random crop, padded where it is smaller (dense prediction); "pad": the whole image resized,
+            padded by `pad` pixels on every side, random crop.
+        scale: range of "area" (share of the area) or of "scale" (factor).
+        ratio: range of width:height of "area".
+        pad: pixels of "pad".
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        rotate: largest rotation in degrees, both ways.
+        zoom_depth: divide depth by the factor of "scale", as if the camera had moved instead of zoomed.
+        color_jitter: strength of random brightness, contrast and saturation, and a tenth of it of hue; 0 = off.
+        color_jitter_prob: probability of the jitter.
+        auto_augment: timm's policy text, e.g. rand-m9-mstd0.5-inc1; classification only.
+        random_erasing: probability that a box of noise is erased from the image; classification only.
+        eval_crop: share of the image a centre crop keeps at evaluation; classification only.
+        interpolation: of images.
+    """
+
+    crop: Literal["resize", "area", "scale", "pad"] = "resize"
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    pad: int = 4
+    hflip: float = 0.0
+    vflip: float = 0.0
+    rotate: float = 0.0
+    zoom_depth: bool = False
+    color_jitter: float = 0.0
+    color_jitter_prob: float = 0.5
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    eval_crop: float = 1.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+def build_transform(
+    train: bool,
+    task_targets: Sequence[str],
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    augment: AugmentConfig | None = None,
+    ignore_index: int = 255,
+) -> "TrainTransform | EvalTransform":
+    """The transform of a split; size is (H, W) of the network's input.
+
+    Its output holds plain tensors: "image" float32 3 H W, normalised; in training "mask" H W and "depth" 1 H W of that size, in
+    evaluation at the files' own size. ignore_index: of the data set, for the pixels that padding adds to a mask.
+    Raises ValueError for settings that contradict each other or the targets.
+    """
+    augment = augment or AugmentConfig()
+    dense = any(target in ("mask", "depth") for target in task_targets)
+    check_augment(augment, dense, size, mean, std)
+    make = TrainTransform if train else EvalTransform
+    return make(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index)
+
+
+def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Sequence, std: Sequence) -> None:
+    """ValueError for what cannot be meant."""
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (height, width) in pixels, got {tuple(size)}")
+    if len(mean) != len(std) or min(std) <= 0:
+        raise ValueError(
+            f"mean and std need one value per channel and std must be positive, got {tuple(mean)} and {tuple(std)}"
+        )
+    if augment.crop not in ("resize", "area", "scale", "pad"):
+        raise ValueError(f"augment.crop must be resize, area, scale or pad, got {augment.crop!r}")
+    if not 0 < augment.scale[0] <= augment.scale[1]:
+        raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high, got {tuple(augment.scale)}")
+    if augment.crop == "area" and augment.scale[1] > 1:
+        raise ValueError(f"augment.scale is a share of the image's area for crop 'area', got {tuple(augment.scale)}")
+    if not 0 < augment.ratio[0] <= augment.ratio[1]:
+        raise ValueError(f"augment.ratio must be (low, high) with 0 < low <= high, got {tuple(augment.ratio)}")
+    for name in ("hflip", "vflip", "color_jitter_prob", "random_erasing"):
+        if not 0 <= getattr(augment, name) <= 1:
+            raise ValueError(f"augment.{name} is a probability, got {getattr(augment, name)}")
+    if not 0 < augment.eval_crop <= 1:
+        raise ValueError(f"augment.eval_crop is a share of the image in (0, 1], got {augment.eval_crop}")
+    if augment.zoom_depth and augment.crop != "scale":
+        raise ValueError("augment.zoom_depth needs crop 'scale', the one that zooms by a known factor")
+    if dense:
+        for name, off in (("auto_augment", None), ("random_erasing", 0.0), ("eval_crop", 1.0)):
+            if getattr(augment, name) != off:
+                raise ValueError(
+                    f"augment.{name} is for classification only: it would move the image away from its mask or depth"
+                )
+
+
+class _Transform:
+    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int):
+        self.augment, self.dense, self.size, self.ignore_index = augment, dense, size, ignore_index
+        self.mean, self.std = mean, std
+        self.interpolation = vision.InterpolationMode(augment.interpolation)
+        self.fill = {"image": [round(255 * value) for value in mean], "mask": ignore_index, "depth": 0}
+
+    def resized(self, name: str, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """One entry of a sample at another size: images smoothly and antialiased, maps by nearest neighbour."""
+        if tuple(value.shape[-2:]) == tuple(size):
+            return value
+        if name == "image":
+            return vision.resize(value, list(size), interpolation=self.interpolation, antialias=True)
+        return pick_nearest(value, size)
+
+    def finished(self, sample: dict) -> dict:
+        """The normalised image and plain tensors."""
+        image = plain(sample["image"])
+        if len(self.mean) != len(image):
+            raise ValueError(f"{sample['path']}: the image has {len(image)} channels, mean and std have {len(self.mean)}")
+        image = vision.normalize(image.float() / 255, self.mean, self.std)
+        return {**{name: plain(value) for name, value in sample.items()}, "image": image}
+
+
+class EvalTransform(_Transform):
+    """Dense targets: the image resized to `size`, the target untouched.
+
+    Labels alone: the image covers size / eval_crop, then the centre of that size is cut out (timm's "center" mode).
+    """
+
+    def __call__(self, sample: dict) -> dict:
+        image = sample["image"]
+        if self.dense:
+            image = self.resized("image", image, self.size)
+        else:
+            height, width = image.shape[-2:]
+            zoom = max(self.size[0] / height, self.size[1] / width) / self.augment.eval_crop
+            image = self.resized(
+                "image", image, (max(round(height * zoom), self.size[0]), max(round(width * zoom), self.size[1]))
+            )
+            image = vision.center_crop(image, list(self.size))
+        return self.finished({**sample, "image": image})
+
+
+class TrainTransform(_Transform):
+    """Geometry, then colour, then normalisation, then erasing: the order of timm and mmsegmentation."""
+
+    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int):
+        super().__init__(augment, dense, size, mean, std, ignore_index)
+        strength = augment.color_jitter
+        self.jitter = v2.ColorJitter(strength, strength, strength, strength / 10) if strength else None
+        self.policy = timm_policy(augment.auto_augment, self.fill["image"], min(size)) if augment.auto_augment else None
+        self.erase = RandomErasing(augment.random_erasing, mode="pixel", device="cpu") if augment.random_erasing else None
+
+    def __call__(self, sample: dict) -> dict:
+        augment = self.augment
+        sample = getattr(self, f"_{augment.crop}")({name: plain(value) for name, value in sample.items()})
+        if augment.hflip and torch.rand(()) < augment.hflip:
+            sample = self.each(sample, lambda name, value: value.flip(-1))
+        if augment.vflip and torch.rand(()) < augment.vflip:
+            sample = self.each(sample, lambda name, value: value.flip(-2))
+        if augment.rotate:
+            sample = self._rotated(sample, uniform(-augment.rotate, augment.rotate))
+        if self.policy is not None:
+            image = self.policy(vision.to_pil_image(sample["image"]))
+            sample["image"] = vision.pil_to_tensor(image)
+        if self.jitter is not None and torch.rand(()) < augment.color_jitter_prob:
+            sample["image"] = self.jitter(sample["image"])
+        sample = self.finished(sample)
+        if self.erase is not None:
+            sample["image"] = self.erase(sample["image"])
+        return sample
+
+    @staticmethod
+    def each(sample: dict, change) -> dict:
+        """The sample with change(name, value) applied to everything that has a height and a width."""
+        return {name: change(name, value) if name in ("image", "mask", "depth") else value for name, value in sample.items()}
+
+    def _resize(self, sample: dict) -> dict:
+        return self.each(sample, lambda name, value: self.resized(name, value, self.size))
+
+    def _pad(self, sample: dict) -> dict:
+        sample = self._resize(sample)
+        pad = self.augment.pad
+        sample = self.each(sample, lambda name, value: self._bordered(name, value, [pad] * 4))
+        return self._cropped(sample)
+
+    def _area(self, sample: dict) -> dict:
+        top, left, height, width = (
+            v2.RandomResizedCrop(self.size, tuple(self.augment.scale), tuple(self.augment.ratio))
+            .make_params([sample["image"]])
+            .values()
+        )
+        box = self.each(sample, lambda name, value: value[..., top : top + height, left : left + width])
+        return self._resize(box)
+
+    def _scale(self, sample: dict) -> dict:
+        height, width = sample["image"].shape[-2:]
+        factor = uniform(*self.augment.scale)
+        zoom = max(self.size[0] / height, self.size[1] / width) * factor
+        new = (max(1, round(height * zoom)), max(1, round(width * zoom)))
+        sample = self.each(sample, lambda name, value: self.resized(name, value, new))
+        if self.augment.zoom_depth and "depth" in sample:
+            sample["depth"] = sample["depth"] / factor
+        short = [max(0, want - have) for want, have in zip(self.size, new, strict=True)]
+        if any(short):
+            top, left = (int(torch.randint(extra + 1, ())) for extra in short)  # the image lands anywhere inside the padding
+            border = [left, top, short[1] - left, short[0] - top]
+            sample = self.each(sample, lambda name, value: self._bordered(name, value, border))
+        return self._cropped(sample)
+
+    def _bordered(self, name: str, value: Tensor, border: list[int]) -> Tensor:
+        """One entry with (left, top, right, bottom) more pixels, filled with what says "nothing here"."""
+        flat = value[None] if value.ndim == 2 else value
+        flat = vision.pad(flat, border, fill=self.fill[name])
+        return flat[0] if value.ndim == 2 else flat
+
+    def _cropped(self, sample: dict) -> dict:
+        height, width = sample["image"].shape[-2:]
+        top = int(torch.randint(height - self.size[0] + 1, ()))
+        left = int(torch.randint(width - self.size[1] + 1, ()))
+        return self.each(sample, lambda name, value: value[..., top : top + self.size[0], left : left + self.size[1]])
+
+    def _rotated(self, sample: dict, degrees: float) -> dict:
+        nearest = vision.InterpolationMode.NEAREST
+
+        def turn(name, value):
+            smooth = vision.InterpolationMode.BILINEAR if name == "image" else nearest
+            flat = value[None] if value.ndim == 2 else value
+            return vision.rotate(flat, degrees, interpolation=smooth, fill=self.fill[name]).reshape(value.shape)
+
+        return self.each(sample, turn)
+
+
+def plain(value):
+    """A tv_tensor as an ordinary tensor; anything else unchanged."""
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+
+
+def uniform(low: float, high: float) -> float:
+    """One number from torch's global generator."""
+    return low + (high - low) * float(torch.rand(()))
+
+
+def pick_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map H W or 1 H W at another size, each new pixel the old one under its centre: no value that was not there before."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * (old / new)).floor().long().clamp_max(old - 1)
+        for new, old in zip(size, values.shape[-2:], strict=True)
+    )
+    return values[..., rows[:, None], columns]
+
+
+def timm_policy(text: str, fill: Sequence[int], side: int):
+    """timm's RandAugment or AutoAugment policy from its text form, on PIL images.
+
+    Raises ValueError for a policy timm does not know.
+    """
+    options = {"translate_const": int(side * 0.45), "img_mean": tuple(fill)}  # timm's own numbers
+    kind = text.split("-")[0]
+    if kind == "rand":
+        return rand_augment_transform(text, options)
+    if kind in ("original", "originalr", "v0", "v0r", "3a"):
+        return auto_augment_transform(text, options)
+    raise ValueError(f"augment.auto_augment must start with rand, original, originalr, v0, v0r or 3a, got {text!r}")
