@@ -2,18 +2,22 @@
 
 Labels and depth are only ever picked, never mixed: nearest neighbour for both, so no pixel between two classes gets a third and
 no depth is interpolated across a missing reading. Where a crop or a rotation leaves the image, the mask becomes `ignore_index`,
-the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and torch, so
-whoever seeds them decides what is drawn.
+the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and torch; `Seeded`
+makes it a function of (seed, epoch, index).
 """
 
-from collections.abc import Sequence
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
@@ -276,3 +280,44 @@ def timm_policy(text: str, fill: Sequence[int], side: int):
     if kind in ("original", "originalr", "v0", "v0r", "3a"):
         return auto_augment_transform(text, options)
     raise ValueError(f"augment.auto_augment must start with rand, original, originalr, v0, v0r or 3a, got {text!r}")
+
+
+class Seeded(Dataset):
+    """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers, processes or what ran before.
+
+    dataset: without a transform of its own; transform: of `build_transform`. An index may also be a pair (index, draw): then
+    draw takes the place of the epoch, which gives an endless or a repeating sampler the same guarantee. The epoch lives in shared
+    memory, so `set_epoch` reaches loader processes that are already running.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[dict], dict], seed: int = 0):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        index, draw = index if isinstance(index, tuple) else (index, int(self._epoch))
+        sample = self.dataset[index]
+        with seeded(self.seed, draw, index):
+            return self.transform(sample)
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Inside the block Python, numpy and torch (CPU) draw from seeds made of `numbers`; afterwards they go on as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
