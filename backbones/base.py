@@ -77,12 +77,20 @@ class StagedBackbone(nn.Module):
         """The family's layout -> B C H W."""
         return x.permute(0, 3, 1, 2) if self.nhwc else x
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Image -> what the first stage takes."""
+        return self.patch_embed(check_size(x, self.min_size))
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the stages (and the norm) leave -> what `forward_features` returns; a family with class tokens says how."""
+        return self.to_nchw(x)
+
     def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/32 W/32
         """The last stage's normalised map, not pooled."""
-        x = self.patch_embed(check_size(x, self.min_size))
+        x = self.embed(x)
         for stage in self.stages:
             x = stage(x)
-        return self.to_nchw(self.norm(x))
+        return self.output(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """B C H W -> B num_classes, or B C when pre_logits (or without a classifier)."""
@@ -118,14 +126,14 @@ class StagedBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
-        x, maps = self.patch_embed(check_size(x, self.min_size)), []
+        x, maps = self.embed(x), []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
                 maps.append(self.feature(x, i, norm))
         if intermediates_only:
             return maps
-        return self.to_nchw(self.norm(x) if i == len(self.stages) - 1 else x), maps
+        return self.output(self.norm(x) if i == len(self.stages) - 1 else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
