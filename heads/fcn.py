@@ -1,0 +1,38 @@
+"""Fully convolutional head on one map (Long et al. 2015), mostly the auxiliary head beside UPerNet."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .blocks import ConvNormAct
+
+
+class FCN(nn.Module):
+    """`depth` 3x3 convolutions with batch norm and ReLU on the map `index`, then a 1x1 classifier.
+
+    channels: of each map, finest first; index: which map is read (negative counts from the coarsest; the published auxiliary
+    heads read the third of four, -2). Parameter names are those of mmsegmentation's FCNHead (`convs.0.conv`, `conv_seg`).
+    """
+
+    pyramid = False
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        out_channels: int,
+        width: int = 256,
+        depth: int = 1,
+        index: int = -2,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if not -len(channels) <= index < len(channels):
+            raise ValueError(f"fcn: index is {index}; with {len(channels)} maps use {-len(channels)} to {len(channels) - 1}")
+        self.index = index
+        sizes = [channels[index], *[width] * depth]
+        self.convs = nn.Sequential(*(ConvNormAct(a, b, 3) for a, b in zip(sizes, sizes[1:], strict=False)))
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(sizes[-1], out_channels, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_index W_index
+        return self.conv_seg(self.dropout(self.convs(maps[self.index])))

@@ -1,0 +1,208 @@
+"""Any timm model as a source of feature maps: B C H W, finest first.
+
+timm 1.0.26 and newer give every architecture `forward_intermediates`, which settles taps, NHWC layouts and prefix tokens. What
+timm does not say is which image sizes a model takes; that is measured once, on the meta device, when the backbone is built.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeatureBackbone(nn.Module):
+    """Feature maps of a timm model or of a module with timm's `forward_intermediates` and `feature_info`.
+
+    backbone: a timm name (ours too, once `import backbones` has registered them) or a module.
+    in_chans: image channels (also stated for a module).
+    out_indices: which entries of `feature_info`; default: the last block of each stride, at most the four coarsest (ResNet,
+        VGG: strides 4, 8, 16, 32; CrossViT: 2 levels). One-scale models (plain ViTs, mixers): four evenly spaced blocks.
+    img_size: (H, W) or int the model is built for, where its constructor takes one. Models that accept other sizes at run time
+        still do; a model bound to one size takes images up to it (padded) and refuses larger ones.
+    prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none.
+    norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
+    backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
+
+    Attributes: `model`; `channels` of each map; `strides` as timm states them (hints: PiT's 7, 14, 28 give 31, 16, 8 at 224);
+    `one_scale`: all maps have one size; `multiple`: images are padded to a multiple of it; `fixed_size`: (H, W) or None.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        pretrained: bool = False,
+        out_indices: Sequence[int] | None = None,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] | None = None,
+        prefix_tokens: bool = False,
+        norm: bool = False,
+        **backbone_args,
+    ):
+        super().__init__()
+        if isinstance(backbone, nn.Module):
+            if pretrained or backbone_args or img_size is not None:
+                raise TypeError("pretrained, img_size and backbone_args describe a model to create; a module was given")
+            model, self.name, built_size = backbone, type(backbone).__name__, None
+        else:
+            model, built_size = create_backbone(backbone, pretrained, in_chans, img_size, backbone_args)
+            self.name = backbone
+        if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
+            raise TypeError(f"{self.name} has no forward_intermediates and feature_info, which timm models give maps with")
+
+        entries = feature_entries(model)
+        reductions = [entry["reduction"] for entry in entries]
+        if out_indices is None:
+            out_indices = default_indices(reductions)
+        for index in out_indices:
+            if not -len(entries) <= index < len(entries):
+                raise ValueError(f"{self.name}: out_indices has {index}; the model has maps 0 to {len(entries) - 1}")
+        self.out_indices = sorted(index % len(entries) for index in out_indices)
+        self.channels: list[int] = [entries[i]["num_chs"] for i in self.out_indices]
+        self.strides: list[int] = [reductions[i] for i in self.out_indices]
+        self.one_scale = len(set(self.strides)) == 1 and len(set(reductions)) == 1
+        if not isinstance(backbone, nn.Module) and hasattr(model, "prune_intermediate_layers"):
+            # what no map needs is cut, so that every parameter left gets a gradient (DDP insists)
+            self.out_indices = list(model.prune_intermediate_layers(self.out_indices, prune_norm=not norm))
+        self.model = model
+        self.norm = norm
+        self.prefix_tokens = False
+        if prefix_tokens:
+            self.return_prefix_tokens()
+        self.multiple, self.fixed_size = self._measure_sizes(in_chans, built_size)
+
+    def return_prefix_tokens(self) -> None:
+        """From now on return pairs (map, prefix tokens). ValueError if the model has no prefix tokens."""
+        count = getattr(self.model, "num_prefix_tokens", 0)
+        if not count or "return_prefix_tokens" not in inspect.signature(self.model.forward_intermediates).parameters:
+            raise ValueError(
+                f"{self.name} has no prefix tokens (class token, registers): use a ViT that has, or readout 'ignore'"
+            )
+        self.prefix_tokens = True
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """The size to which images of this size are padded (right and bottom). ValueError if the model cannot take them."""
+        if self.fixed_size is not None:
+            if height > self.fixed_size[0] or width > self.fixed_size[1]:
+                raise ValueError(
+                    f"{self.name} was built for images of {self.fixed_size[0]} x {self.fixed_size[1]} and cannot take "
+                    f"{height} x {width}; build it with img_size=({height}, {width}), or predict in windows of its size"
+                )
+            return self.fixed_size
+        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+
+    def forward(self, images: Tensor) -> list[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
+        height, width = self.padded_size(*images.shape[-2:])
+        images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+        return self._intermediates(images)
+
+    def _intermediates(self, images: Tensor) -> list:
+        extra = {"return_prefix_tokens": True} if self.prefix_tokens else {}
+        return self.model.forward_intermediates(
+            images, indices=self.out_indices, norm=self.norm, output_fmt="NCHW", intermediates_only=True, **extra
+        )
+
+    def _measure_sizes(self, in_chans: int, built_size: tuple[int, int] | None) -> tuple[int, tuple[int, int] | None]:
+        """(multiple, fixed size): the smallest multiple of pixels the model takes, or the one size it is bound to.
+
+        Runs the model's own code on meta tensors (no arithmetic) at sizes that are multiples of the candidate and of nothing
+        larger. A model that cannot run on the meta device at its own size is taken to need its largest stride.
+        """
+        state = {name: tensor.to("meta") for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        dtype = next((p.dtype for p in self.model.parameters()), None)
+
+        def takes(height: int, width: int) -> bool:
+            image = torch.empty(1, in_chans, height, width, device="meta", dtype=dtype)
+            try:
+                with torch.no_grad():
+                    torch.func.functional_call(_Call(self), {f"backbone.model.{k}": v for k, v in state.items()}, (image,))
+            except Exception:  # whatever a foreign model raises at a size it cannot take
+                return False
+            return True
+
+        largest = max(entry["reduction"] for entry in feature_entries(self.model))
+        training = self.model.training
+        self.model.eval()
+        try:
+            for multiple in sorted({1, *_patch_size(self.model), 4, 8, 16, largest, 2 * largest}):
+                odd = max(5, -(-224 // multiple) // 2 * 2 + 1)  # about 224 pixels, times an odd number
+                if takes(multiple * odd, multiple * (odd + 2)):
+                    return multiple, None
+            native = built_size or self._built_size()
+            if native is not None and takes(*native):
+                return 1, native
+        finally:
+            self.model.train(training)
+        return largest, None
+
+    def _built_size(self) -> tuple[int, int] | None:
+        """The (H, W) the model was built for, from its patch embedding or else from timm's configuration."""
+        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None) or getattr(self.model, "img_size", None)
+        if size is None:
+            size = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[-2:]
+        if isinstance(size, int):
+            size = (size, size)
+        return None if size[0] is None else (int(size[0]), int(size[1]))
+
+
+class _Call(nn.Module):
+    """Lets functional_call reach FeatureBackbone._intermediates, without the padding of forward."""
+
+    def __init__(self, backbone: FeatureBackbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> list:
+        return self.backbone._intermediates(images)
+
+
+def create_backbone(
+    name: str, pretrained: bool, in_chans: int, img_size: int | Sequence[int] | None, args: dict
+) -> tuple[nn.Module, tuple[int, int] | None]:
+    """timm.create_model with run-time image sizes switched on where the architecture has them; and the size it was built for.
+
+    ValueError with the nearest names if timm does not know the name.
+    """
+    architecture = name.split(".")[0]
+    if ":" not in name and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        raise ValueError(f"unknown backbone {name!r}: {hint} (the zoo's own models need `import backbones`)")
+    size = (img_size, img_size) if isinstance(img_size, int) else None if img_size is None else tuple(img_size)
+    sized = [] if size is None else [{"img_size": size}]
+    dynamic = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
+    attempts = [{**a, **b} for a in [*sized, {}] for b in dynamic]
+    for extra in attempts:
+        try:
+            model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **{**extra, **args})
+            return model, extra.get("img_size")
+        except TypeError as error:
+            # an architecture without this option says so before it builds anything
+            if not any(f"'{key}'" in str(error) for key in extra if key not in args):
+                raise
+    raise AssertionError("unreachable: the last attempt adds no option")
+
+
+def feature_entries(model: nn.Module) -> list[dict]:
+    """feature_info as a list of dicts, whichever of timm's two forms the model has."""
+    info = model.feature_info
+    return list(info.info if hasattr(info, "info") else info)
+
+
+def default_indices(reductions: Sequence[int]) -> list[int]:
+    """Four evenly spaced entries if all strides agree, else the last entry of each stride, at most the four coarsest."""
+    count = len(reductions)
+    if len(set(reductions)) == 1:
+        return sorted({max(0, (i + 1) * count // 4 - 1) for i in range(4)})
+    last = {reduction: i for i, reduction in enumerate(reductions)}
+    return sorted(last.values())[-4:]
+
+
+def _patch_size(model: nn.Module) -> set[int]:
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if size is None:
+        return set()
+    return {max(int(s) for s in size)} if isinstance(size, (tuple, list)) else {int(size)}
