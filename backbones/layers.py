@@ -2,6 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth per block, rising linearly from 0 at the first block of the network to `rate` at the last one.
@@ -11,3 +16,84 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     step = rate / max(sum(depths) - 1, 1)
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [[step * (start + i) for i in range(depth)] for start, depth in zip(starts, depths)]
+
+
+@register_notrace_function
+def pad_to_multiple(x: Tensor, multiple: int, nhwc: bool = False) -> Tensor:
+    """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc."""
+    height, width = x.shape[1:3] if nhwc else x.shape[2:]
+    bottom, right = -height % multiple, -width % multiple
+    if torch.compiler.is_exporting() or bottom or right:  # an exported program may keep the sizes open
+        x = F.pad(x, (0, 0, 0, right, 0, bottom) if nhwc else (0, right, 0, bottom))
+    return x
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each mapped to `dim` channels, then LayerNorm; the image is padded to whole patches."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B H/p W/p C
+        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: each 2x2 block of tokens becomes one, LayerNorm(4C), Linear 4C -> 2C; odd maps are padded."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 2C
+        x = pad_to_multiple(x, 2, nhwc=True)
+        # (even row, even column), (odd, even), (even, odd), (odd, odd): the order of the released weights
+        phases = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(phases, -1)))
+
+
+def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """A bias per relative position -> a bias per pair of tokens of a height x width grid.
+
+    table: heads x (2 height - 1) x (2 width - 1), entry = key position - query position + side - 1 on each axis.
+    Returns heads x queries x keys, tokens row-major. Views, a flip and one copy: no index tensor to store or to rebuild.
+    """
+    pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # heads, -query row, -query column, key row, key column
+    return pairs.flip(1, 2).flatten(3).flatten(1, 2)
+
+
+@register_notrace_function
+def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """2x2 stride-2 deformable convolution without modulation, B C H W and B 8 H/2 W/2 -> B D H/2 W/2.
+
+    Channel 2t of `offset` moves tap t (row-major) downwards, channel 2t + 1 to the right, in pixels; outside the map is zero.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precisions have no CPU kernel, and the authors' op casts too
+    x, offset, weight, bias = (t.to(dtype) for t in (x, offset, weight, bias))
+    return deform_conv2d(x, offset, weight, bias, stride=2)
+
+
+class DeformableMerge(nn.Module):
+    """Deformable token merging (LIT, section 3.3): a 2x2 stride-2 convolution that learns where its four taps look.
+
+    BatchNorm and exact GELU come after the convolution, nothing before it. An odd map loses its last row or column, which the
+    offsets can still reach. New modules merge like an ordinary convolution, as the offsets start at zero; the authors train
+    `offset.weight` with a hundredth of the learning rate.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 2, stride=2)  # never called: holds the weights of the deformable convolution
+        self.offset = nn.Conv2d(dim, 8, 2, stride=2)
+        self.norm = nn.BatchNorm2d(out_dim)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 D
+        x = x.permute(0, 3, 1, 2)
+        merged = deformable_merge(x, self.offset(x), self.conv.weight, self.conv.bias).to(x.dtype)
+        return F.gelu(self.norm(merged)).permute(0, 2, 3, 1)

@@ -1,0 +1,334 @@
+"""NAT and DiNAT: every pixel attends to its nearest neighbours, in a window that slides inwards at the borders.
+
+Papers: Hassani et al. 2023, "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143;
+        Hassani and Shi 2022, "Dilated Neighborhood Attention Transformer", https://arxiv.org/abs/2209.15001
+Source: github.com/SHI-Labs/Neighborhood-Attention-Transformer @ d334f5b (MIT), with NATTEN 0.14 for the attention.
+        Released weights load through weights/convert/nat.py.
+Differs from the source: the isotropic models take any image size (the authors' take the constructed one).
+
+DiNAT is NAT with dilated neighbourhoods; dilations are not stored in checkpoints, and dense prediction uses others than
+classification with the same weights (DENSE_DILATIONS). DiNAT_s has Swin's stem and downsampling.
+
+Shapes: B batch, H W map height and width, C channels, h heads, d = C // h.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import register_model, register_notrace_module
+from torch import Tensor, nn
+
+from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias
+from backbones.ops.neighborhood import neighborhood_attention
+from weights.convert import resample_bias_table
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("nat")
+
+_ADE20K_640 = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
+DENSE_DILATIONS = {  # the authors' recipes for dense prediction, by data set and crop; dinat_s_* for DiNAT_s
+    "ade20k_512": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+    "ade20k_640": ((1, 20), (1, 5, 1, 10), _ADE20K_640, (1, 2)),
+    "dinat_s_ade20k_512": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+    "dinat_s_ade20k_640": ((1, 20), (1, 10), _ADE20K_640, (1, 2)),
+    "coco": ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+    "mask2former": ((1, 14), (1, 4, 1, 7), (1, 2, 1, 3) * 4 + (1, 3), (1,)),
+}
+
+
+@register_notrace_module  # the map's size decides what is padded
+class NeighborhoodAttention(nn.Module):
+    """Attention of every pixel to its kernel_size x kernel_size neighbours, `dilation` apart, with a relative position bias."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.num_heads, self.kernel_size, self.dilation = num_heads, kernel_size, dilation
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        height, width = x.shape[1:3]
+        least = self.kernel_size * self.dilation
+        if height < least or width < least:
+            # As in the NATTEN of the released weights: zeros before the linear layer, so that padded keys and values are its
+            # bias, and nothing is masked.
+            x = F.pad(x, (0, 0, 0, max(least - width, 0), 0, max(least - height, 0)))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # each B H W h d
+        x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.rpb, self.scale, self.backend)
+        return self.proj_drop(self.proj(x[:, :height, :width].flatten(3)))
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, dilation={self.dilation}"
+
+
+@register_notrace_module  # the map's size decides whether the table is resampled
+class FullAttention(nn.Module):
+    """Attention among all pixels with a bias per relative position; on another grid than `grid` the table is resampled."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        height, width = x.shape[1:3]
+        bias = relative_bias(resample_bias_table(self.rpb, (2 * height - 1, 2 * width - 1)), height, width)
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
+
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make `grid` the size at which the table is used as it is."""
+        self.rpb = nn.Parameter(resample_bias_table(self.rpb, (2 * grid[0] - 1, 2 * grid[1] - 1)), self.rpb.requires_grad)
+
+
+class Block(nn.Module):
+    """x + DP(s1 * attention(norm1 x)), then x + DP(s2 * MLP(norm2 x)); without LayerScale s1 and s2 do not exist."""
+
+    def __init__(self, attn: nn.Module, dim: int, mlp_ratio: float, layer_scale: float | None, drop: float, drop_path: float):
+        super().__init__()
+        scale = nn.Identity if layer_scale is None else lambda: LayerScale(dim, layer_scale)
+        self.norm1, self.attn, self.scale1 = nn.LayerNorm(dim, eps=1e-5), attn, scale()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.scale2 = scale()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class ConvStem(nn.Module):
+    """Two 3x3 convolutions of stride 2 with nothing between them, then LayerNorm."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1), nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B H/4 W/4 C
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """A 3x3 convolution of stride 2 without bias, then LayerNorm."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 2C
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class NAT(StagedBackbone):
+    """NAT, DiNAT and DiNAT_s.
+
+    embed_dim: channels of the first stage, doubled by each next one; depths, num_heads: of the stages; kernel_size: side of a
+    neighbourhood, odd; dilations: per stage, block j of a stage takes entry j modulo their number; None for 1 everywhere, or a
+    name of DENSE_DILATIONS; overlap: stem and downsampling by the convolutions of NAT and DiNAT, or by the patches of DiNAT_s;
+    layer_scale: initial value, None for none; drop_path_rate: at the last block, rising linearly from 0; feature_norms: a norm
+    for each returned map, as the authors' dense code has; backend: of the attention, None for the fastest one that can run.
+    """
+
+    family = "nat"
+    nhwc = True
+    min_size = 1
+
+    def __init__(
+        self,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        kernel_size: int = 7,
+        dilations: Sequence[Sequence[int]] | str | None = None,
+        mlp_ratio: float = 3.0,
+        layer_scale: float | None = None,
+        overlap: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        feature_norms: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        steps = block_dilations(dilations, depths)
+        if len(num_heads) != len(depths):
+            raise ValueError(f"num_heads must name {len(depths)} stages like depths {tuple(depths)}, got {tuple(num_heads)}")
+        for dim, heads in zip(dims, num_heads):
+            if dim % heads:
+                raise ValueError(f"num_heads must divide the channels of their stage, got {heads} heads for {dim} channels")
+        rates = drop_path_rates(drop_path_rate, depths)
+        attn_args = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "proj_drop": proj_drop_rate, "backend": backend}
+        self.layout = "dinat" if overlap else "dinat_s"  # of the authors' state dict
+        self.patch_embed = ConvStem(in_chans, embed_dim) if overlap else PatchEmbed(in_chans, embed_dim, 4)
+        self.stages = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            attns = [NeighborhoodAttention(dim, num_heads[i], kernel_size, step, **attn_args) for step in steps[i]]
+            blocks = [Block(attn, dim, mlp_ratio, layer_scale, proj_drop_rate, rate) for attn, rate in zip(attns, rates[i])]
+            downsample = (ConvDownsample if overlap else PatchMerging)(dims[i - 1]) if i else nn.Identity()
+            self.stages.append(Stage(downsample, blocks))
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
+        norms = [nn.LayerNorm(dim, eps=1e-5) for dim in dims] if feature_norms else None
+        self.finish(dims, [4 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, norms)
+        self.apply(init_linear)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+
+def block_dilations(dilations: Sequence[Sequence[int]] | str | None, depths: Sequence[int]) -> list[list[int]]:
+    """The dilation of every block, from NAT's argument. Raises ValueError for an unknown name or a wrong number of stages."""
+    if dilations is None:
+        dilations = [(1,)] * len(depths)
+    if isinstance(dilations, str):
+        if dilations not in DENSE_DILATIONS:
+            near = difflib.get_close_matches(dilations, DENSE_DILATIONS, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown dilations {dilations!r}; did you mean {near!r}? Known: {', '.join(DENSE_DILATIONS)}")
+        dilations = DENSE_DILATIONS[dilations]
+    if len(dilations) != len(depths):
+        raise ValueError(f"dilations must have one entry for each of the {len(depths)} stages, got {dilations}")
+    if not all(pattern and min(pattern) >= 1 for pattern in dilations):
+        raise ValueError(f"every stage needs at least one dilation, each at least 1; got {dilations}")
+    return [[pattern[j % len(pattern)] for j in range(depth)] for pattern, depth in zip(dilations, depths)]
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> NAT:
+    return build(NAT, name, pretrained, **kwargs)
+
+
+TINY = {"embed_dim": 64, "depths": (3, 4, 18, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3}
+MINI = TINY | {"depths": (3, 4, 6, 5)}
+SMALL = {"embed_dim": 96, "depths": (3, 4, 18, 5), "num_heads": (3, 6, 12, 24), "mlp_ratio": 2}
+BASE = {"embed_dim": 128, "depths": (3, 4, 18, 5), "num_heads": (4, 8, 16, 32), "mlp_ratio": 2}
+LARGE = {"embed_dim": 192, "depths": (3, 4, 18, 5), "num_heads": (6, 12, 24, 48), "mlp_ratio": 2}
+S_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "mlp_ratio": 4, "overlap": False}
+S_SMALL = S_TINY | {"depths": (2, 2, 18, 2)}
+S_BASE = S_SMALL | {"embed_dim": 128, "num_heads": (4, 8, 16, 32)}
+S_LARGE = S_SMALL | {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
+AT_224 = {"dilations": ((1, 8), (1, 4), (1, 2), (1,))}
+AT_384 = {"dilations": ((1, 13), (1, 6), (1, 3), (1,))}
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("nat_mini", pretrained, **MINI | kwargs)
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("nat_tiny", pretrained, **TINY | kwargs)
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("nat_small", pretrained, **SMALL | {"layer_scale": 1e-5} | kwargs)
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("nat_base", pretrained, **BASE | {"layer_scale": 1e-5} | kwargs)
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_mini", pretrained, **MINI | AT_224 | kwargs)
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_tiny", pretrained, **TINY | AT_224 | kwargs)
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_small", pretrained, **SMALL | AT_224 | kwargs)  # no LayerScale, unlike nat_small
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_base", pretrained, **BASE | AT_224 | {"layer_scale": 1e-5} | kwargs)
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_large", pretrained, **LARGE | AT_224 | kwargs)
+
+
+@register_model
+def dinat_large_384(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_large_384", pretrained, **LARGE | AT_384 | kwargs)
+
+
+@register_model
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_large_384_11x11", pretrained, **LARGE | AT_224 | {"kernel_size": 11} | kwargs)
+
+
+@register_model
+def dinat_s_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_s_tiny", pretrained, **S_TINY | AT_224 | kwargs)
+
+
+@register_model
+def dinat_s_small(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_s_small", pretrained, **S_SMALL | AT_224 | kwargs)
+
+
+@register_model
+def dinat_s_base(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_s_base", pretrained, **S_BASE | AT_224 | kwargs)
+
+
+@register_model
+def dinat_s_large(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_s_large", pretrained, **S_LARGE | AT_224 | kwargs)
+
+
+@register_model
+def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
+    return _create("dinat_s_large_384", pretrained, **S_LARGE | AT_384 | kwargs)
