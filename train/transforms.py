@@ -2,8 +2,8 @@
 
 Labels and depth are only ever picked, never mixed: nearest neighbour for both, so no pixel between two classes gets a third and
 no depth is interpolated across a missing reading. Where a crop or a rotation leaves the image, the mask becomes `ignore_index`,
-the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and torch; `Seeded`
-makes it a function of (seed, epoch, index).
+the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and
+torch; `Seeded` makes it a function of (seed, epoch, index).
 """
 
 import contextlib
@@ -286,8 +286,8 @@ class Seeded(Dataset):
     """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers, processes or what ran before.
 
     dataset: without a transform of its own; transform: of `build_transform`. An index may also be a pair (index, draw): then
-    draw takes the place of the epoch, which gives an endless or a repeating sampler the same guarantee. The epoch lives in shared
-    memory, so `set_epoch` reaches loader processes that are already running.
+    draw takes the place of the epoch, which gives an endless or a repeating sampler the same guarantee. The epoch lives in
+    shared memory, so `set_epoch` reaches loader processes that are already running.
     """
 
     def __init__(self, dataset: Dataset, transform: Callable[[dict], dict], seed: int = 0):
