@@ -4,6 +4,7 @@ Shapes: B batch, H W map height and width, C channels.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -59,11 +60,13 @@ class StagedBackbone(nn.Module):
         global_pool: str,
         drop_rate: float,
         feature_norms: Sequence[nn.Module] | None = None,
+        head: nn.Module | None = None,
     ) -> None:
         """Add the classifier and what timm reads of a model.
 
         dims, strides: channels and pixels per side of each stage's map; feature_norms: one norm for each stage's map when it
-        is returned as a feature, as the authors' dense-prediction code has (norm0..norm3 there), or None.
+        is returned as a feature, as the authors' dense-prediction code has (norm0..norm3 there), or None; head: for class
+        tokens, with the `fc`, `reset` and `pre_logits` of timm's ClassifierHead, which is the default.
         """
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
@@ -71,7 +74,7 @@ class StagedBackbone(nn.Module):
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"} for i, (dim, stride) in enumerate(zip(dims, strides))
         ]
         self.feature_norms = None if feature_norms is None else nn.ModuleDict({str(i): n for i, n in enumerate(feature_norms)})
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head = head or ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
     def to_nchw(self, x: Tensor) -> Tensor:
         """The family's layout -> B C H W."""
@@ -181,13 +184,18 @@ class StagedBackbone(nn.Module):
 def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device=None, dtype=None, **kwargs) -> nn.Module:
     """Model `name` of class `cls` as timm builds it: pretrained cfg, weights in any known format, features_only.
 
-    device, dtype: where and in which type parameters are made ("meta" makes none).
+    device, dtype: where and in which type parameters are made ("meta" makes none). With pretrained, the file is the manifest's,
+    fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
     """
     feature_cfg = {"out_indices": cls.default_out_indices, "feature_cls": "getter"}
-    with torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
-        return build_model_with_cfg(
-            cls, name, pretrained, pretrained_filter_fn=weights.convert_state_dict, feature_cfg=feature_cfg, **kwargs
-        )
+    source = contextlib.nullcontext()
+    if pretrained:
+        names = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+        overlay = kwargs["pretrained_cfg_overlay"] = weights.overlay(name, *(kwargs.get(key) for key in names))
+        source = weights.safe_reading(overlay.get("file"))
+    complete = functools.partial(weights.complete_state_dict, features=kwargs.get("features_only", False))
+    with source, torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
+        return build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs)
 
 
 @contextlib.contextmanager

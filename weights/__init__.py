@@ -1,5 +1,17 @@
 """Checkpoints: open them safely, find their format, convert, load strictly, report."""
 
 from weights.convert import convert_state_dict
+from weights.fetch import fetch, overlay
+from weights.load import Report, complete_state_dict, convert_file, load_checkpoint, open_checkpoint, safe_reading
 
-__all__ = ["convert_state_dict"]
+__all__ = [
+    "Report",
+    "complete_state_dict",
+    "convert_file",
+    "convert_state_dict",
+    "fetch",
+    "load_checkpoint",
+    "open_checkpoint",
+    "overlay",
+    "safe_reading",
+]

@@ -5,7 +5,14 @@ from importlib import resources
 
 import yaml
 
-OURS = ("sha256", "published", "measured", "note")  # what the manifest says beyond timm's pretrained cfg
+OURS = (
+    "by_hand",
+    "file_name",
+    "sha256",
+    "published",
+    "measured",
+    "note",
+)  # what the manifest says beyond timm's pretrained cfg
 
 
 @functools.cache
@@ -21,12 +28,30 @@ def default_cfgs(family: str) -> dict:
 
     entry = read()[family]
     common = {"num_classes": 1000, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "license": entry["license"]}
-    common |= {"origin_url": "https://" + entry["source"].split(" @ ")[0], "paper_ids": f"arXiv:{entry['paper']}"} | entry[
-        "defaults"
-    ]
+    common |= {"origin_url": "https://" + entry["source"].split(" @ ")[0], "paper_ids": f"arXiv:{entry['paper']}"}
     cfgs = {}
     for name, tags in entry["models"].items():
         for tag, fields in tags.items():
-            cfg = common | {key: value for key, value in fields.items() if key not in OURS}
+            cfg = common | entry["defaults"] | {key: value for key, value in fields.items() if key not in OURS}
+            if "by_hand" in fields:
+                cfg["url"] = fields["by_hand"]  # so that timm lists the weights; weights.fetch knows that it is a page
             cfgs[f"{name}.{tag}"] = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
     return generate_default_cfgs(cfgs)
+
+
+def find(name: str, tag: str | None = None) -> dict:
+    """Everything the manifest says of checkpoint `name`.`tag` (first tag unless given), its family's fields included.
+
+    Empty if the manifest does not know the model or the tag.
+    """
+    for family, entry in read().items():
+        tags = entry["models"].get(name, {})
+        if fields := tags.get(tag or next(iter(tags), None)):
+            shared = {"family": family, "license": entry["license"], "source": entry["source"], "paper": entry["paper"]}
+            return shared | entry["defaults"] | fields | {"name": name, "tag": tag or next(iter(tags))}
+    return {}
+
+
+def checkpoints() -> list[dict]:
+    """Every checkpoint of the manifest as `find` gives it, in the manifest's order."""
+    return [find(name, tag) for entry in read().values() for name, tags in entry["models"].items() for tag in tags]

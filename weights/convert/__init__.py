@@ -5,10 +5,12 @@ of them share is here: taking off the wrappings of a training program, finding t
 resampling the tables and position embeddings whose shape depends on the image size.
 """
 
+import contextlib
+import contextvars
 import importlib
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -84,6 +86,26 @@ def source_format(keys: Iterable[str], model: nn.Module) -> str:
     return "native" if set(keys) & set(model.state_dict()) else "official"
 
 
+_resized = contextvars.ContextVar("resized", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[int, tuple]]:
+    """Inside, the mapping it gives collects id of a resampled tensor -> its shape before. Keep the tensors while you use it."""
+    token = _resized.set({})
+    try:
+        yield _resized.get()
+    finally:
+        _resized.reset(token)
+
+
+def _note(new: Tensor, old: Tensor) -> Tensor:
+    """new, remembered as a resampling of old if somebody is `recording`."""
+    if _resized.get() is not None:
+        _resized.get()[id(new)] = tuple(old.shape)
+    return new
+
+
 def resample_bias_table(
     table: Tensor, shape: tuple[int, int], old_shape: tuple[int, int] | None = None, mode: str = "bicubic"
 ) -> Tensor:
@@ -106,7 +128,7 @@ def resample_bias_table(
     if images.shape[-2:] == tuple(shape):
         return table
     images = _resize(images[None], shape, mode, antialias=False)[0]
-    return images.flatten(1).T.contiguous() if flat else images
+    return _note(images.flatten(1).T.contiguous() if flat else images, table)
 
 
 def resample_position_embedding(
@@ -126,7 +148,7 @@ def resample_position_embedding(
     if embedding.ndim == 4:
         if embedding.shape[-2:] == tuple(grid):
             return embedding
-        return _resize(embedding, grid, mode, antialias)
+        return _note(_resize(embedding, grid, mode, antialias), embedding)
     if embedding.ndim != 3:
         raise ValueError(f"a position embedding has 3 or 4 dimensions, got shape {tuple(embedding.shape)}")
     prefix, tokens = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
@@ -136,7 +158,7 @@ def resample_position_embedding(
     if (rows, columns) == tuple(grid):
         return embedding
     image = tokens.mT.reshape(1, -1, rows, columns)
-    return torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1)
+    return _note(torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1), embedding)
 
 
 def square(count: int, what: str) -> tuple[int, int]:

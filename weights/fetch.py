@@ -1,0 +1,106 @@
+"""Where a published checkpoint lies on this machine; downloads it and checks its hash when it must."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from weights import manifest
+
+GENERIC = {"model.safetensors", "pytorch_model.bin"}  # names that every model on a hub shares
+
+
+def folders(cache_dir: str | Path | None = None) -> list[Path]:
+    """Where checkpoints are looked for, the first being where a download goes: cache_dir, $ZOO_WEIGHTS, torch's hub folder."""
+    named = [cache_dir, os.environ.get("ZOO_WEIGHTS"), Path(torch.hub.get_dir()) / "checkpoints"]
+    return [Path(folder) for folder in named if folder]
+
+
+def file_name(checkpoint: dict) -> str:
+    """The name on disk of a checkpoint of the manifest."""
+    name = checkpoint.get("file_name") or checkpoint["url"].rsplit("/", 1)[-1]
+    if name in GENERIC:
+        return f"{checkpoint['name']}.{checkpoint['tag']}{Path(name).suffix}"
+    return name
+
+
+def fetch(name: str, tag: str | None = None, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
+    """The file of the manifest's checkpoint `name`.`tag`, downloaded unless it lies in one of `folders`, its hash checked.
+
+    Raises ValueError if there is no such checkpoint or the file's sha256 is not the manifest's, and FileNotFoundError, which
+    says which file to put where, if it cannot be downloaded.
+    """
+    checkpoint = manifest.find(name, tag)
+    if not checkpoint:
+        raise ValueError(f"the manifest has no checkpoint {name}{f'.{tag}' if tag else ''}")
+    return _fetch(checkpoint, cache_dir, progress)
+
+
+def _fetch(checkpoint: dict, cache_dir: str | Path | None, progress: bool) -> Path:
+    file, places = file_name(checkpoint), folders(cache_dir)
+    expected = checkpoint.get("sha256")
+    if found := next((place / file for place in places if (place / file).is_file()), None):
+        check_hash(found, expected, f"delete it and fetch it again from {address(checkpoint)}")
+        return found
+    target = places[0] / file
+    if "url" not in checkpoint:
+        raise FileNotFoundError(
+            f"{file} is published at {checkpoint['by_hand']} and cannot be downloaded by a program: "
+            f"fetch it by hand, then put it at {target}"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(checkpoint["url"], str(target), progress=progress)
+    except OSError as error:  # no network, no such page, no space: urllib's errors are OSErrors
+        raise FileNotFoundError(
+            f"could not download {checkpoint['url']} ({error}): fetch it by hand, then put it at {target} "
+            f"(or into another folder that the environment variable ZOO_WEIGHTS names)"
+        ) from error
+    try:
+        check_hash(target, expected, "the download was deleted; try again, or fetch the file by hand")
+    except ValueError:
+        target.unlink()
+        raise
+    return target
+
+
+def address(checkpoint: dict) -> str:
+    """Where a person finds the file."""
+    return checkpoint.get("url") or checkpoint["by_hand"]
+
+
+def check_hash(path: Path, expected: str | None, advice: str) -> None:
+    """ValueError, ending in `advice`, if the file's sha256 is not `expected`; nothing is checked if that is None."""
+    if expected is None:
+        return
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ValueError(f"{path} is not the published file: its sha256 is {digest.hexdigest()}, not {expected}; {advice}")
+
+
+def overlay(name: str, pretrained_cfg=None, pretrained_cfg_overlay: dict | None = None, cache_dir=None) -> dict:
+    """timm's pretrained_cfg_overlay for model `name` with the weights' local `file` filled in.
+
+    pretrained_cfg, pretrained_cfg_overlay, cache_dir: as a user gives them to timm.create_model. A state dict, a hub name or a
+    local folder is left to timm; a user's own file or address is not checked against the manifest.
+    """
+    from timm.models import resolve_pretrained_cfg
+
+    given = dict(pretrained_cfg_overlay or {})
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=given)
+    if cfg.state_dict or cfg.source or cfg.hf_hub_id:
+        return given
+    if cfg.file:
+        if not Path(cfg.file).is_file():
+            raise FileNotFoundError(f"pretrained_cfg_overlay names the weights file {cfg.file}, which does not exist")
+        return given
+    checkpoint = manifest.find(name, cfg.tag)
+    if checkpoint and cfg.url == address(checkpoint):
+        return given | {"file": str(_fetch(checkpoint, cache_dir, progress=True))}
+    if cfg.url:
+        return given | {"file": str(_fetch({"url": cfg.url, "name": name, "tag": cfg.tag}, cache_dir, progress=True))}
+    return given  # no weights: timm says so
