@@ -104,7 +104,11 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         height, width = x.shape[1:3]
-        bias = relative_bias(resample_bias_table(self.rpb, (2 * height - 1, 2 * width - 1)), height, width)
+        table = self.rpb
+        if torch.compiler.is_exporting() or table.shape[1:] != (2 * height - 1, 2 * width - 1):
+            size = (2 * height - 1, 2 * width - 1)
+            table = F.interpolate(table[None], size, mode="bicubic", align_corners=False)[0]
+        bias = relative_bias(table, height, width)
         q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
@@ -221,6 +225,106 @@ class NAT(StagedBackbone):
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
 
+class Isotropic(StagedBackbone):
+    """One map of stride `patch_size` through `depth` blocks, a stage each; make_attn: a block's number -> its attention."""
+
+    family = "nat"
+    nhwc = True
+    min_size = 1
+    default_out_indices = (2, 5, 8, 11)
+    layout = "isotropic"
+
+    def __init__(
+        self,
+        make_attn: Callable[[int], nn.Module],
+        embed_dim: int,
+        depth: int,
+        patch_size: int,
+        mlp_ratio: float = 4.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        (rates,) = drop_path_rates(drop_path_rate, [depth])
+        blocks = [Block(make_attn(i), embed_dim, mlp_ratio, None, proj_drop_rate, rate) for i, rate in enumerate(rates)]
+        self.stages = nn.ModuleList(Stage(nn.Identity(), [block]) for block in blocks)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.finish([embed_dim] * depth, [patch_size] * depth, num_classes, global_pool, drop_rate)
+        self.apply(init_linear)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+
+class NATIsotropic(Isotropic):
+    """A flat ViT with neighbourhood attention; dilation: of every second block, the others have 1. Any image size."""
+
+    def __init__(
+        self,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        patch_size: int = 16,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop_rate: float = 0.0,
+        backend: str | None = None,
+        **kwargs,
+    ):
+        def make_attn(i: int) -> NeighborhoodAttention:
+            step = dilation if i % 2 else 1
+            return NeighborhoodAttention(embed_dim, num_heads, kernel_size, step, qkv_bias, qk_scale, proj_drop_rate, backend)
+
+        super().__init__(make_attn, embed_dim, depth, patch_size, proj_drop_rate=proj_drop_rate, **kwargs)
+
+
+class ViTRPB(Isotropic):
+    """The authors' ViT for comparison: full attention with a relative position bias, no class token, no absolute positions.
+
+    img_size: image side, or (height, width), at which the bias table is used as it is. Any other image resamples it.
+    """
+
+    layout = "vitrpb"
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 12,
+        patch_size: int = 16,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop_rate: float = 0.0,
+        **kwargs,
+    ):
+        grid = patch_grid(img_size, patch_size)
+
+        def make_attn(i: int) -> FullAttention:
+            return FullAttention(embed_dim, num_heads, grid, qkv_bias, qk_scale, proj_drop_rate)
+
+        super().__init__(make_attn, embed_dim, depth, patch_size, proj_drop_rate=proj_drop_rate, **kwargs)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Resample the bias tables for images of this size (side, or height and width), in place."""
+        for stage in self.stages:
+            stage.blocks[0].attn.set_grid(patch_grid(img_size, self.patch_embed.patch_size))
+
+
+def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image, counting the ones that its padding completes."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return -(-height // patch_size), -(-width // patch_size)
+
+
 def block_dilations(dilations: Sequence[Sequence[int]] | str | None, depths: Sequence[int]) -> list[list[int]]:
     """The dilation of every block, from NAT's argument. Raises ValueError for an unknown name or a wrong number of stages."""
     if dilations is None:
@@ -332,3 +436,37 @@ def dinat_s_large(pretrained: bool = False, **kwargs) -> NAT:
 @register_model
 def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
     return _create("dinat_s_large_384", pretrained, **S_LARGE | AT_384 | kwargs)
+
+
+ISO_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 12}
+ISO_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 24}
+
+
+@register_model
+def nat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
+    return build(NATIsotropic, "nat_isotropic_small", pretrained, **ISO_SMALL | kwargs)
+
+
+@register_model
+def nat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
+    return build(NATIsotropic, "nat_isotropic_base", pretrained, **ISO_BASE | kwargs)
+
+
+@register_model
+def dinat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
+    return build(NATIsotropic, "dinat_isotropic_small", pretrained, **ISO_SMALL | {"dilation": 2} | kwargs)
+
+
+@register_model
+def dinat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
+    return build(NATIsotropic, "dinat_isotropic_base", pretrained, **ISO_BASE | {"dilation": 2} | kwargs)
+
+
+@register_model
+def vitrpb_small(pretrained: bool = False, **kwargs) -> ViTRPB:
+    return build(ViTRPB, "vitrpb_small", pretrained, **ISO_SMALL | kwargs)
+
+
+@register_model
+def vitrpb_base(pretrained: bool = False, **kwargs) -> ViTRPB:
+    return build(ViTRPB, "vitrpb_base", pretrained, **ISO_BASE | kwargs)
