@@ -6,7 +6,10 @@ This package knows timm and torch only. Models of the zoo are timm models once `
 from .dpt import DPT
 from .fcn import FCN
 from .fpn import FPN
+from .glpn import GLPN
 from .linear import Linear
+from .sdt import SDT
+from .segformer import SegFormer
 from .upernet import UPerNet
 
 # name -> class. A head takes (channels finest first, out_channels, its own typed arguments): list of maps -> B K h w.
@@ -15,7 +18,10 @@ HEADS = {
     "fcn": FCN,
     "fpn": FPN,
     "upernet": UPerNet,
+    "segformer": SegFormer,
     "dpt": DPT,
+    "sdt": SDT,
+    "glpn": GLPN,
 }
 
 from .features import FeatureBackbone  # noqa: E402  (after HEADS: model.py reads it)

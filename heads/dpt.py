@@ -111,6 +111,9 @@ class DPT(nn.Module):
             self.predictor = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, out_channels, 1))
         self.patch_size = patch_size if predictor == "depth" else None
 
+    def get_classifier(self) -> nn.Module:
+        return list(self.predictor.modules())[-1]  # the last 1x1 convolution
+
     def forward(self, maps: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:  # -> B K h w
         x = self.stem(self.project(self.fuse(maps)))
         if self.patch_size is None:

@@ -14,6 +14,7 @@ class FCN(nn.Module):
     heads read the third of four, -2). Parameter names are those of mmsegmentation's FCNHead (`convs.0.conv`, `conv_seg`).
     """
 
+    family = "heads"
     pyramid = False
 
     def __init__(
@@ -33,6 +34,9 @@ class FCN(nn.Module):
         self.convs = nn.Sequential(*(ConvNormAct(a, b, 3) for a, b in zip(sizes, sizes[1:], strict=False)))
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(sizes[-1], out_channels, 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.conv_seg
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_index W_index
         return self.conv_seg(self.dropout(self.convs(maps[self.index])))

@@ -14,6 +14,7 @@ class FPN(nn.Module):
     Parameter names are those of mmsegmentation's FPN neck and FPNHead (`lateral_convs.0.conv`, `scale_heads.1.0.conv`).
     """
 
+    family = "heads"
     pyramid = True
 
     def __init__(
@@ -32,6 +33,9 @@ class FPN(nn.Module):
             self.scale_heads.append(nn.Sequential(*steps))
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(head_width, out_channels, 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.conv_seg
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_0 W_0
         # nearest: what the published checkpoints were trained with

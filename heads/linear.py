@@ -14,6 +14,7 @@ class Linear(nn.Module):
     dropout: probability of dropping a whole channel before the convolution.
     """
 
+    family = "heads"
     pyramid = False
 
     def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0):
@@ -21,6 +22,9 @@ class Linear(nn.Module):
         self.bn = BatchNorm2d(sum(channels))
         self.dropout = nn.Dropout2d(dropout)
         self.predict = nn.Conv2d(sum(channels), out_channels, 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.predict
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_0 W_0
         return self.predict(self.dropout(self.bn(fuse(maps))))

@@ -16,7 +16,7 @@ class UPerNet(nn.Module):
     Parameter names are those of mmsegmentation's UPerHead, so its checkpoints load as they are.
     """
 
-    family = "upernet"
+    family = "heads"
     pyramid = True
 
     def __init__(
@@ -46,6 +46,9 @@ class UPerNet(nn.Module):
             for bins, project in zip(self.pool_scales, self.psp_modules, strict=True)
         ]
         return self.bottleneck(torch.cat([coarsest, *pools], dim=1))
+
+    def get_classifier(self) -> nn.Module:
+        return self.conv_seg
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_0 W_0
         laterals = [lateral(m) for lateral, m in zip(self.lateral_convs, maps[:-1], strict=True)]

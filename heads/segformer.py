@@ -1,0 +1,32 @@
+"""SegFormer's all-MLP head (Xie et al. 2021, https://arxiv.org/abs/2105.15203, section 3.2) as in mmsegmentation 1.2.2."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from .blocks import ConvNormAct, fuse
+
+
+class SegFormer(nn.Module):
+    """Every map projected to one width, resized to the finest, concatenated, mixed by one 1x1 convolution, classified.
+
+    channels: of each map, finest first, any number of levels; width: of the projections (256 for MiT-B0 and B1, else 768).
+    Parameter names are those of mmsegmentation's SegformerHead (`convs.0.conv`, `fusion_conv.conv`, `conv_seg`).
+    """
+
+    family = "heads"
+    pyramid = True
+
+    def __init__(self, channels: Sequence[int], out_channels: int, width: int = 256, dropout: float = 0.1):
+        super().__init__()
+        self.convs = nn.ModuleList(ConvNormAct(c, width) for c in channels)
+        self.fusion_conv = ConvNormAct(len(channels) * width, width)
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(width, out_channels, 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.conv_seg
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_0 W_0
+        maps = [conv(m) for conv, m in zip(self.convs, maps, strict=True)]
+        return self.conv_seg(self.dropout(self.fusion_conv(fuse(maps))))
