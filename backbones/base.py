@@ -35,16 +35,20 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """The blocks in order, each recomputed in the backward pass if gradient checkpointing is on."""
         return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_blocks(self.downsample(x))
 
 
 class StagedBackbone(nn.Module):
     """Image -> patch_embed -> stages -> norm -> head.
 
-    A family's constructor sets `patch_embed` (NCHW image -> the family's layout), `stages` (a ModuleList of `Stage`) and `norm`,
-    then calls `finish`. `nhwc` says that patch_embed, stages and norm work on B H W C; what leaves the model is always NCHW.
+    A family's constructor sets `patch_embed` (NCHW image -> the family's layout), `stages` (a ModuleList of `Stage`) and
+    `norm`, then calls `finish`. `nhwc` says that patch_embed, stages and norm work on B H W C; what leaves the model is
+    always NCHW.
     """
 
     family: str  # names the converter, weights/convert/<family>.py
@@ -120,7 +124,7 @@ class StagedBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages, finest first, as NCHW.
+        """Maps of the stages as NCHW, in the order of `indices`; finest first if that is an int or None.
 
         indices: last n stages (int), stage numbers (negative from the end), or all (None); norm: final norm on the last map;
         stop_early: do not run stages after the last one asked for. Returns the maps, and before them the output of
@@ -129,11 +133,12 @@ class StagedBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
-        x, maps = self.embed(x), []
+        x, found = self.embed(x), {}
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                maps.append(self.feature(x, i, norm))
+                found[i] = self.feature(x, i, norm)
+        maps = [found[i] for i in take]
         if intermediates_only:
             return maps
         return self.output(self.norm(x) if i == len(self.stages) - 1 else x), maps
@@ -172,7 +177,7 @@ class StagedBackbone(nn.Module):
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(norm|feature_norms)", (99999,)),
+            (r"^(?:norm|feature_norms)", (99999,)),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
