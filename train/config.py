@@ -1,13 +1,30 @@
 """The configuration of a run: typed, complete in one YAML file, checked before anything is built.
 
-A file has the sections of `Config`. Defaults live here and nowhere else. `task`, `data.args` and `model.head_args` are passed to the
-class they name and checked against its signature. Text such as 1e-4, which YAML reads as a string, becomes the number it spells.
+A file has the sections of `Config`. Defaults live here and nowhere else. `task`, `data.args` and `model.head_args` go to the
+class they name and are checked against its signature. Text such as 1e-4, which YAML reads as a string, becomes the number it
+spells.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
+
+import timm
+import timm.optim
+import yaml
+from jsonargparse import ArgumentParser
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import backbones  # noqa: F401  (registers our models with timm)
+from heads import HEADS
+from train.checks import arguments, hint, known
+from train.data import DATASETS
+from train.tasks import TASKS, Task
+from train.transforms import AugmentConfig, check_augment
 
 
 @dataclass
@@ -53,7 +70,7 @@ class DataConfig:
         size: height and width of the network's input.
         workers: loader processes per training process.
         eval_batch: images per process and evaluation step.
-        repeats: times each image is drawn, augmented differently, within one pass (repeated augmentation); 1 = once.
+        repeats: times each image is drawn in a row, augmented differently; a pass then shows 1/repeats of the images.
         args: arguments of the dataset class.
         mean: of the input normalisation; null = the backbone's own.
         std: of the input normalisation; null = the backbone's own.
@@ -71,43 +88,6 @@ class DataConfig:
 
 
 @dataclass
-class AugmentConfig:
-    """What changes a training image. Geometry moves image, mask and depth together; evaluation images are only resized.
-
-    Attributes:
-        crop: how the training size is reached. "resize": the whole image; "area": a random box of `scale` of the image's area and
-            `ratio` width:height, resized (classification); "scale": the image fitted to the size times a factor drawn from `scale`,
-            then a random crop, padded where it is smaller (dense prediction); "pad": zero padding of `pad` pixels, random crop.
-        scale: range of "area" (share of the area) or of "scale" (factor).
-        ratio: range of width:height of "area".
-        pad: pixels of "pad".
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
-        rotate: largest rotation in degrees, both ways.
-        color_jitter: strength of random brightness, contrast and saturation, and a tenth of it of hue; 0 = off.
-        color_jitter_prob: probability of the jitter.
-        auto_augment: timm's policy text, e.g. rand-m9-mstd0.5-inc1; classification only.
-        random_erasing: probability that a box of noise is erased from the image; classification only.
-        eval_crop: share of the image a centre crop keeps at evaluation; classification only.
-        interpolation: of images.
-    """
-
-    crop: Literal["resize", "area", "scale", "pad"] = "resize"
-    scale: tuple[float, float] = (1.0, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    pad: int = 4
-    hflip: float = 0.0
-    vflip: float = 0.0
-    rotate: float = 0.0
-    color_jitter: float = 0.0
-    color_jitter_prob: float = 0.5
-    auto_augment: str | None = None
-    random_erasing: float = 0.0
-    eval_crop: float = 1.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-
-@dataclass
 class OptimConfig:
     """How the weights move.
 
@@ -118,7 +98,7 @@ class OptimConfig:
         betas: of Adam-like optimisers; null = the optimiser's own.
         momentum: of SGD-like optimisers.
         eps: null = the optimiser's own.
-        schedule: learning rate after the warm-up, per step. "poly" has power 1 unless `power` says otherwise.
+        schedule: learning rate after the warm-up, per step.
         power: of "poly".
         decay_at: shares of the run at which "step" multiplies the rate by decay_rate.
         decay_rate: of "step".
@@ -150,7 +130,7 @@ class OptimConfig:
     min_lr: float = 0.0
     warmup_steps: int | None = None
     warmup_epochs: float = 0.0
-    warmup_lr: float = 0.0
+    warmup_lr: float = 1e-6
     steps: int | None = None
     epochs: float | None = None
     global_batch: int = 32
@@ -209,3 +189,182 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.name != "task"}
+
+
+def shipped() -> list[str]:
+    """Names of the configurations in the package: quickstart, cifar10/nat_mini, ..."""
+    folder = resources.files("configs")
+    with resources.as_file(folder) as root:
+        return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def read(name: str) -> tuple[str, dict[str, Any]]:
+    """(name of the run, content) of a shipped configuration or of a YAML file.
+
+    Raises FileNotFoundError with the nearest shipped name, ValueError if the file is no mapping of sections.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration file {name}")
+        text, title = path.read_text(), path.stem
+    elif name in shipped():
+        text, title = resources.files("configs").joinpath(f"{name}.yaml").read_text(), name
+    else:
+        raise FileNotFoundError(f"no configuration {name!r}: neither a file nor {hint(name, shipped())}")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
+    return title, values
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration of a shipped name or a path, after overrides such as "--optim.lr=1e-4"."""
+    title, values = read(name)
+    for text in overrides:
+        override(values, text)
+    config = resolve(values)
+    if config.run.dir is None:
+        config.run.dir = f"runs/{title}"
+    return config
+
+
+def override(values: dict[str, Any], text: str) -> None:
+    """Sets one key of nested dicts in place: "--section.key=value", deeper keys inside arguments; the value is YAML.
+
+    Raises ValueError if the text has another form.
+    """
+    key, equals, value = text.removeprefix("--").partition("=")
+    parts = key.split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ValueError(f"cannot read {text!r}: overrides have the form --section.key=value")
+    if parts[0] not in (*SECTIONS, "task"):
+        raise ValueError(f"unknown section {parts[0]!r} in {text!r}: {hint(parts[0], [*SECTIONS, 'task'])}")
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"cannot set {key!r}: {part!r} is {values!r}, which has no keys")
+    values[parts[-1]] = yaml.safe_load(value)
+
+
+def resolve(values: Mapping[str, Any]) -> Config:
+    """Nested plain values -> a Config in which every key, name and type is known to be right and derived values are filled in.
+
+    Nothing is built. Raises ValueError naming the key, the value and the nearest valid one.
+    """
+    unknown = [key for key in values if key not in (*SECTIONS, "task")]
+    if unknown:
+        raise ValueError(f"unknown section {unknown[0]!r}: {hint(unknown[0], [*SECTIONS, 'task'])}")
+    sections = {name: cls(**arguments(cls, values.get(name) or {}, name)) for name, cls in SECTIONS.items()}
+    config = Config(task=dict(values.get("task") or {}), **sections)
+    _check_names(config)
+    _check_numbers(config)
+    model, data = config.model, config.data
+    model.img_size = model.img_size or data.size
+    pretrained = timm.get_pretrained_cfg(model.backbone) if timm.is_model(model.backbone) else None
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        channels = tuple(getattr(data, name) or (getattr(pretrained, name) if pretrained else None) or default)
+        if len(channels) not in (1, model.in_chans):
+            raise ValueError(f"data.{name} has {len(channels)} values but model.in_chans is {model.in_chans}")
+        setattr(data, name, channels)
+    task = build_task(config)
+    dense = any(target in ("mask", "depth") for target in task.targets)
+    check_augment(config.augment, dense, data.size, data.mean, data.std)
+    return config
+
+
+def build_task(config: Config) -> Task:
+    """The task of a resolved configuration."""
+    return TASKS[config.task["name"]](**{key: value for key, value in config.task.items() if key != "name"})
+
+
+def _check_names(config: Config) -> None:
+    """Names of task, data set, backbone, heads and optimiser, and the arguments of the first two and of the heads."""
+    task, model, data, optim = config.task, config.model, config.data, config.optim
+    if "name" not in task:
+        raise ValueError(f"task.name is missing: {hint('', TASKS)}")
+    known("task.name", task["name"], TASKS)
+    args = {key: value for key, value in task.items() if key != "name"}
+    config.task = {"name": task["name"], **arguments(TASKS[task["name"]], args, "task")}
+    known("data.name", data.name, DATASETS)
+    data.args = arguments(DATASETS[data.name], data.args, "data.args", skip=("root", "split", "targets", "transform"))
+    if ":" not in model.backbone and not timm.is_model(model.backbone):
+        raise ValueError(f"model.backbone: unknown model {model.backbone!r}; {hint(model.backbone, timm.list_models())}")
+    for name, args in (("head", "head_args"), ("aux_head", "aux_args")):
+        head = getattr(model, name)
+        if head is not None:
+            known(f"model.{name}", head, HEADS)
+            given = getattr(model, args)  # defaults are left to the head: some depend on the backbone
+            checked = arguments(HEADS[head], given, f"model.{args}", skip=("channels", "out_channels"))
+            setattr(model, args, {key: checked[key] for key in given})
+    if model.aux_head is None and model.aux_args:
+        raise ValueError("model.aux_args is set but model.aux_head is not")
+    known("optim.name", optim.name, timm.optim.list_optimizers())
+
+
+def _check_numbers(config: Config) -> None:
+    """Ranges that no type expresses."""
+    data, optim, run = config.data, config.optim, config.run
+    if (optim.steps is None) == (optim.epochs is None):
+        raise ValueError("give optim.steps or optim.epochs, one of them")
+    if optim.warmup_steps is not None and optim.warmup_epochs:
+        raise ValueError("give optim.warmup_steps or optim.warmup_epochs, one of them")
+    positive = [(optim, "optim", ("lr", "steps", "epochs", "global_batch", "micro_batch", "clip_norm", "head_lr_scale"))]
+    positive += [(data, "data", ("eval_batch", "repeats")), (run, "run", ("eval_every", "save_every", "log_every", "threads"))]
+    for section, name, keys in positive:
+        for key in keys:
+            value = getattr(section, key)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}.{key} must be positive, got {value}")
+    for section, name, keys in (
+        (optim, "optim", ("weight_decay", "min_lr", "warmup_lr", "warmup_epochs")),
+        (data, "data", ("workers",)),
+    ):
+        for key in keys:
+            if getattr(section, key) < 0:
+                raise ValueError(f"{name}.{key} must not be negative, got {getattr(section, key)}")
+    for key in ("layer_decay", "ema_decay"):
+        value = getattr(optim, key)
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"optim.{key} must lie in (0, 1], got {value}")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain values, as they are written to YAML."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def as_yaml(config: Config) -> str:
+    """The resolved configuration, complete: loading it again gives the same run."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line per key that differs between two nested dicts: "optim.lr: 0.1 -> 0.2"."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def keys_help() -> str:
+    """Every key of the sections with its type, default and meaning, for `zoo train --help`."""
+    parser = ArgumentParser(usage="", add_help=False)
+    for name, cls in SECTIONS.items():
+        parser.add_class_arguments(cls, name)
+    lines = parser.format_help().splitlines()
+    lines = [line for line in lines if " CONFIG " not in line]
+    names = f"task.name: {', '.join(TASKS)}. data.name: {', '.join(DATASETS)}. model.head: {', '.join(HEADS)}."
+    return "\n".join(
+        ["configuration keys", names, "task.* are the arguments of the task class, data.args.* of the data set.", *lines]
+    )

@@ -1,0 +1,130 @@
+"""Checkpoints that survive being killed while they are written.
+
+RUN/checkpoints/step_00000120/ holds model.safetensors, averaged.safetensors (with weight averaging), state.pt (optimiser,
+schedule, scaler, progress; loadable with weights_only=True) and checkpoint.json, which lists size and SHA-256 of the others.
+The folder is written under another name, every file fsynced, and renamed, so a folder with the right name is complete unless
+the disk failed; the digests tell. The last two are kept.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEEP = 2
+
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Writes a file through `save(temporary path)`, fsync and rename: at any moment `path` is the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save(temporary)
+    temporary.chmod(0o644)  # safetensors makes its files private
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict safetensors accepts: contiguous CPU copies, none sharing memory."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """State dict -> safetensors file, atomically. about: text stored in its header."""
+    write(path, lambda temporary: save_file(plain(tensors), temporary, metadata=dict(about)))
+
+
+def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Writes the checkpoint of a step below `folder` and removes all but the last two.
+
+    weights: file stem -> state dict. state: tensors, numbers, strings and containers of them.
+    """
+    target = folder / f"step_{step:08d}"
+    temporary = folder / f".{target.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, tensors in weights.items():
+        save_file(plain(tensors), temporary / f"{name}.safetensors", metadata={"step": str(step)})
+    torch.save(dict(state), temporary / "state.pt")
+    digests = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(temporary.iterdir())}
+    (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": digests}, indent=1))
+    for file in temporary.iterdir():
+        _sync(file)
+    shutil.rmtree(target, ignore_errors=True)  # the same step, written again after a resume
+    os.rename(temporary, target)
+    _sync(folder)
+    for old in steps(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10
+    sha = hashlib.sha256()
+    while block := file.read(1 << 20):
+        sha.update(block)
+    return sha.hexdigest()
+
+
+def steps(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; unfinished ones do not count."""
+    return sorted(folder.glob("step_*")) if folder.is_dir() else []
+
+
+def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None."""
+    try:
+        files = json.loads((path / "checkpoint.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "checkpoint.json is missing or unreadable"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        if digest(file) != expected["sha256"]:
+            return f"{name} does not have the content that was written"
+    return None
+
+
+def latest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest intact checkpoint below `folder`, or None. Says why a newer one is passed over.
+
+    Raises ValueError if there are checkpoints but none is intact: starting again silently would lose the run.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        reason = fault(path)
+        if reason is None:
+            return path
+        say(f"checkpoint {path.name} is damaged ({reason}); looking for the one before it")
+    if found:
+        raise ValueError(f"no intact checkpoint in {folder}: start again with --run.overwrite=true or another run.dir")
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(weights by file stem, state) of a checkpoint folder, on the CPU. Executes nothing from the files."""
+    weights = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return weights, torch.load(path / "state.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,123 @@
+"""Which sample is drawn when, as a function of the seed and the step alone.
+
+Training draws from one endless sequence of positions: step s of a run with total batch G takes the positions s*G .. (s+1)*G.
+Each process takes its slice of that range, so a run does not depend on the number of processes, on accumulation, on loader
+workers or on having been interrupted. Augmentation is seeded with the position.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+def seed_all(*numbers: int) -> None:
+    """Seeds Python, NumPy and torch (every device) from any number of integers; near integers give unrelated numbers."""
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]))
+
+
+class Order:
+    """The endless sequence of draws from `size` samples: position -> sample.
+
+    Every pass is a fresh permutation. With repeats > 1 a pass has as many draws as there are samples but shows only the first
+    part of a permutation, each sample `repeats` times in a row (repeated augmentation, Hoffer et al. 2020, as in DeiT).
+    """
+
+    def __init__(self, size: int, seed: int, repeats: int = 1):
+        self.size, self.seed, self.repeats = size, seed, repeats
+        self._pass, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        number, place = divmod(position, self.size)
+        if number != self._pass:
+            self._pass, self._order = number, np.random.default_rng([self.seed, number]).permutation(self.size)
+        return int(self._order[place // self.repeats])
+
+
+def share(global_batch: int, world: int, rank: int, micro_batch: int | None = None) -> list[range]:
+    """Offsets inside the total batch of one process's micro-batches: the same number of them, none empty, on every process.
+
+    Sizes differ by at most one where they do not divide. Raises ValueError if there are more processes than images.
+    """
+    if global_batch < world:
+        raise ValueError(
+            f"optim.global_batch {global_batch} is less than the {world} processes: raise it or use fewer processes"
+        )
+    largest = -(-global_batch // world)
+    chunks = min(-(-largest // (micro_batch or largest)), global_batch // world)
+    start, stop = rank * global_batch // world, (rank + 1) * global_batch // world
+    edges = [start + i * (stop - start) // chunks for i in range(chunks + 1)]
+    return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+class Steps:
+    """Batch sampler: (sample, position) pairs of this process's micro-batches for the steps start .. stop."""
+
+    def __init__(self, order: Order, start: int, stop: int, global_batch: int, offsets: list[range]):
+        self.order, self.start, self.stop, self.global_batch, self.offsets = order, start, stop, global_batch, offsets
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            for offsets in self.offsets:
+                positions = [step * self.global_batch + i for i in offsets]
+                yield [(self.order[position], position) for position in positions]
+
+
+def training_batches(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> Iterator[dict[str, Any]]:
+    """Micro-batches in order, of a dataset indexed by (sample, position): train.transforms.Seeded."""
+    return iter(DataLoader(dataset, batch_sampler=steps, **_options(workers, pin)))
+
+
+def evaluation_batches(
+    dataset: Dataset, batch: int, world: int, rank: int, workers: int, pin: bool
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """(counts, batch) pairs covering the dataset once over all processes.
+
+    Whole batches are dealt out in turn, so each holds the same images whatever the number of processes. Every process gets the
+    same number of batches; one that only fills up the last round repeats a batch and has counts = False.
+    """
+    batches = [list(range(i, min(i + batch, len(dataset)))) for i in range(0, len(dataset), batch)]
+    rounds = -(-len(batches) // world)
+    mine = [k * world + rank for k in range(rounds)]
+    sampler = [batches[k] if k < len(batches) else batches[0] for k in mine]
+    loader = DataLoader(dataset, batch_sampler=sampler, **_options(workers, pin))
+    for k, items in zip(mine, loader, strict=True):
+        yield k < len(batches), items
+
+
+def _options(workers: int, pin: bool) -> dict[str, Any]:
+    return {
+        "collate_fn": collate,
+        "num_workers": workers,
+        "pin_memory": pin,
+        "prefetch_factor": 4 if workers else None,
+        "worker_init_fn": _one_thread,
+        "generator": torch.Generator(),  # private: the loader must not draw from the model's random numbers
+    }
+
+
+def _one_thread(worker: int) -> None:
+    """A worker decodes and resizes single images: more threads than workers only fight each other."""
+    torch.set_num_threads(1)
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples -> batch: tensors of one shape are stacked, numbers become a tensor, anything else stays a list."""
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], Tensor):
+            values = [value.as_subclass(Tensor) for value in values]
+            batch[key] = torch.stack(values) if len({value.shape for value in values}) == 1 else values
+        elif isinstance(values[0], (int, float)):
+            batch[key] = torch.tensor(values)
+        else:
+            batch[key] = values
+    return batch

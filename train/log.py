@@ -1,0 +1,228 @@
+"""What a run says: a progress bar on a terminal, plain lines elsewhere, CSV, TensorBoard, a table and curves at the end.
+
+RUN/log.csv has one row per interval of training; RUN/metrics.csv one per evaluation, nothing in it depends on speed. Every
+process has a Log, because averaging a loss over processes needs all of them; only the main process writes.
+"""
+
+import csv
+import io
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from train import checkpoint
+
+COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss, or the gradient, of a step is NaN or infinite."""
+
+
+class Log:
+    """Collects one training step after another and reports them once per interval.
+
+    folder: the run folder; start, steps: first and last step of this process's life; every: steps per report.
+    main: whether this process writes; total: sum of a tensor over processes; images: total batch; epoch_steps: steps per pass.
+    tracker: called with (values, step) for every report, e.g. Accelerate's trackers.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        steps: int,
+        every: int,
+        images: int,
+        epoch_steps: float,
+        main: bool = True,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+        tracker: Callable[[dict[str, float], int], None] | None = None,
+        scaled: bool = False,
+    ):
+        self.folder, self.start, self.steps, self.every, self.images = folder, start, steps, every, images
+        self.epoch_steps, self.main, self.total, self.tracker, self.scaled = epoch_steps, main, total, tracker, scaled
+        self.pending: list[dict[str, Any]] = []
+        self.waited, self.clock = 0.0, time.perf_counter()
+        self.console = Console(quiet=not main, highlight=False)
+        self.bar, self.board = None, None
+        if main:
+            truncate(folder / "log.csv", start)
+            truncate(folder / "metrics.csv", start)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            if self.console.is_terminal:
+                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+                self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True)
+                self.row = self.bar.add_task("training", total=steps, completed=start)
+                self.bar.start()
+
+    def say(self, text: str) -> None:
+        """One line, from the main process."""
+        if self.main:
+            print(text, flush=True) if self.bar is None else self.console.print(text, markup=False)
+
+    def step(
+        self,
+        step: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        lr: float,
+        parts: Sequence[tuple[Tensor, Sequence[str]]],
+        waited: float,
+    ) -> None:
+        """Notes a finished step; `step` counts from 1.
+
+        loss: this process's share of the step's loss; parts: loss and files of each of its micro-batches; waited: seconds spent
+        waiting for data. Nothing is read back from the device until the interval is full. Raises NonFiniteLoss then.
+        """
+        self.pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "parts": parts})
+        self.waited += waited
+        if self.bar is not None:
+            self.bar.advance(self.row)
+        if step % self.every == 0 or step == self.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reports the steps noted since the last report; on every process at once."""
+        if not self.pending:
+            return
+        losses = self.total(torch.stack([note["loss"] for note in self.pending]).float()).tolist()
+        norms = torch.stack([torch.as_tensor(note["grad_norm"]).float() for note in self.pending]).tolist()
+        for note, loss, norm in zip(self.pending, losses, norms, strict=True):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaled):
+                raise NonFiniteLoss(self._complaint(note, loss, norm))
+        seconds = time.perf_counter() - self.clock
+        last = self.pending[-1]
+        values = {
+            "step": last["step"],
+            "epoch": round(last["step"] / self.epoch_steps, 4),
+            "loss": sum(losses) / len(losses),
+            "lr": last["lr"],
+            "grad_norm": norms[-1],
+            "images_per_s": len(losses) * self.images / seconds,
+            "data_wait": min(1.0, self.waited / seconds),
+            "memory_mb": memory_mb(),
+        }
+        self.pending, self.waited, self.clock = [], 0.0, time.perf_counter()
+        self.write("log.csv", values, "train")
+        if self.bar is not None:
+            self.bar.update(self.row, description=f"loss {values['loss']:.4f}")
+        else:
+            self.say(
+                f"step {values['step']}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
+                f"grad {values['grad_norm']:.3g}  {values['images_per_s']:.1f} images/s  wait {values['data_wait']:.0%}  "
+                f"memory {values['memory_mb']:.0f} MB"
+            )
+
+    def _complaint(self, note: Mapping[str, Any], loss: float, norm: float) -> str:
+        files = [path for part, paths in note["parts"] if not bool(torch.isfinite(part).all()) for path in paths]
+        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        return (
+            f"step {note['step']}: the loss is {loss}, the gradient norm {norm:.4g}, the learning rate {note['lr']:.3g}; "
+            f"files of the micro-batch: {shown or 'on another process, or the loss was finite and its gradient not'}. "
+            "Lower optim.lr, set optim.clip_norm or run.precision=no, and continue with --resume from the last checkpoint"
+        )
+
+    def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float, note: str = "") -> None:
+        """Reports an evaluation."""
+        self.write("metrics.csv", {"step": step, **metrics}, "val")
+        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step}/{self.steps}  evaluation: {text}  ({seconds:.1f} s){note}")
+        self.clock += seconds
+
+    def write(self, name: str, values: Mapping[str, float], prefix: str) -> None:
+        """One row in a CSV file of the run, and the same numbers to TensorBoard and the trackers."""
+        if not self.main:
+            return
+        path = self.folder / name
+        with open(path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(values)
+            writer.writerow(repr(value) if isinstance(value, float) else value for value in values.values())
+        numbers = {f"{prefix}/{key}": value for key, value in values.items() if key != "step"}
+        for key, value in numbers.items():
+            self.board.add_scalar(key, value, values["step"])
+        if self.tracker is not None:
+            self.tracker(numbers, values["step"])
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Two columns at the end of a run."""
+        table = Table(title=title, show_header=False)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def close(self) -> None:
+        """Stops the bar and closes the files; safe to call twice."""
+        if self.bar is not None:
+            self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drops the rows of a CSV file after `step`, which a resumed run will write again."""
+    if not path.is_file():
+        return
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and len(row) == len(rows[0]) and int(row[0]) <= step]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(kept)
+    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """Columns of a CSV file of a run; empty if there is none."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+
+
+def memory_mb() -> float:
+    """Largest memory so far: of the GPU if one is used, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def curves(folder: Path) -> None:
+    """RUN/curves.png: loss and learning rate, and every metric, over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training, metrics = read(folder / "log.csv"), read(folder / "metrics.csv")
+    names = [name for name in metrics if name != "step"]
+    panels = ["loss", "lr", *names]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), squeeze=False, layout="constrained")
+    for axis, name in zip(axes.flat, panels, strict=False):
+        source = metrics if name in names else training
+        axis.plot(source.get("step", []), source.get(name, []), marker="." if name in names else None)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    if len(training.get("loss", [])) and min(training["loss"]) > 0:
+        axes.flat[0].set_yscale("log")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    checkpoint.write(folder / "curves.png", lambda temporary: figure.savefig(temporary, format="png", dpi=100))
+    plt.close(figure)

@@ -1,0 +1,106 @@
+"""Parameter groups, optimiser, schedule and averaged weights: timm's, chosen by the `optim` section."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from train.config import OptimConfig
+
+
+def head_parameters(model: nn.Module) -> set[int]:
+    """ids of the parameters that are no backbone's: all outside `model.backbone`, or a classification model's classifier."""
+    if hasattr(model, "backbone"):
+        inside = {id(p) for p in model.backbone.parameters()}
+        return {id(p) for p in model.parameters()} - inside
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    found = found if isinstance(found, (tuple, list)) else [found]  # a distilled model has two
+    return {id(p) for module in found if isinstance(module, nn.Module) for p in module.parameters()}
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leaves only heads to train. Raises ValueError if the model has none."""
+    trained = head_parameters(model)
+    if not trained:
+        raise ValueError("model.freeze_backbone would freeze the whole model: it has no head")
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups that share learning rate factor (`lr_scale`) and weight decay.
+
+    No decay for vectors (biases, norms) and for what the model lists in no_weight_decay(). With layer_decay the factor of the
+    backbone falls by it per layer away from the output (Bao et al. 2022, as timm does it). Heads get head_lr_scale. Frozen
+    parameters are in no group.
+    """
+    excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    heads, scale = head_parameters(model), {}
+    if config.layer_decay is not None:
+        for group in param_groups_layer_decay(model, 0.0, excluded, layer_decay=config.layer_decay):
+            scale.update({id(p): group["lr_scale"] for p in group["params"]})
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = scale.get(id(parameter), 1.0) * (config.head_lr_scale if id(parameter) in heads else 1.0)
+        skip = parameter.ndim <= 1 or name in excluded
+        decay = 0.0 if skip else config.weight_decay
+        group = groups.setdefault((factor, decay), {"params": [], "lr_scale": factor, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("nothing to train: every parameter is frozen")
+    return list(groups.values())
+
+
+def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """timm's optimiser `config.name` over `parameter_groups`.
+
+    Raises ValueError if the optimiser does not take betas or eps that are set.
+    """
+    extra = {key: value for key in ("betas", "eps") if (value := getattr(config, key)) is not None}
+    try:
+        built = create_optimizer_v2(
+            parameter_groups(model, config),
+            config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **extra,
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"optim.name {config.name!r} does not take {' and '.join(extra) or 'these arguments'}: {error}"
+        ) from error
+    for group in built.param_groups:
+        group["lr"] = config.lr * group["lr_scale"]
+    return built
+
+
+def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, steps_per_epoch: float) -> Scheduler:
+    """The learning rate as a function of the step: `schedule.step_update(step)` before the update of that step.
+
+    The curve is measured from step 0, warm-up included, as in timm.
+    """
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= steps:
+        raise ValueError(f"the warm-up takes {warmup} of {steps} steps; shorten optim.warmup_steps or optim.warmup_epochs")
+    shared = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
+    if config.schedule == "cosine":
+        return CosineLRScheduler(built, t_initial=steps, lr_min=config.min_lr, **shared)
+    if config.schedule in ("poly", "linear"):
+        power = config.power if config.schedule == "poly" else 1.0
+        return PolyLRScheduler(built, t_initial=steps, power=power, lr_min=config.min_lr, **shared)
+    at = [round(share * steps) for share in config.decay_at] if config.schedule == "step" else []
+    return MultiStepLRScheduler(built, decay_t=at, decay_rate=config.decay_rate, **shared)
+
+
+def averaged(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:
+    """Exponential moving average of weights and buffers, or None if the config asks for none."""
+    if config.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup)

@@ -1,0 +1,97 @@
+"""What is trained: a task holds loss, prediction rule and metrics together, so that they cannot drift apart.
+
+The engine calls a task through the interface below and never asks which one it has. A new task is one class in one file and one
+row in TASKS. Tasks are plain classes; the `task` section of a config names one and gives its constructor arguments.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from train.visualize import Color, Panel, make_palette
+
+if TYPE_CHECKING:
+    from train.config import ModelConfig
+    from train.data import ImageDataset
+    from train.metrics import Metric
+
+
+@dataclass
+class Names:
+    """What class ids are called and how they are coloured; None where a task has no classes."""
+
+    classes: list[str] | None = None
+    palette: list[Color] | None = None
+
+    @classmethod
+    def of(cls, dataset: Any) -> Names:
+        """Those of a dataset; colours are made where it has none."""
+        palette = dataset.palette or (make_palette(len(dataset.classes)) if dataset.classes else None)
+        return cls(dataset.classes, [tuple(color) for color in palette] if palette else None)
+
+
+class Task(abc.ABC):
+    """One kind of problem.
+
+    targets: keys of a sample that loss and metric read ("label", "mask", "depth").
+    best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
+    """
+
+    targets: tuple[str, ...]
+    best: tuple[str, str]
+
+    @abc.abstractmethod
+    def build(self, model: ModelConfig) -> nn.Module:
+        """The model with the outputs this task needs; released backbone weights loaded if the config asks for them."""
+
+    @abc.abstractmethod
+    def check(self, dataset: ImageDataset) -> None:
+        """Raises ValueError if the dataset cannot serve this task: a target missing, other classes, another kind of depth."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """Runs the model on a batch of the training loader.
+
+        Returns the mean over the valid targets of this batch, 0-d; or several means over different sets of targets, 1-d, whose
+        sum is the loss. Zero, with zero gradient, where nothing is valid.
+        """
+
+    @abc.abstractmethod
+    def weight(self, batch: dict[str, Any]) -> Tensor:
+        """How many valid targets each mean of `loss` is over: float, the same shape as the loss.
+
+        The engine weighs micro-batches and processes with it, so that the gradient is that of the mean over the total batch.
+        """
+
+    @abc.abstractmethod
+    def predict(self, output: Any, size: tuple[int, int] | None = None) -> Any:
+        """Model output -> prediction, resized to `size` before any rounding when given.
+
+        Class probabilities B K (classification), class ids B H W (segmentation), metres B 1 H W (depth).
+        """
+
+    @abc.abstractmethod
+    def metric(self) -> Metric:
+        """A fresh streaming metric for the predictions of `predict`."""
+
+    @abc.abstractmethod
+    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Any, names: Names) -> list[Panel]:
+        """Panels of one sample: image, truth where the batch has it, prediction.
+
+        image: uint8 H W 3; batch: of one sample; prediction: as `measure` returns it for that batch.
+        """
+
+    def legend(self, names: Names) -> dict[str, Any]:
+        """What visualize.save_predictions shows below the panels: `legend`, `depth_range`."""
+        return {}
+
+    def measure(self, metric: Metric, output: Any, batch: dict[str, Any]) -> Any:
+        """Adds the model output for one evaluation batch to the metric; returns the prediction."""
+        prediction = self.predict(output)
+        metric.update(prediction, batch)
+        return prediction

@@ -1,0 +1,161 @@
+"""One label per image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor, nn
+
+import weights
+from train.metrics import ClassificationMetric
+from train.tasks.base import Names, Task
+from train.visualize import Panel, label_panels
+
+if TYPE_CHECKING:
+    from train.config import ModelConfig
+
+
+class Classification(Task):
+    """Cross entropy over the backbone's own classifier.
+
+    num_classes: of the data.
+    label_smoothing: share of the target spread over all classes.
+    mixup, cutmix: alpha of the Beta distribution of each, 0 = off; mixup_prob: share of batches mixed; mixup_switch: share of
+        mixed batches that get cutmix where both are on. Mixing pairs the images of a micro-batch (timm's Mixup).
+    binary: one binary cross entropy per class, averaged over classes (Wightman et al. 2021), instead of the softmax.
+    teacher: timm name of a frozen model to learn from; teacher_pretrained: load its released weights; teacher_checkpoint: load
+        a file.
+    distillation: "hard" learns the teacher's best class, "soft" its distribution at `temperature` (Touvron et al. 2021,
+        section 4).
+    distillation_weight: share of the loss that is the teacher's. A distilled backbone (two classifiers) gives the teacher its
+        own.
+    """
+
+    targets = ("label",)
+    best = ("top1", "max")
+
+    def __init__(
+        self,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_prob: float = 1.0,
+        mixup_switch: float = 0.5,
+        binary: bool = False,
+        teacher: str | None = None,
+        teacher_pretrained: bool = True,
+        teacher_checkpoint: str | None = None,
+        distillation: Literal["hard", "soft"] = "hard",
+        distillation_weight: float = 0.5,
+        temperature: float = 3.0,
+    ):
+        if num_classes < 2:
+            raise ValueError(f"task.num_classes must be at least 2, got {num_classes}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"task.label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if not 0 <= distillation_weight <= 1:
+            raise ValueError(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
+        self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
+        self.teacher_name, self.teacher_pretrained, self.teacher_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
+        self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
+        self.teacher: nn.Module | None = None
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """The timm model with `num_classes` outputs; builds the teacher too."""
+        args = dict(model.backbone_args)
+        if "img_size" not in args and fixed_size(model.backbone):
+            args["img_size"] = tuple(model.img_size)
+        built = timm.create_model(
+            model.backbone, pretrained=model.pretrained, num_classes=self.num_classes, in_chans=model.in_chans, **args
+        )
+        if self.teacher_name is not None:
+            self.teacher = timm.create_model(
+                self.teacher_name, pretrained=self.teacher_pretrained, num_classes=self.num_classes, in_chans=model.in_chans
+            )
+            if self.teacher_checkpoint is not None:
+                weights.load_checkpoint(self.teacher, self.teacher_checkpoint)
+            self.teacher.eval().requires_grad_(False)
+            if hasattr(built, "set_distilled_training"):
+                built.set_distilled_training(True)
+        return built
+
+    def check(self, dataset: Any) -> None:
+        if "label" not in dataset.provides:
+            raise ValueError(f"{type(dataset).__name__} has no labels; it provides {', '.join(dataset.provides)}")
+        if dataset.classes is not None and len(dataset.classes) != self.num_classes:
+            raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        images, target = batch["image"], batch["label"]
+        if self.mix is not None and model.training:
+            images, target = self._mixed(images, target)
+        output = model(images)
+        scores, taught = output if isinstance(output, tuple) else (output, output)  # a distilled model in training: two
+        loss = self.classes(scores.float(), target)
+        if self.teacher is None:
+            return loss
+        return (1 - self.distillation_weight) * loss + self.distillation_weight * self.distil(taught.float(), images)
+
+    def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """timm's Mixup pairs an image with its mirror place in the batch and needs an even number; an odd last one is left as
+        it is.
+        """
+        even = len(images) // 2 * 2
+        mixed, target = images, self.soft(label)
+        if even:
+            first, first_target = self.mix(images[:even].clone(), label[:even])
+            mixed = torch.cat([first, images[even:]])
+            target = torch.cat([first_target.to(target), target[even:]])
+        return mixed, target
+
+    def soft(self, label: Tensor) -> Tensor:
+        """B class ids -> B K smoothed distribution."""
+        off = self.label_smoothing / self.num_classes
+        return F.one_hot(label, self.num_classes).float() * (1 - self.label_smoothing) + off
+
+    def classes(self, scores: Tensor, target: Tensor) -> Tensor:
+        """Loss of scores B K against class ids B or distributions B K."""
+        if self.binary:
+            target = self.soft(target) if target.ndim == 1 else target
+            return F.binary_cross_entropy_with_logits(scores, target.to(scores))
+        smoothing = self.label_smoothing if target.ndim == 1 else 0.0  # a mixed target is already smooth
+        return F.cross_entropy(scores, target, label_smoothing=smoothing)
+
+    def distil(self, scores: Tensor, images: Tensor) -> Tensor:
+        """Loss of scores B K against the teacher's on the same images."""
+        self.teacher.to(images.device)
+        with torch.no_grad():
+            teacher = self.teacher(images).float()
+        if self.distillation == "hard":
+            return F.cross_entropy(scores, teacher.argmax(1))
+        t = self.temperature
+        ours, theirs = F.log_softmax(scores / t, 1), F.log_softmax(teacher / t, 1)
+        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * t * t
+
+    def weight(self, batch: dict[str, Any]) -> Tensor:
+        return torch.tensor(float(len(batch["label"])), device=batch["label"].device)
+
+    def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """B K class probabilities; an image has one label, so there is nothing to resize."""
+        return output.float().softmax(1)
+
+    def metric(self) -> ClassificationMetric:
+        return ClassificationMetric()
+
+    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Tensor, names: Names) -> list[Panel]:
+        truth = int(batch["label"][0]) if "label" in batch else None
+        return label_panels(image, truth, prediction[0], names.classes)
+
+
+def fixed_size(backbone: str) -> bool:
+    """Whether a timm model is built for one image size, which it must be told then."""
+    return timm.is_model(backbone) and bool(getattr(timm.get_pretrained_cfg(backbone), "fixed_input_size", False))

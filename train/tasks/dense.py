@@ -1,0 +1,68 @@
+"""What segmentation and depth share: a head on a backbone, and targets that keep their own size at evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import heads
+from train.tasks.base import Task
+
+if TYPE_CHECKING:
+    from train.config import ModelConfig
+    from train.metrics import Metric
+
+
+class DenseTask(Task):
+    """A value per pixel. A subclass sets `out_channels`, and `targets` with the one key it reads."""
+
+    out_channels: int
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """A heads.DensePredictor with `out_channels` outputs."""
+        return heads.DensePredictor(
+            model.backbone,
+            model.head,
+            self.out_channels,
+            head_args=model.head_args,
+            aux_head=model.aux_head,
+            aux_args=model.aux_args,
+            **backbone_arguments(model),
+        )
+
+    def measure(self, metric: Metric, output: Tensor, batch: dict[str, Any]) -> Any:
+        """Image by image, because each target has its own size; the prediction is resized to it before it is rounded."""
+        (key,) = self.targets
+        predictions = []
+        for i, target in enumerate(batch[key]):
+            predictions.append(self.predict(output[i : i + 1], tuple(target.shape[-2:])))
+            metric.update(predictions[-1], {key: target[None]})
+        return predictions
+
+
+def backbone_arguments(model: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of DensePredictor and MultiPredictor that describe the backbone."""
+    args = dict(model.backbone_args)
+    if model.out_indices is not None:
+        args["out_indices"] = model.out_indices
+    return {
+        "pretrained": model.pretrained,
+        "backbone_args": args,
+        "in_chans": model.in_chans,
+        "img_size": tuple(model.img_size) if model.img_size else None,
+    }
+
+
+def forward(model: nn.Module, images: Tensor, auxiliary: bool) -> tuple[Tensor, Tensor | None]:
+    """(main, auxiliary) output; the second is None if the model has no auxiliary head or none is asked for."""
+    output = model(images, aux=True) if auxiliary else model(images)
+    return output if isinstance(output, tuple) else (output, None)
+
+
+def resized(output: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """B K H W in float32, bilinearly at another size when given."""
+    if size is None or tuple(output.shape[-2:]) == tuple(size):
+        return output.float()
+    return F.interpolate(output.float(), size=tuple(size), mode="bilinear", align_corners=False)

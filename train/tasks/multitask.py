@@ -1,0 +1,125 @@
+"""Several dense tasks on one backbone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import heads
+from train.checks import arguments, known
+from train.metrics import Metric
+from train.tasks.base import Names, Task
+from train.tasks.dense import DenseTask, backbone_arguments
+from train.tasks.depth import Depth
+from train.tasks.segmentation import Segmentation
+from train.visualize import Panel
+
+if TYPE_CHECKING:
+    from train.config import ModelConfig
+
+PARTS: dict[str, type[DenseTask]] = {"segmentation": Segmentation, "depth": Depth}
+
+
+class MultiTask(Task):
+    """Segmentation and depth, one head each, losses added.
+
+    parts: task name -> its arguments, e.g. {segmentation: {num_classes: 6}, depth: {max_depth: 10, loss_weight: 0.5}}. Beside
+        the arguments of the task a part may set loss_weight (1), head and head_args (those of the model section). The first
+        part's metric names the best checkpoint. Auxiliary heads are not for several tasks.
+    """
+
+    def __init__(self, parts: dict[str, dict[str, Any]]):
+        if not parts:
+            raise ValueError("task.parts is empty: name at least one of segmentation and depth")
+        self.parts: dict[str, DenseTask] = {}
+        self.weights: dict[str, float] = {}
+        self.heads: dict[str, tuple[str | None, dict[str, Any]]] = {}
+        for name, values in parts.items():
+            known("task.parts", name, PARTS)
+            values = dict(values or {})
+            self.weights[name] = float(values.pop("loss_weight", 1.0))
+            self.heads[name] = values.pop("head", None), values.pop("head_args", {})
+            self.parts[name] = PARTS[name](**arguments(PARTS[name], values, f"task.parts.{name}"))
+        self.targets = tuple(part.targets[0] for part in self.parts.values())
+        first = next(iter(self.parts))
+        self.best = (f"{first}_{self.parts[first].best[0]}", self.parts[first].best[1])
+
+    def build(self, model: ModelConfig) -> nn.Module:
+        """A heads.MultiPredictor whose outputs carry the names of the parts."""
+        if model.aux_head is not None:
+            raise ValueError("model.aux_head: multitask has no auxiliary head; set it to null")
+        chosen = {}
+        for name, part in self.parts.items():
+            head, args = self.heads[name]
+            chosen[name] = (head, part.out_channels, args) if head else (model.head, part.out_channels, args or model.head_args)
+        return heads.MultiPredictor(model.backbone, chosen, **backbone_arguments(model))
+
+    def check(self, dataset: Any) -> None:
+        for part in self.parts.values():
+            part.check(dataset)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """One mean per part, 1-d: the parts average over different pixels."""
+        outputs = model(batch["image"])
+        losses = {name: part.loss(Computed(outputs[name]), batch) for name, part in self.parts.items()}
+        return torch.stack([self.weights[name] * loss for name, loss in losses.items()])
+
+    def weight(self, batch: dict[str, Any]) -> Tensor:
+        return torch.stack([part.weight(batch) for part in self.parts.values()])
+
+    def predict(self, output: dict[str, Tensor], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Part name -> its prediction."""
+        return {name: part.predict(output[name], size) for name, part in self.parts.items()}
+
+    def metric(self) -> Metric:
+        return Together({name: part.metric() for name, part in self.parts.items()})
+
+    def measure(self, metric: Metric, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
+        return {name: part.measure(metric.metrics[name], output[name], batch) for name, part in self.parts.items()}
+
+    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: dict[str, Any], names: Names) -> list[Panel]:
+        rows = [part.picture(image, batch, prediction[name], names) for name, part in self.parts.items()]
+        return rows[0] + [panel for row in rows[1:] for panel in row[1:]]  # the image once
+
+    def legend(self, names: Names) -> dict[str, Any]:
+        return {key: value for part in self.parts.values() for key, value in part.legend(names).items()}
+
+
+class Computed(nn.Module):
+    """Stands for a model whose output is already there, so that a part's loss can be asked as usual."""
+
+    def __init__(self, output: Tensor):
+        super().__init__()
+        self.output = output
+
+    def forward(self, images: Tensor, aux: bool = False) -> Tensor:
+        return self.output
+
+
+class Together(Metric):
+    """Metrics of several parts; names carry the part's: segmentation_miou."""
+
+    def __init__(self, metrics: dict[str, Metric]):
+        self.metrics = metrics
+        self.protocol = "; ".join(f"{name}: {metric.protocol}" for name, metric in metrics.items())
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All sums, under part.name."""
+        return {f"{part}.{name}": value for part, metric in self.metrics.items() for name, value in metric.sums.items()}
+
+    @sums.setter
+    def sums(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            part, name = key.split(".", 1)
+            self.metrics[part].sums[name] = value
+
+    def update(self, prediction: dict[str, Any], batch: dict[str, Any]) -> None:
+        for name, metric in self.metrics.items():
+            metric.update(prediction[name], batch)
+
+    def compute(self) -> dict[str, float]:
+        return {f"{part}_{name}": value for part, metric in self.metrics.items() for name, value in metric.compute().items()}
