@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -67,18 +68,18 @@ class ImageDataset(Dataset, abc.ABC):
             out["label"] = label
         if "mask" in self.targets:
             mask = torch.as_tensor(sample["mask"]).long()
-            self._check_size(sample, "mask", mask, size)
-            self._check_ids(sample, mask)
+            self.check_size(sample, "mask", mask, size)
+            self.check_ids(sample, mask)
             out["mask"] = tv_tensors.Mask(mask)
         if "depth" in self.targets:
             depth = torch.as_tensor(sample["depth"]).float()
             depth = depth[None] if depth.ndim == 2 else depth
-            self._check_size(sample, "depth", depth, size)
+            self.check_size(sample, "depth", depth, size)
             out["depth"] = tv_tensors.Mask(depth)
         out["path"] = str(path)
         return out
 
-    def _check_size(self, sample: dict, target: str, values: torch.Tensor, size: tuple[int, int]) -> None:
+    def check_size(self, sample: dict, target: str, values: torch.Tensor | np.ndarray, size: tuple[int, int]) -> None:
         if tuple(values.shape[-2:]) != size:
             place = sample.get(f"{target}_path", sample["path"])
             raise ValueError(
@@ -86,7 +87,7 @@ class ImageDataset(Dataset, abc.ABC):
                 f"{sample['path']} has {size[0]}x{size[1]}"
             )
 
-    def _check_ids(self, sample: dict, mask: torch.Tensor) -> None:
+    def check_ids(self, sample: dict, mask: torch.Tensor) -> None:
         if self.classes is None:
             return
         bad = (mask != self.ignore_index) & ((mask < 0) | (mask >= len(self.classes)))

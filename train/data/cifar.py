@@ -1,0 +1,105 @@
+"""CIFAR-10 and CIFAR-100 from the official Python pickles (Krizhevsky 2009), read without executing anything."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from train.data.base import ImageDataset
+from train.data.files import need, root_folder
+
+# What a pickled numpy array is made of. numpy 2 writes numpy._core where numpy 1 wrote numpy.core.
+_SAFE = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),  # bytes in pickles that Python 3 wrote with protocol 2
+}
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Arrays, lists, dicts, text and numbers; anything else in the file is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _SAFE:
+            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only arrays and lists are read")
+        return super().find_class(module.replace("numpy._core", "numpy.core") if np.__version__ < "2" else module, name)
+
+
+def read_pickle(path: Path) -> dict:
+    """The dict of a CIFAR file with text keys. ValueError names the file if it is not one, or holds anything but plain data."""
+    try:
+        content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ImportError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{path}: not a CIFAR pickle ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a CIFAR pickle (holds a {type(content).__name__}, not a dict)")
+    return content
+
+
+class Cifar10(ImageDataset):
+    """root holds `cifar-10-batches-py` (or is that folder): data_batch_1..5 train, test_batch is the validation split."""
+
+    provides = ("label",)
+    folder, train_files, val_files = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+    meta_file, label_key, names_key = "batches.meta", "labels", "label_names"
+
+    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+        super().__init__(root_folder(root, type(self).__name__), split, targets, transform)
+        name = type(self).__name__
+        base = (
+            self.root if (self.root / self.meta_file).exists() else need(self.root / self.folder, "the official pickles", name)
+        )
+        meta = read_pickle(need(base / self.meta_file, "the class names", name))
+        self.classes = [str(label) for label in meta[self.names_key]]
+        images, self.labels, self.origins = [], [], []
+        for file in self.train_files if split == "train" else self.val_files:
+            path = need(base / file, f"the {split} images", name)
+            batch = read_pickle(path)
+            data, labels = batch.get("data"), batch.get(self.label_key)
+            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+                raise ValueError(f"{path}: 'data' must be uint8 N x 3072, got {getattr(data, 'shape', type(data).__name__)}")
+            if not isinstance(labels, list) or len(labels) != len(data):
+                raise ValueError(f"{path}: {self.label_key!r} must be a list of {len(data)} labels")
+            images.append(data.reshape(-1, 3, 32, 32))
+            self.labels += [int(label) for label in labels]
+            self.origins += [f"{path}#{i}" for i in range(len(data))]
+        self.images = np.concatenate(images)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> dict:
+        return {"image": self.images[index].copy(), "label": self.labels[index], "path": self.origins[index]}
+
+
+class Cifar100(Cifar10):
+    """root holds `cifar-100-python` (or is that folder); labels: the 100 fine classes or the 20 coarse ones."""
+
+    folder, train_files, val_files, meta_file = "cifar-100-python", ["train"], ["test"], "meta"
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        targets: tuple[str, ...],
+        transform: Callable | None = None,
+        labels: Literal["fine", "coarse"] = "fine",
+    ):
+        if labels not in ("fine", "coarse"):
+            raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}")
+        self.label_key, self.names_key = f"{labels}_labels", f"{labels}_label_names"
+        super().__init__(root, split, targets, transform)

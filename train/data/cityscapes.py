@@ -1,0 +1,61 @@
+"""Cityscapes street scenes in the official layout (Cordts et al. 2016): labelIds are turned into the 19 trainIds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from train.data.base import ImageDataset
+from train.data.files import images_in, need, read_ids, read_rgb, root_folder
+
+# (name, labelId, colour) of the classes that are evaluated, in the order of their trainIds
+TRAINED = [
+    ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)), ("building", 11, (70, 70, 70)),
+    ("wall", 12, (102, 102, 156)), ("fence", 13, (190, 153, 153)), ("pole", 17, (153, 153, 153)),
+    ("traffic light", 19, (250, 170, 30)), ("traffic sign", 20, (220, 220, 0)), ("vegetation", 21, (107, 142, 35)),
+    ("terrain", 22, (152, 251, 152)), ("sky", 23, (70, 130, 180)), ("person", 24, (220, 20, 60)),
+    ("rider", 25, (255, 0, 0)), ("car", 26, (0, 0, 142)), ("truck", 27, (0, 0, 70)), ("bus", 28, (0, 60, 100)),
+    ("train", 31, (0, 80, 100)), ("motorcycle", 32, (0, 0, 230)), ("bicycle", 33, (119, 11, 32)),
+]  # fmt: skip
+LABEL_IDS = 34  # 0..33 in the files; -1 (licence plate) is written as 255 by some tools
+
+
+class Cityscapes(ImageDataset):
+    """root holds leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png."""
+
+    provides = ("mask",)
+    classes = [name for name, _, _ in TRAINED]
+    palette = [color for _, _, color in TRAINED]
+
+    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+        super().__init__(root_folder(root, "Cityscapes"), split, targets, transform)
+        images = images_in(self.root / "leftImg8bit" / split, f"the {split} images", "Cityscapes")
+        self.images = [path for path in images if path.stem.endswith("_leftImg8bit")]
+        if not self.images:
+            raise FileNotFoundError(f"Cityscapes: no file *_leftImg8bit.png below {self.root / 'leftImg8bit' / split}")
+        if "mask" in targets:
+            need(self.mask_path(self.images[0]), "the fine annotation of the first image", "Cityscapes")
+        self.table = np.full(256, self.ignore_index, np.int64)
+        for train_id, (_, label_id, _) in enumerate(TRAINED):
+            self.table[label_id] = train_id
+
+    def mask_path(self, image: Path) -> Path:
+        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
+        return self.root / "gtFine" / self.split / image.parent.name / name
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> dict:
+        image = self.images[index]
+        sample = {"image": read_rgb(image), "path": image}
+        if "mask" in self.targets:
+            path = self.mask_path(image)
+            ids = read_ids(path)
+            wrong = ((ids < 0) | (ids >= LABEL_IDS)) & (ids != 255)
+            if wrong.any():
+                raise ValueError(
+                    f"{path}: labelId {int(ids[wrong][0])} is outside 0..{LABEL_IDS - 1}; is this another kind of file?"
+                )
+            sample.update(mask=self.table[ids], mask_path=path)
+        return sample

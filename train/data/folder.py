@@ -1,0 +1,129 @@
+"""Your own pairs: a folder of images beside a folder of masks, of depth maps, or of both, with the same file names."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from train.data.base import ImageDataset
+from train.data.depth import DepthSpec
+from train.data.files import (
+    IMAGE_SUFFIXES,
+    ids_from_colors,
+    images_in,
+    need,
+    read_depth,
+    read_ids,
+    read_list,
+    read_rgb,
+    root_folder,
+)
+
+
+class Folder(ImageDataset):
+    """Files matched by name without suffix. "{split}" in any argument becomes train or val.
+
+    images, masks, depths: folders below root. lists: a text file with one name per line (Pascal's
+    ImageSets/Segmentation/train.txt); null takes every image.
+    classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
+    palette: colours in class order. With it masks may be colour images; one-channel masks are ids all the same.
+    id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
+    depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
+
+    Raises FileNotFoundError for a missing folder, list or partner of an image; ValueError for masks without classes and for
+    an id_map or palette that leaves the classes.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        targets: tuple[str, ...],
+        transform: Callable | None = None,
+        images: str = "images/{split}",
+        masks: str = "masks/{split}",
+        depths: str = "depths/{split}",
+        lists: str | None = None,
+        classes: list[str] | int | None = None,
+        palette: list[list[int]] | None = None,
+        ignore_index: int = 255,
+        id_map: dict[int, int] | None = None,
+        depth_divisor: float = 1000.0,
+        depth_invalid: Sequence[float] = (0,),
+        min_depth: float = 1e-3,
+        max_depth: float = 10.0,
+    ):
+        self.provides = ("mask", "depth") if classes is not None else ("depth",)
+        if "mask" in targets and classes is None:
+            raise ValueError("Folder: masks need their classes: set data.args.classes to the names, or to how many there are")
+        super().__init__(root_folder(root, "Folder"), split, targets, transform)
+        self.classes = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
+        self.ignore_index, self.palette = ignore_index, None
+        if palette is not None:
+            self.palette = [tuple(int(value) for value in color) for color in palette]
+            if self.classes is not None and len(self.palette) != len(self.classes):
+                raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
+        self.id_map = None if id_map is None else {int(file): int(own) for file, own in id_map.items()}
+        for file, own in (self.id_map or {}).items():
+            if own != ignore_index and not 0 <= own < len(self.classes or ()):
+                raise ValueError(
+                    f"Folder: id_map sends {file} to {own}, which is outside the {len(self.classes or ())} classes"
+                )
+        self.depth = DepthSpec(divisor=depth_divisor, min_depth=min_depth, max_depth=max_depth)
+        self.depth_invalid = tuple(depth_invalid)
+
+        def below(folder: str) -> Path:
+            return self.root / folder.format(split=split)
+
+        self.images = images_in(below(images), f"the {split} images", "Folder")
+        if lists is not None:
+            by_name = {path.stem: path for path in self.images}
+            names = [Path(row[0]).stem for row in read_list(below(lists), 1, "Folder")]
+            absent = [name for name in names if name not in by_name]
+            if absent:
+                raise FileNotFoundError(f"Folder: {below(lists)} names {absent[0]!r}, and {below(images)} has no such image")
+            self.images = [by_name[name] for name in names]
+        self.partners = {
+            target: self._partners(below(folder), target)
+            for target, folder in (("mask", masks), ("depth", depths))
+            if target in targets
+        }
+
+    def _partners(self, folder: Path, target: str) -> list[Path]:
+        need(folder, f"the {self.split} {target}s", "Folder")
+        suffixes = (*IMAGE_SUFFIXES, ".npy")
+        by_name = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
+        absent = [path for path in self.images if path.stem not in by_name]
+        if absent:
+            raise FileNotFoundError(f"Folder: {absent[0]} has no {target}: looked for {absent[0].stem}.* in {folder}")
+        return [by_name[path.stem] for path in self.images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> dict:
+        sample = {"image": read_rgb(self.images[index]), "path": self.images[index]}
+        if "mask" in self.targets:
+            path = self.partners["mask"][index]
+            sample.update(mask=self.read_mask(path), mask_path=path)
+        if "depth" in self.targets:
+            path = self.partners["depth"][index]
+            depth = read_depth(path, self.depth.divisor, self.depth_invalid)
+            sample.update(depth=depth, depth_path=path)
+        return sample
+
+    def read_mask(self, path: Path) -> np.ndarray:
+        """Class ids of a mask file, through the palette if it is in colour and through `id_map` if there is one."""
+        if self.palette is not None:
+            image = read_rgb(path)
+            if (image[0] != image[1]).any() or (image[0] != image[2]).any():
+                return ids_from_colors(path, self.palette, self.ignore_index)
+        ids = read_ids(path)
+        if self.id_map is None:
+            return ids
+        found, positions = np.unique(ids, return_inverse=True)
+        unknown = [int(value) for value in found if int(value) not in self.id_map and value != self.ignore_index]
+        if unknown:
+            raise ValueError(f"{path}: id {unknown[0]} is not in id_map ({', '.join(map(str, sorted(self.id_map)))})")
+        table = np.array([self.id_map.get(int(value), self.ignore_index) for value in found], np.int64)
+        return table[positions].reshape(ids.shape)

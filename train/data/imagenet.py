@@ -1,0 +1,134 @@
+"""Folders of classes: ImageNet with its fixed 1000-class index, Tiny-ImageNet, and any folder of class folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from timm.data import ImageNetInfo, create_dataset
+
+from train.data.base import ImageDataset
+from train.data.files import IMAGE_SUFFIXES, need, read_rgb, rgb_array, root_folder
+
+
+class ClassFolder(ImageDataset):
+    """root holds `train/<class>/...` and `val/<class>/...`, images at any depth below the class folder.
+
+    Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
+    Raises ValueError for a validation class that training does not have.
+    """
+
+    provides = ("label",)
+
+    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+        name = type(self).__name__
+        super().__init__(root_folder(root, name), split, targets, transform)
+        base = need(self.root / split, f"the {split} folder of class folders", name)
+        index = self.index()
+        self.samples: list[tuple[Path, int]] = []
+        for path, wnid in self.labelled(base):
+            if wnid not in index:
+                raise ValueError(f"{path}: its class {wnid!r} is not one of the {len(index)} classes of {name}")
+            self.samples.append((path, index[wnid]))
+        if not self.samples:
+            raise FileNotFoundError(f"{name}: looked for <class>/*.jpg below {base}: no class folder holds an image")
+
+    def index(self) -> dict[str, int]:
+        """Folder name -> class id; sets `classes`."""
+        source = self.root / "train" if (self.root / "train").is_dir() else self.root / self.split
+        names = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
+        self.classes = names
+        return {name: i for i, name in enumerate(names)}
+
+    def labelled(self, base: Path) -> list[tuple[Path, str]]:
+        """(file, class name) of every image of a split, sorted."""
+        return [
+            (path, folder.name)
+            for folder in sorted(entry for entry in base.iterdir() if entry.is_dir())
+            for path in sorted(folder.rglob("*"))
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> dict:
+        path, label = self.samples[index]
+        return {"image": read_rgb(path), "label": label, "path": path}
+
+
+class ImageNet(ClassFolder):
+    """ImageNet-1k: `train/<wnid>/*`, `val/<wnid>/*`. A wnid always has its official id 0..999, whatever folders there are."""
+
+    def index(self) -> dict[str, int]:
+        info = ImageNetInfo("imagenet-1k")
+        self.classes = [info.index_to_description(i).split(",")[0] for i in range(info.num_classes())]
+        return {wnid: i for i, wnid in enumerate(info.label_names())}
+
+    def labelled(self, base: Path) -> list[tuple[Path, str]]:
+        found = super().labelled(base)
+        if not found and any(base.glob("*.JPEG")):
+            raise FileNotFoundError(
+                f"ImageNet: {base} holds images without class folders (the archive as it is shipped); "
+                f"looked for {base}/n01440764/*.JPEG. Sort them into wnid folders first"
+            )
+        return found
+
+
+class TinyImageNet(ClassFolder):
+    """Tiny-ImageNet-200: `train/<wnid>/images/*`; `val/images/*` with val_annotations.txt as shipped, or `val/<wnid>/*`.
+
+    Class ids follow the sorted wnids of wnids.txt.
+    """
+
+    def index(self) -> dict[str, int]:
+        wnids = sorted(need(self.root / "wnids.txt", "the class list", "TinyImageNet").read_text().split())
+        words = dict(line.split("\t", 1) for line in self._lines("words.txt") if "\t" in line)
+        self.classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+        return {wnid: i for i, wnid in enumerate(wnids)}
+
+    def labelled(self, base: Path) -> list[tuple[Path, str]]:
+        if not (base / "images").is_dir():
+            return super().labelled(base)
+        rows = need(base / "val_annotations.txt", "the validation labels", "TinyImageNet").read_text().splitlines()
+        return [(base / "images" / row.split("\t")[0], row.split("\t")[1]) for row in rows if row.strip()]
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.root / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+class TimmDataset(ImageDataset):
+    """Any map-style reader of timm: folders, tar files, Hugging Face data sets ("hfds/owner/name") with an image and a label.
+
+    name: timm's data set name ("" lets it choose folder or tar from what root holds); train_split, val_split: its names for
+    them; num_classes: for the check of labels. Raises ValueError for a streaming reader (wds, tfds, hfids): it has no index.
+    """
+
+    provides = ("label",)
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        targets: tuple[str, ...],
+        transform: Callable | None = None,
+        name: str = "",
+        train_split: str = "train",
+        val_split: str = "validation",
+        num_classes: int = 1000,
+    ):
+        super().__init__(root, split, targets, transform)
+        self.data = create_dataset(name, root=str(root), split=train_split if split == "train" else val_split)
+        if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
+            raise ValueError(f"timm's reader {name!r} streams and has no index; use a folder, a tar file or an hfds/ data set")
+        self.classes = [str(i) for i in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def read(self, index: int) -> dict:
+        image, label = self.data[index]
+        try:
+            place = self.data.filename(index)
+        except (NotImplementedError, AttributeError, KeyError):
+            place = str(index)
+        return {"image": rgb_array(image), "label": label, "path": f"{self.root}#{place}"}

@@ -1,0 +1,67 @@
+"""KITTI depth (Uhrig et al. 2017): 16-bit PNGs, metres times 256, 0 where the lidar saw nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from train.data.base import ImageDataset
+from train.data.depth import DepthSpec
+from train.data.files import inside, need, read_depth, read_list, read_rgb, root_folder
+
+CROP = (352, 1216)  # the benchmark's: bottom, centred
+
+
+class Kitti(ImageDataset):
+    """Pairs named by lists of "image depth [focal]", relative to `images` and `depths` below root.
+
+    The Eigen lists have rows without ground truth ("None"): those are left out. Frames differ in size (about 375x1242); with
+    `benchmark_crop` every sample is the 352x1216 at the bottom centre, on which the garg and eigen crops are defined.
+    """
+
+    provides = ("depth",)
+    depth = DepthSpec(divisor=256, min_depth=1e-3, max_depth=80.0)
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        targets: tuple[str, ...],
+        transform: Callable | None = None,
+        train_list: str = "kitti_train.txt",
+        val_list: str = "kitti_test.txt",
+        images: str = ".",
+        depths: str = ".",
+        benchmark_crop: bool = True,
+    ):
+        super().__init__(root_folder(root, "Kitti"), split, targets, transform)
+        listing = self.root / (train_list if split == "train" else val_list)
+        rows = [row for row in read_list(listing, 2, "Kitti") if row[1] != "None"]
+        if not rows:
+            raise ValueError(f"{listing}: no row has a depth map")
+        self.pairs = [(inside(self.root / images, row[0]), inside(self.root / depths, row[1])) for row in rows]
+        need(self.pairs[0][0], "the first image", "Kitti")
+        self.benchmark_crop = benchmark_crop
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> dict:
+        path, depth_path = self.pairs[index]
+        image = read_rgb(path)
+        sample = {"image": self.cropped(image, path), "path": path}
+        if "depth" in self.targets:
+            depth = read_depth(depth_path, self.depth.divisor)
+            self.check_size({**sample, "depth_path": depth_path}, "depth", depth, image.shape[-2:])  # before both are cropped
+            sample.update(depth=self.cropped(depth, depth_path), depth_path=depth_path)
+        return sample
+
+    def cropped(self, values, path: Path):
+        """The benchmark crop of an array ... H W. ValueError names the file if it is smaller."""
+        if not self.benchmark_crop:
+            return values
+        height, width = values.shape[-2:]
+        if height < CROP[0] or width < CROP[1]:
+            raise ValueError(
+                f"{path}: {height}x{width} is smaller than the benchmark crop {CROP[0]}x{CROP[1]}; set benchmark_crop: false"
+            )
+        left = (width - CROP[1]) // 2
+        return values[..., height - CROP[0] :, left : left + CROP[1]]

@@ -1,0 +1,48 @@
+"""7-Scenes RGB-D frames (Shotton et al. 2013): 16-bit depth in millimetres, 0 and 65535 both mean "no reading"."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from train.data.base import ImageDataset
+from train.data.depth import DepthSpec
+from train.data.files import inside, need, read_depth, read_list, read_rgb, root_folder
+
+
+class SevenScenes(ImageDataset):
+    """One scene: root holds `train.txt` and `val.txt` ("image depth", relative to root), or the official layout.
+
+    The official one: `seq-NN/frame-NNNNNN.color.png` and `.depth.png`, TrainSplit.txt and TestSplit.txt ("sequence1" per line).
+    """
+
+    provides = ("depth",)
+    depth = DepthSpec(divisor=1000, min_depth=0.1, max_depth=10.0)
+
+    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+        super().__init__(root_folder(root, "SevenScenes"), split, targets, transform)
+        listing = self.root / f"{split}.txt"
+        official = self.root / ("TrainSplit.txt" if split == "train" else "TestSplit.txt")
+        if listing.exists():
+            rows = read_list(listing, 2, "SevenScenes")
+            self.pairs = [(inside(self.root, row[0]), inside(self.root, row[1])) for row in rows]
+        else:
+            need(official, f"{listing.name} or the official split", "SevenScenes")
+            self.pairs = []
+            for word, *_ in read_list(official, 1, "SevenScenes"):
+                folder = need(
+                    self.root / f"seq-{int(word.removeprefix('sequence')):02d}", f"{word} of {official.name}", "SevenScenes"
+                )
+                colors = sorted(folder.glob("frame-*.color.*"))
+                self.pairs += [(path, path.with_name(path.name.split(".")[0] + ".depth.png")) for path in colors]
+            if not self.pairs:
+                raise FileNotFoundError(f"SevenScenes: no frame-*.color.png in the sequences of {official}")
+        need(self.pairs[0][0], "the first image", "SevenScenes")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> dict:
+        image, depth = self.pairs[index]
+        sample = {"image": read_rgb(image), "path": image}
+        if "depth" in self.targets:
+            sample.update(depth=read_depth(depth, self.depth.divisor, invalid=(0, 65535)), depth_path=depth)
+        return sample
