@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights.convert import backbone, converter, recording, source_format, split, to_native, unwrap
+from weights.convert import backbone, converter, layers, recording, source_format, split, to_native, unwrap
 
 FRESH = r"feature_norms\."  # norms of returned maps: classification files lack them; they start as the identity's affine part
 COUNTER = "num_batches_tracked"  # of BatchNorm; used by no result in evaluation
@@ -49,13 +50,13 @@ def summary(names: list[str], shown: int = 6) -> str:
 def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, strict: bool = True) -> Report:
     """Load a checkpoint in any known format into `model`, in place.
 
-    model: a backbone, timm's feature wrapper around one, or a dense predictor with `.backbone`; a file with every name of the
-    whole model (one that this code wrote) fills it whole, any other fills the backbone. path_or_state_dict: .pth, .pt, .tar,
+    model: a backbone, timm's feature wrapper around one, or a dense predictor with `.backbone`; a file with every weight of the
+    whole model fills it whole, any other fills the backbone. path_or_state_dict: .pth, .pt, .tar,
     .bin or .safetensors, or what was read from one, wrapped (model, state_dict_ema, module., backbone. ...) or bare.
     strict: False lets the classifier differ in size (it is dropped) or be absent, the final norm be absent from a
     dense-prediction file, and the file hold names that the backbone lacks; in any case every other weight of the backbone must
     be found. Always allowed: heads of dense-prediction files (reported as unexpected), a classifier in the file where the
-    model has none, feature_norms that the file lacks (they stay as they are).
+    model has none, layers behind the last map of a wrapped backbone, feature_norms that the file lacks (they stay as they are).
 
     Raises FileNotFoundError for a missing file and ValueError, which names what is wrong, for everything else.
     """
@@ -66,10 +67,13 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     state = unwrap(checkpoint)
     if not state:
         raise ValueError(f"{source} holds no weights: no tensors under {', '.join(list(checkpoint)[:8]) or 'any name'}")
-    target = backbone(model)
-    if target is not model and model.state_dict().keys() <= (whole := split(state, model)[0]).keys():
-        report = Report(source, "native", unexpected=sorted(whole.keys() - model.state_dict().keys()))
-        return _fill(model, whole, report)
+    *wrappers, target = layers(model)
+    for wrapper in wrappers:
+        own, rest = split(state, wrapper)
+        whole = to_native(own, wrapper)
+        if wrapper.state_dict().keys() <= whole.keys():
+            unexpected = sorted([*rest, *(whole.keys() - wrapper.state_dict().keys())])
+            return _fill(wrapper, whole, Report(source, source_format(own, wrapper), unexpected=unexpected))
 
     own, heads = split(state, target)
     report = Report(source, source_format(own, target), unexpected=sorted(heads))
@@ -88,7 +92,7 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     report.unexpected += extra
     _check_shapes(report, classifier, strict)
     _check_missing(report, classifier, len(wanted), strict)
-    if strict and not _pruned(model) and (extra := [name for name in extra if not name.startswith(classifier)]):
+    if strict and not wrappers and (extra := [name for name in extra if not name.startswith(classifier)]):
         hint = ""
         if any(re.match(FRESH, name) for name in extra):
             hint = "; build the model with feature_norms=True to use the norms of its maps"
@@ -156,18 +160,13 @@ def _outside(model: nn.Module, target: nn.Module) -> list[str]:
     return [name for name, value in model.state_dict(keep_vars=True).items() if id(value) not in inside]
 
 
-def _pruned(model: nn.Module) -> bool:
-    """Whether timm's feature wrapper, which drops the layers behind the last map, is around the backbone."""
-    from timm.models._features import FeatureGetterNet
-
-    return any(isinstance(module, FeatureGetterNet) for module in model.modules())
-
-
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the classifier's parameters, e.g. ("head.fc.",), also where it is an Identity."""
-    layers = model.get_classifier()
-    layers = layers if isinstance(layers, (tuple, list)) else (layers,)
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if any(module is layer for layer in layers)]
+    if not hasattr(model, "get_classifier"):
+        return ("head.",)
+    found = model.get_classifier()
+    found = found if isinstance(found, (tuple, list)) else (found,)
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if any(module is layer for layer in found)]
     return tuple(f"{name}." for name in names) or ("head.",)
 
 
@@ -234,14 +233,8 @@ def _build_for(name: str, state: dict[str, Tensor], model_args: dict) -> nn.Modu
     return timm.create_model(name, **(args | model_args), device="meta")
 
 
-class _Settings(dict):
-    """Stands in for the configuration objects that training programs save beside weights: keeps the data, does nothing."""
-
-    def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-HARMLESS = [(argparse.Namespace, "argparse.Namespace"), (_Settings, "yacs.config.CfgNode")]
+# Settings that training programs save beside their weights: plain containers here, so that their files can be read.
+HARMLESS = [(argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")]
 
 
 def open_checkpoint(path: str | Path) -> dict:
@@ -273,12 +266,14 @@ def safe_reading(path: str | Path) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals(HARMLESS):
             yield
-    except pickle.UnpicklingError as error:
-        wanted = ", ".join(dict.fromkeys(re.findall(r"GLOBAL ([\w.]+)", str(error)))) or str(error).splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):  # timm's own wording of the refusal
+            raise
+        wanted = re.findall(r"(?:GLOBAL|globals:) ([\w.]+(?:, [\w.]+)*?)\.? ", str(error))
         raise ValueError(
-            f"{path} is refused: reading it would execute code from the file ({wanted}). If you trust whoever made it, rewrite "
-            "it where that code is installed, torch.save(torch.load(path, weights_only=False)['model'], 'new.pth'), "
-            "and load the new file"
+            f"{path} is refused: reading it would execute code from the file ({', '.join(dict.fromkeys(wanted)) or error}). "
+            "If you trust whoever made it, rewrite it where that code is installed, "
+            "torch.save(torch.load(path, weights_only=False)['model'], 'new.pth'), and load the new file"
         ) from error
     except EOFError as error:
         raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error

@@ -7,7 +7,7 @@ resampling the tables and position embeddings whose shape depends on the image s
 
 import contextlib
 import contextvars
-import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,11 +24,12 @@ INNER = ("module", "_orig_mod", "backbone", "model")  # where DDP, torch.compile
 
 
 def convert_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's content in any known format -> the names and shapes of `model`'s backbone.
+    """A checkpoint's content in any known format -> the names and shapes of `model`, or of the backbone inside a mere wrapper.
 
-    Native names pass unchanged. What a dense-prediction file holds beside the backbone (decode_head.*) is left out.
+    Native names pass unchanged. What a dense-prediction file holds beside the backbone (decode_head.*) is left out for a
+    backbone, and converted for a dense predictor.
     """
-    model = backbone(model)
+    model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
     return to_native(split(unwrap(state_dict), model)[0], model)
 
 
@@ -54,20 +55,23 @@ def split(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Te
     return own, rest
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """`model` and what it wraps, outermost first: through `.module`, `.backbone` and `.model` (timm's feature wrapper)."""
+    found = [model]
+    while inner := next((m for name in INNER if isinstance(m := getattr(found[-1], name, None), nn.Module)), None):
+        found.append(inner)
+    return found
+
+
 def backbone(model: nn.Module) -> nn.Module:
-    """The backbone inside `model`: through `.module`, `.backbone` and `.model` (timm's feature wrapper) down to a family's."""
-    while not hasattr(model, "family"):
-        inner = next((getattr(model, name) for name in INNER if isinstance(getattr(model, name, None), nn.Module)), None)
-        if inner is None:
-            return model
-        model = inner
-    return model
+    """The backbone inside `model`, or `model` itself if it wraps nothing."""
+    return layers(model)[-1]
 
 
 def converter(model: nn.Module) -> ModuleType | None:
-    """The module of weights/convert that knows the formats of the model's family; None for a model that is not the zoo's."""
-    family = getattr(backbone(model), "family", None)
-    return importlib.import_module(f"weights.convert.{family}") if family else None
+    """The module of weights/convert that knows the formats of the model's family; None if there is none (timm's models)."""
+    name = f"weights.convert.{getattr(model, 'family', None)}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
