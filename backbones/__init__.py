@@ -2,7 +2,7 @@
 
 import timm
 
-from backbones import nat, poolformer  # noqa: F401
+from backbones import nat, pit, poolformer, swin  # noqa: F401
 
 
 def list_models(filter: str = "") -> list[str]:

@@ -45,3 +45,18 @@ def tolerance(info: dict) -> dict[str, float]:
     if stated.get("atol") is None:
         raise KeyError(f"fixture {info.get('case')} states no tolerance; keys: {sorted(info)}")
     return {"atol": stated["atol"], "rtol": stated.get("rtol", 0.0)}
+
+
+def official(family: str) -> dict[str, dict]:
+    """The authors' full-size variants: name -> {"params": count, "keys": {name: shape}}, from keys_<family>.json in the folder
+    `facts` beside the fixtures; empty if there is none."""
+    for place in (folder().parent / "facts", ROOT.parent.parent / "shared" / "facts"):
+        if (path := place / f"keys_{family}.json").is_file():
+            return json.loads(path.read_text())
+    return {}
+
+
+def variants(family: str, include: str = "") -> list:
+    """Parameters for pytest: the names in `official` that hold `include`; a skip if there are none."""
+    names = [name for name in official(family) if include in name]
+    return names or [pytest.param(None, marks=pytest.mark.skip(reason=f"no facts/keys_{family}.json beside the fixtures"))]

@@ -1,0 +1,272 @@
+"""PiT: a vision transformer whose map is halved between stages by a strided depthwise convolution.
+
+Paper:  Heo et al. 2021, "Rethinking Spatial Dimensions of Vision Transformers", https://arxiv.org/abs/2103.16302
+Source: github.com/naver-ai/pit @ 9d97a62 (Apache-2.0). Released weights load through weights/convert/pit.py.
+Differs from the source: accepts any H, W (the position embedding, an image, is resized to the grid). Differs from timm's
+`pit_*`: that, `set_input_size`, gradient checkpointing, layer decay groups and the authors' stochastic depth.
+
+Shapes: B batch, H W map height and width, C channels, T class tokens (1, or 2 with a distillation token). The stem does not
+pad: n pixels give (n - patch) // stride + 1 positions, so a 224 image has maps of 27, 14 and 7.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from timm.models import register_model, register_notrace_function
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from backbones.base import Stage, StagedBackbone, build
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("pit")
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+MapAndTokens = tuple[Tensor, Tensor]  # B C H W, B T C
+
+
+@torch.fx.wrap  # both: FX looks only into the module that defines `forward`, which is base.py
+@register_notrace_function
+def resize_to(embedding: Tensor, x: Tensor) -> Tensor:
+    """Position embedding 1 C h w, resized (bicubic) to the map x, B C H W; the same tensor if it fits already.
+
+    A size that torch.export keeps open always goes through the resize, which is exact where nothing changes.
+    """
+    size = x.shape[-2:]
+    if all(isinstance(side, int) for side in size) and size == embedding.shape[-2:]:
+        return embedding
+    return F.interpolate(embedding.float(), size, mode="bicubic", align_corners=False).to(embedding.dtype)
+
+
+class Pool(nn.Module):
+    """Between stages: the map by a strided depthwise convolution, the tokens by one shared linear layer (paper, fig. 2).
+
+    The convolution has `dim` groups: output channel c reads input channel c // (out_dim // dim).
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, groups=dim)
+        self.fc = nn.Linear(dim, out_dim)
+
+    def forward(self, x: MapAndTokens) -> MapAndTokens:
+        return self.conv(x[0]), self.fc(x[1])
+
+
+class TokenStage(Stage):
+    """A stage on (map, class tokens): the blocks attend over both together, tokens in front."""
+
+    def forward(self, x: MapAndTokens) -> MapAndTokens:
+        x, tokens = self.downsample(x)
+        height, width = x.shape[-2:]
+        count = tokens.shape[1]
+        x = torch.cat([tokens, x.flatten(2).mT], 1)  # B T+HW C
+        x = self.run_blocks(x)
+        return x[:, count:].mT.unflatten(2, (height, width)), x[:, :count]
+
+
+class TokenNorm(nn.LayerNorm):
+    """The final norm: of the class tokens only."""
+
+    def forward(self, x: MapAndTokens) -> Tensor:  # -> B T C
+        return super().forward(x[1])
+
+
+class TokenHead(nn.Module):
+    """A linear layer on the class token and, distilled, another on the distillation token.
+
+    Distilled, the result is the mean of both; with `separate`, while training, the pair (for a loss on each).
+    """
+
+    def __init__(self, dim: int, num_classes: int, distilled: bool, pool: str, drop_rate: float):
+        super().__init__()
+        self.dim, self.distilled, self.separate = dim, distilled, False
+        self.drop = nn.Dropout(drop_rate)
+        self.fc, self.fc_dist = nn.Identity(), None
+        self.pool_type = pool
+        self.reset(num_classes, pool)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """New classifiers where the model is; 0 classes give the pooled token (distilled: their mean), pool "" all tokens."""
+        pool = self.pool_type if pool_type is None else pool_type
+        if pool not in ("token", ""):
+            raise ValueError(f"global_pool must be 'token' or '', got {pool!r}: PiT normalises nothing but its class tokens")
+        if pool == "" and num_classes:
+            raise ValueError(f"{num_classes} classes need global_pool='token'; '' returns the tokens as they are")
+        self.pool_type = pool
+
+        like = next(self.parameters(), None)
+
+        def layer() -> nn.Module:
+            linear = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+            return linear if like is None else linear.to(like.device, like.dtype)
+
+        self.fc = layer()
+        self.fc_dist = layer() if self.distilled else None
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # B T C -> B num_classes
+        x = self.drop(x)
+        if self.pool_type == "":
+            return x
+        main = x[:, 0] if pre_logits else self.fc(x[:, 0])
+        if self.fc_dist is None:
+            return main
+        distillation = x[:, 1] if pre_logits else self.fc_dist(x[:, 1])
+        if self.separate and self.training:
+            return main, distillation
+        return (main + distillation) / 2
+
+
+class PiT(StagedBackbone):
+    """base_dims: channels per head; heads: of the three stages, whose width is their product; patch_size, stride: of the
+    overlapping stem; drop_path_rate: block b of n has rate * b / n; distilled: a second token and classifier.
+
+    Returned maps are as the blocks leave them: the final norm is for the class tokens, which `forward_features` returns.
+    """
+
+    family = "pit"
+    default_out_indices = (0, 1, 2)
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 8,
+        base_dims: Sequence[int] = (48, 48, 48),
+        depths: Sequence[int] = (2, 6, 4),
+        heads: Sequence[int] = (2, 4, 8),
+        mlp_ratio: float = 4.0,
+        distilled: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.patch_size, self.stride, self.min_size = patch_size, stride, patch_size
+        dims = [base * count for base, count in zip(base_dims, heads)]
+        self.patch_embed = nn.Conv2d(in_chans, dims[0], patch_size, stride=stride)
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dims[0], *self.grid(img_size)), std=0.02))
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + distilled, dims[0]), std=0.02))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        first = [sum(depths[:i]) for i in range(len(depths))]
+
+        def block(i: int, b: int) -> Block:
+            return Block(
+                dims[i],
+                heads[i],
+                mlp_ratio,
+                qkv_bias=True,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path_rate * (first[i] + b) / sum(depths),
+                norm_layer=LayerNorm,
+            )
+
+        self.stages = nn.ModuleList(
+            TokenStage(Pool(dims[i - 1], dims[i]) if i else nn.Identity(), [block(i, b) for b in range(depth)])
+            for i, depth in enumerate(depths)
+        )
+        self.norm = TokenNorm(dims[-1], eps=1e-6)
+        head = TokenHead(dims[-1], num_classes, distilled, global_pool, drop_rate)
+        self.finish(dims, [stride * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, head=head)
+
+    def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the first stage's map for images of this size, pixels."""
+        sides = to_2tuple(img_size)
+        if min(sides) < self.patch_size:
+            raise ValueError(f"img_size {img_size} is too small: this model needs at least {self.patch_size} pixels a side")
+        return tuple((side - self.patch_size) // self.stride + 1 for side in sides)
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the position embedding itself to images of this size, so that no resize is left for run time."""
+        resized = resize_to(self.pos_embed.detach(), torch.empty(1, 1, *self.grid(img_size), device="meta"))
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+
+    def embed(self, x: Tensor) -> MapAndTokens:
+        x = super().embed(x)
+        x = self.pos_drop(x + resize_to(self.pos_embed, x))
+        return x, self.cls_token.expand(x.shape[0], -1, -1)
+
+    def feature(self, x: MapAndTokens, index: int, norm: bool) -> Tensor:
+        return x[0]
+
+    def output(self, x: MapAndTokens | Tensor) -> Tensor:
+        """Class tokens, B T C: normalised after the last stage, as they are after an earlier one."""
+        return x[1] if isinstance(x, tuple) else x
+
+    @torch.jit.ignore
+    def set_distilled_training(self, enable: bool = True) -> None:
+        """While training, return the logits of the class token and of the distillation token apart, for a loss on each."""
+        if not self.head.distilled:
+            raise ValueError("this model has no distillation token; create a pit_*_distilled")
+        self.head.separate = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
+        return (self.head.fc, self.head.fc_dist) if self.head.distilled else self.head.fc
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return super().group_matcher(coarse) | {"stem": r"^(?:patch_embed|pos_embed|cls_token)"}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+
+TI = {"patch_size": 16, "stride": 8, "base_dims": (32, 32, 32), "depths": (2, 6, 4), "heads": (2, 4, 8)}
+XS = {"patch_size": 16, "stride": 8, "base_dims": (48, 48, 48), "depths": (2, 6, 4), "heads": (2, 4, 8)}
+S = {"patch_size": 16, "stride": 8, "base_dims": (48, 48, 48), "depths": (2, 6, 4), "heads": (3, 6, 12)}
+B = {"patch_size": 14, "stride": 7, "base_dims": (64, 64, 64), "depths": (3, 6, 4), "heads": (4, 8, 16)}
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> PiT:
+    return build(PiT, name, pretrained, **kwargs)
+
+
+@register_model
+def pit_ti(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_ti", pretrained, **TI | kwargs)
+
+
+@register_model
+def pit_xs(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_xs", pretrained, **XS | kwargs)
+
+
+@register_model
+def pit_s(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_s", pretrained, **S | kwargs)
+
+
+@register_model
+def pit_b(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_b", pretrained, **B | kwargs)
+
+
+@register_model
+def pit_ti_distilled(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_ti_distilled", pretrained, **TI | {"distilled": True} | kwargs)
+
+
+@register_model
+def pit_xs_distilled(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_xs_distilled", pretrained, **XS | {"distilled": True} | kwargs)
+
+
+@register_model
+def pit_s_distilled(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_s_distilled", pretrained, **S | {"distilled": True} | kwargs)
+
+
+@register_model
+def pit_b_distilled(pretrained: bool = False, **kwargs) -> PiT:
+    return _create("pit_b_distilled", pretrained, **B | {"distilled": True} | kwargs)

@@ -1,0 +1,53 @@
+"""PiT checkpoints: the authors' and timm's."""
+
+import re
+
+from torch import Tensor, nn
+
+from weights.convert import resample_position_embedding
+
+FOREIGN = [  # authors' or timm's name -> ours, as regular expressions
+    (r"^patch_embed\.conv\.", "patch_embed."),
+    (r"^transformers\.(\d+)\.pool\.", r"stages.\1.downsample."),  # timm's pool opens the next stage
+    (r"^transformers\.", "stages."),
+    (r"^pools\.(\d+)\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+]
+NATIVE = [  # ours -> the authors'
+    (r"^patch_embed\.", "patch_embed.conv."),
+    (r"^stages\.(\d+)\.downsample\.", lambda m: f"pools.{int(m[1]) - 1}."),
+    (r"^stages\.", "transformers."),
+    (r"^head\.fc_dist\.", "head_dist."),
+    (r"^head\.fc\.", "head."),
+]
+
+
+def source_format(keys) -> str:
+    """Which program wrote a state dict with these keys."""
+    keys = list(keys)
+    if any(re.match(r"transformers\.\d+\.pool\.", key) for key in keys):
+        return "timm"
+    return "official" if any(key.startswith("transformers.") for key in keys) else "native"
+
+
+def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if source_format(state_dict) != "native":
+        state_dict = {rename(key, FOREIGN): value for key, value in state_dict.items()}
+    if "pos_embed" in state_dict:
+        grid = tuple(model.pos_embed.shape[-2:])
+        state_dict = state_dict | {"pos_embed": resample_position_embedding(state_dict["pos_embed"], grid)}
+    return state_dict
+
+
+def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return {rename(key, NATIVE): value for key, value in state_dict.items()}
+
+
+def rename(key: str, rules) -> str:
+    """The first rule that matches rewrites the key."""
+    for pattern, replacement in rules:
+        new, count = re.subn(pattern, replacement, key)
+        if count:
+            return new
+    return key
