@@ -2,12 +2,16 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import torch
 
 from weights import manifest
+from weights.convert import unwrap
+from weights.load import open_checkpoint
 
+HEAD = r"(^|\.)head\.bias$"  # the classifier's bias in the authors' files
 GENERIC = {"model.safetensors", "pytorch_model.bin"}  # names that every model on a hub shares
 
 
@@ -100,7 +104,11 @@ def overlay(name: str, pretrained_cfg=None, pretrained_cfg_overlay: dict | None 
         return given
     checkpoint = manifest.find(name, cfg.tag)
     if checkpoint and cfg.url == address(checkpoint):
-        return given | {"file": str(_fetch(checkpoint, cache_dir, progress=True))}
+        given["file"] = str(_fetch(checkpoint, cache_dir, progress=True))
+        if checkpoint.get("classes_from_file"):
+            state = unwrap(open_checkpoint(given["file"]))
+            given["num_classes"] = next(len(value) for key, value in state.items() if re.search(HEAD, key))
+        return given
     if cfg.url:
         return given | {"file": str(_fetch({"url": cfg.url, "name": name, "tag": cfg.tag}, cache_dir, progress=True))}
     return given  # no weights: timm says so

@@ -269,9 +269,10 @@ def safe_reading(path: str | Path) -> Iterator[None]:
     except (pickle.UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):  # timm's own wording of the refusal
             raise
-        wanted = re.findall(r"(?:GLOBAL|globals:) ([\w.]+(?:, [\w.]+)*?)\.? ", str(error))
+        found = re.findall(r"(?:GLOBAL|globals:) ([\w.]+(?:, [\w.]+)*?)\.? ", str(error))
+        wanted = ", ".join(dict.fromkeys(found)).rstrip(".") or str(error)
         raise ValueError(
-            f"{path} is refused: reading it would execute code from the file ({', '.join(dict.fromkeys(wanted)) or error}). "
+            f"{path} is refused: reading it would execute code from the file ({wanted}). "
             "If you trust whoever made it, rewrite it where that code is installed, "
             "torch.save(torch.load(path, weights_only=False)['model'], 'new.pth'), and load the new file"
         ) from error

@@ -5,14 +5,8 @@ from importlib import resources
 
 import yaml
 
-OURS = (
-    "by_hand",
-    "file_name",
-    "sha256",
-    "published",
-    "measured",
-    "note",
-)  # what the manifest says beyond timm's pretrained cfg
+# What timm's pretrained cfg has no field for.
+OURS = ("by_hand", "file_name", "sha256", "published", "measured", "note", "classes_from_file")
 
 
 @functools.cache
