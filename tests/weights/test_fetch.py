@@ -40,8 +40,8 @@ def sha256(path) -> str:
 
 
 def test_a_file_is_downloaded_once_and_verified(published, tmp_path):
-    published()
-    entry, _ = published(sha256=sha256(tmp_path / "server" / "published.pth"))
+    entry, _ = published()
+    entry["sha256"] = sha256(tmp_path / "server" / "published.pth")
     path = weights.fetch("poolformer_s12_gn", progress=False)
     assert path == tmp_path / "cache" / "published.pth"
     (tmp_path / "server" / "published.pth").unlink()
@@ -118,8 +118,9 @@ def test_pretrained_models_hold_the_published_weights(published, monkeypatch, cr
 
 
 def test_a_users_own_address_and_file_are_not_held_against_the_manifest(published, tmp_path):
-    entry, state = published(sha256="0" * 64)
-    for overlay in ({"url": f"file://{tmp_path}/server/published.pth"}, {"file": str(tmp_path / "server" / "published.pth")}):
+    _, state = published(sha256="0" * 64)
+    (tmp_path / "server" / "published.pth").rename(tmp_path / "server" / "own.pth")
+    for overlay in ({"url": f"file://{tmp_path}/server/own.pth"}, {"file": str(tmp_path / "server" / "own.pth")}):
         model = timm.create_model("poolformer_s12_gn", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
         assert torch.equal(model.head.fc.weight, state["head.weight"])
     with pytest.raises(FileNotFoundError, match="absent.pth, which does not exist"):
