@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference, tiled
+from . import cpp_backend, reference, tiled
 
 __all__ = ["AUTOMATIC", "BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
 
 _logger = logging.getLogger(__name__)
 
-BACKENDS = {"tiled": tiled, "reference": reference}  # fastest first
+BACKENDS = {"cpp": cpp_backend, "tiled": tiled, "reference": reference}  # fastest first
 
 # What each kind of device tries, fastest first. NATTEN without a GPU is left out: its only path there has no backward and was
 # 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56); it runs when asked for by name.
-AUTOMATIC = {"cpu": ("tiled", "reference")}
+AUTOMATIC = {"cpu": ("cpp", "tiled", "reference")}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Neighbourhood attention on the CPU in C++ (kernels.cpp, tiles.cpp), compiled at first use and kept for every later process.
+
+Forward and recomputing backward with the bias gradient, float32 and bfloat16 (float32 inside), any strides, no attention map:
+extra memory is two numbers per query and, for the backward, what the gradients need. The library goes to torch's extension
+folder (TORCH_EXTENSIONS_DIR, by default in the user's cache) under a name that holds a digest of sources, flags and torch
+version. Two processes may ask for it at once: one compiles, the other waits, and the finished file appears in one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from . import Call
+
+_logger = logging.getLogger(__name__)
+
+SOURCES = [Path(__file__).with_name("kernels.cpp"), Path(__file__).with_name("tiles.cpp")]  # the first includes the second
+# No -march=native: the file is cached where another machine may find it; kernels.cpp dispatches at run time. -fopenmp makes
+# at::parallel_for parallel; Apple's compiler has none.
+FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else [])]
+
+
+def refuses(call: Call) -> str | None:
+    """Why this call cannot run here, or None. The first call that could run compiles the library."""
+    if call.q.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {call.q.device}"
+    if call.q.dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes float32 and bfloat16, not {call.q.dtype}"
+    if max(call.kernel) > 15:
+        return f"its vectors of 16 keys hold kernels up to 15, not {call.kernel}"
+    return unavailable()
+
+
+def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
+    """Map and table strides are free, only the numbers of one token must be contiguous."""
+    q, k, v = (_token_contiguous(t) for t in (call.q, call.k, call.v))
+    bias = None if call.bias is None else call.bias.float().contiguous()
+    return torch.ops.backbones.neighborhood_cpu(q, k, v, bias, list(call.kernel), list(call.dilation), call.scale)[0]
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Loads the library, compiling it if need be. None, or the sentence that says why there is none (logged once)."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        torch.ops.load_library(library())
+    except Exception as error:
+        reason = f"its C++ library could not be built or loaded ({_first_line(error)})"
+        _logger.warning("neighbourhood attention runs without its C++ kernel: %s", reason)
+        return reason
+    _register()
+    return None
+
+
+def library() -> Path:
+    """Path of the compiled library, compiled if no process has done so yet. Raises what the compiler or linker raises."""
+    digest = hashlib.sha256(repr([*FLAGS, torch.__version__, platform.machine()]).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    path = root / f"backbones_neighborhood_{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(path)
+    return path
+
+
+def _compile(path: Path) -> None:
+    from torch.utils import cpp_extension
+
+    _logger.info("compiling the neighbourhood attention kernel, once for this machine (about half a minute)")
+    start = time.monotonic()
+    search = os.environ.get("PATH", "")
+    folder = tempfile.mkdtemp(prefix=f"{path.stem}_", dir=path.parent)
+    try:
+        # an environment that is used but not activated has its ninja beside its python
+        os.environ["PATH"] = os.pathsep.join([search, str(Path(sys.executable).parent)])
+        cpp_extension.load(
+            name="neighborhood",
+            sources=[str(SOURCES[0])],
+            extra_cflags=FLAGS,
+            build_directory=folder,
+            is_python_module=False,
+        )
+        os.replace(Path(folder) / "neighborhood.so", path)
+    finally:
+        os.environ["PATH"] = search
+        shutil.rmtree(folder, ignore_errors=True)
+    _logger.info("compiled in %.0f s: %s", time.monotonic() - start, path)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time, released when it dies. Without fcntl both may compile, which only costs time."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _token_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _register() -> None:
+    """Shapes, gradients and operation counts of the operators that the library has brought."""
+
+    @torch.library.register_fake("backbones::neighborhood_cpu")
+    def _(q, k, v, bias, kernel, dilation, scale):
+        batch, height, width, heads, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((batch, heads, height, width, 2), dtype=torch.float32)
+
+    @torch.library.register_fake("backbones::neighborhood_cpu_backward")
+    def _(dout, q, k, v, bias, stats, kernel, dilation, scale):
+        table = (0,) if bias is None else bias.shape
+        return *(q.new_empty(q.shape) for _ in range(3)), q.new_empty(table, dtype=torch.float32)
+
+    def setup_context(ctx, inputs, output):
+        q, k, v, bias, *ctx.arguments = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, bias, output[1])
+
+    def backward(ctx, grad, _):
+        q, k, v, bias, stats = ctx.saved_tensors
+        grads = torch.ops.backbones.neighborhood_cpu_backward(_token_contiguous(grad), q, k, v, bias, stats, *ctx.arguments)
+        return *grads[:3], None if bias is None else grads[3], None, None, None
+
+    torch.library.register_autograd("backbones::neighborhood_cpu", backward, setup_context=setup_context)
