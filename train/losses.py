@@ -281,7 +281,7 @@ def gradient(
 
 
 # Scale and shift invariance: MiDaS (Ranftl et al. 2020, https://arxiv.org/abs/1907.01341). The MiDaS and DPT repositories
-# have no losses; "code" is what two of the authors published as gists, "paper" the article's equations. They differ in four places:
+# have no losses; "code" is what two of the authors published as gists, "paper" the article's equations. Four differences:
 #
 #                        code                                       paper
 #   mean over images     sums of the batch / pixels of the batch    per image, then the mean over images
