@@ -145,7 +145,7 @@ def check(
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(item, int) for item in pair):
         raise TypeError(f"{name} must be an int or a pair of ints (rows, columns), got {value!r}")
     return pair

@@ -104,7 +104,7 @@ const Kernels& kernels() {
 }
 
 Map map_of(const at::Tensor& t) {
-    TORCH_CHECK(t.size(4) <= 1 || t.stride(4) == 1, "the last dimension must be contiguous");
+    TORCH_CHECK(t.numel() == 0 || t.size(4) == 1 || t.stride(4) == 1, "the last dimension must be contiguous");
     return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
