@@ -1,0 +1,216 @@
+"""Joint transforms: image, mask and depth stay aligned, and no value appears that was not there."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+
+from train.transforms import AugmentConfig, Seeded, build_transform, pick_nearest, seeded
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.5)
+
+
+def sample(height=48, width=64):
+    """A picture that encodes its own position: red = row, green = column; mask and depth repeat it in coarse steps."""
+    rows = torch.arange(height)[:, None].expand(height, width)
+    columns = torch.arange(width)[None].expand(height, width)
+    image = torch.stack([rows * 4, columns * 3, torch.full_like(rows, 90)]).to(torch.uint8)
+    mask = (rows // 8 * 8 + columns // 8) % 200
+    depth = 1 + rows.float() / height + (columns // 8).float()
+    depth[:6] = 0
+    return {
+        "image": tv_tensors.Image(image),
+        "mask": tv_tensors.Mask(mask.long()),
+        "depth": tv_tensors.Mask(depth[None]),
+        "path": "here",
+    }
+
+
+def image_values(image):
+    """Back from normalised to 0..255."""
+    return 255 * (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])
+
+
+GEOMETRY = [
+    AugmentConfig(),
+    AugmentConfig(hflip=1.0, vflip=1.0),
+    AugmentConfig(crop="area", scale=(0.3, 1.0), hflip=0.5),
+    AugmentConfig(crop="scale", scale=(0.5, 2.0), hflip=0.5),
+    AugmentConfig(crop="scale", scale=(0.5, 2.0), interpolation="bicubic", color_jitter=0.4, color_jitter_prob=1.0),
+    AugmentConfig(crop="pad", pad=7, vflip=0.5),
+    AugmentConfig(rotate=30.0),
+]
+
+
+@pytest.mark.parametrize("augment", GEOMETRY)
+def test_training_output_has_the_size_and_only_values_of_the_input(augment):
+    transform = build_transform(True, ("mask", "depth"), (40, 56), MEAN, STD, augment)
+    source = sample()
+    for _ in range(5):
+        out = transform(source)
+        assert {key: tuple(value.shape) for key, value in out.items() if key != "path"} == {
+            "image": (3, 40, 56),
+            "mask": (40, 56),
+            "depth": (1, 40, 56),
+        }
+        assert (out["image"].dtype, out["mask"].dtype, out["depth"].dtype) == (torch.float32, torch.int64, torch.float32)
+        assert all(type(out[key]) is torch.Tensor for key in ("image", "mask", "depth"))
+        assert set(out["mask"].unique().tolist()) <= set(source["mask"].unique().tolist()) | {255}
+        assert set(out["depth"].unique().tolist()) <= set(source["depth"].unique().tolist()) | {0.0}
+
+
+@pytest.mark.parametrize("augment", [a for a in GEOMETRY if not a.color_jitter])
+def test_image_mask_and_depth_show_the_same_place(augment):
+    """The colour of a pixel says where it came from; mask and depth there must be those of that place."""
+    source = sample()
+    transform = build_transform(True, ("mask", "depth"), (40, 56), MEAN, STD, augment)
+    for _ in range(5):
+        out = transform(source)
+        red, green, blue = image_values(out["image"])
+        rows, columns = red / 4, green / 3
+        inside = (out["mask"] != 255) & ((blue - 90).abs() < 1)  # not padding, not blended with it
+        within = (rows % 8 - 4).abs() < 1.5  # away from the coarse steps' borders
+        within &= ((columns % 8 - 4).abs() < 1.5) & inside
+        assert within.sum() > 20
+        expected = (rows[within] // 8 * 8 + columns[within] // 8) % 200
+        assert (out["mask"][within] == expected).float().mean() > 0.99
+        depth = out["depth"][0][within]
+        near = (depth - (1 + rows[within] / 48 + columns[within] // 8)).abs() < 0.06
+        assert (near | (depth == 0)).float().mean() > 0.99
+        assert (depth > 0).any()
+
+
+def test_padding_is_void_missing_and_mean_colour():
+    transform = build_transform(
+        True, ("mask", "depth"), (40, 56), MEAN, STD, AugmentConfig("scale", (0.5, 0.5)), ignore_index=99
+    )
+    out = transform(sample())
+    border = out["mask"] == 99
+    assert 0.5 < border.float().mean() < 0.9
+    assert (out["depth"][0][border] == 0).all()
+    assert out["image"][:, border].abs().max() < 0.02  # mean colour, up to rounding to 8 bits
+
+
+def test_zoom_changes_depth_only_when_asked():
+    source = sample()
+    kept = build_transform(True, ("depth",), (40, 56), MEAN, STD, AugmentConfig("scale", (2.0, 2.0)))(source)
+    zoomed = build_transform(True, ("depth",), (40, 56), MEAN, STD, AugmentConfig("scale", (2.0, 2.0), zoom_depth=True))(source)
+    values = set(source["depth"].unique().tolist())
+    assert set(kept["depth"].unique().tolist()) <= values
+    assert set((2 * zoomed["depth"]).unique().tolist()) <= values
+
+
+@pytest.mark.parametrize(("old", "new"), [((6, 8), (3, 4)), ((6, 8), (12, 24)), ((5, 7), (3, 4)), ((5, 7), (9, 11))])
+def test_nearest_is_the_pixel_under_the_centre(old, new):
+    values = torch.arange(old[0] * old[1]).view(old)
+    expected = torch.nn.functional.interpolate(values[None, None].double(), new, mode="nearest-exact")[0, 0].long()
+    assert torch.equal(pick_nearest(values, new), expected)
+
+
+def test_evaluation_resizes_the_image_and_leaves_targets_alone():
+    source = sample()
+    out = build_transform(False, ("mask", "depth"), (24, 20), MEAN, STD)(source)
+    assert out["image"].shape == (3, 24, 20)
+    assert torch.equal(out["mask"], source["mask"].as_subclass(torch.Tensor))
+    assert torch.equal(out["depth"], source["depth"].as_subclass(torch.Tensor))
+
+
+def test_classification_evaluation_is_resize_and_centre_crop():
+    image = tv_tensors.Image(torch.zeros(3, 100, 200, dtype=torch.uint8))
+    image[:, 25:75, 75:125] = 255  # the middle quarter of the square centre
+    out = build_transform(False, ("label",), (50, 50), (0.0,) * 3, (1.0,) * 3, AugmentConfig(eval_crop=0.5))(
+        {"image": image, "label": 3, "path": ""}
+    )
+    assert out["image"].shape == (3, 50, 50)
+    assert out["image"].mean() > 0.97  # 100x100 at half the crop: only white is left
+    assert out["label"] == 3
+
+
+def test_normalisation_is_by_channel():
+    source = {"image": tv_tensors.Image(torch.full((3, 8, 8), 51, dtype=torch.uint8)), "label": 0, "path": ""}
+    out = build_transform(False, ("label",), (8, 8), MEAN, STD)(source)["image"]
+    torch.testing.assert_close(out[:, 0, 0], (0.2 - torch.tensor(MEAN)) / torch.tensor(STD))
+    with pytest.raises(ValueError, match="3 channels, mean and std have 1"):
+        build_transform(False, ("label",), (8, 8), (0.5,), (0.5,))(source)
+
+
+def test_timm_policies_and_erasing_change_the_image():
+    source = {"image": tv_tensors.Image(torch.randint(255, (3, 32, 32), dtype=torch.uint8)), "label": 1, "path": ""}
+    plain = build_transform(True, ("label",), (32, 32), MEAN, STD)(source)["image"]
+    for augment in (
+        AugmentConfig(auto_augment="rand-m9-n2"),
+        AugmentConfig(auto_augment="v0"),
+        AugmentConfig(random_erasing=1.0),
+    ):
+        changed = build_transform(True, ("label",), (32, 32), MEAN, STD, augment)
+        assert any((changed(source)["image"] != plain).any() for _ in range(8))
+
+
+@pytest.mark.parametrize(
+    ("targets", "augment", "words"),
+    [
+        (("mask",), AugmentConfig(auto_augment="rand-m9"), "classification only"),
+        (("depth",), AugmentConfig(random_erasing=0.5), "classification only"),
+        (("mask",), AugmentConfig(eval_crop=0.9), "classification only"),
+        (("label",), AugmentConfig(auto_augment="best"), "must start with"),
+        (("label",), AugmentConfig(crop="centre"), "resize, area, scale or pad"),
+        (("label",), AugmentConfig(crop="area", scale=(0.5, 1.5)), "share"),
+        (("label",), AugmentConfig(scale=(2.0, 1.0)), "low <= high"),
+        (("label",), AugmentConfig(hflip=2.0), "probability"),
+        (("depth",), AugmentConfig(zoom_depth=True), "crop 'scale'"),
+    ],
+)
+def test_settings_that_contradict_are_refused(targets, augment, words):
+    with pytest.raises(ValueError, match=words):
+        build_transform(True, targets, (32, 32), MEAN, STD, augment)
+
+
+class Noise(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {**sample(), "path": str(index)}
+
+
+def draws(dataset):
+    return [dataset[i]["image"] for i in range(len(dataset))]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index():
+    augment = AugmentConfig("scale", (0.5, 2.0), color_jitter=0.4, color_jitter_prob=1.0)
+    transform = build_transform(True, ("mask",), (24, 24), MEAN, STD, augment)
+    first = draws(Seeded(Noise(), transform, seed=1))
+    random.seed(5), np.random.seed(6), torch.manual_seed(7)
+    again = Seeded(Noise(), transform, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, draws(again), strict=True))
+    assert torch.equal(again[2, 0]["image"], first[2])
+    assert not torch.equal(first[0], first[1])
+    again.set_epoch(1)
+    assert not any(torch.equal(a, b) for a, b in zip(first, draws(again), strict=True))
+    assert torch.equal(again[3, 0]["image"], first[3])
+    assert not torch.equal(Seeded(Noise(), transform, seed=2)[0]["image"], first[0])
+
+
+def test_loader_workers_draw_the_same_and_see_a_new_epoch():
+    transform = build_transform(True, ("mask",), (24, 24), MEAN, STD, AugmentConfig("scale", (0.5, 2.0)))
+    dataset = Seeded(Noise(), transform, seed=1)
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        loaded = torch.cat([batch["image"] for batch in loader])
+        assert torch.equal(loaded, torch.stack(draws(dataset)))
+
+
+def test_seeding_leaves_the_generators_as_they_were():
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = random.random(), np.random.rand(), float(torch.rand(()))
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    with seeded(1, 2, 3):
+        inside = random.random(), np.random.rand(), float(torch.rand(()))
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == expected
+    with seeded(1, 2, 3):
+        assert (random.random(), np.random.rand(), float(torch.rand(()))) == inside != expected
