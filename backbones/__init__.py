@@ -2,7 +2,8 @@
 
 import timm
 
-from backbones import nat, pit, poolformer, swin  # noqa: F401
+from backbones import cvt, nat, pit, poolformer, swin  # noqa: F401
+from backbones.fuse import fuse  # noqa: F401
 
 
 def list_models(filter: str = "") -> list[str]:

@@ -1,0 +1,343 @@
+"""CvT: attention whose queries, keys and values come from depthwise convolutions over the map of tokens.
+
+Paper:  Wu et al. 2021, "CvT: Introducing Convolutions to Vision Transformers", https://arxiv.org/abs/2103.15808
+Source: github.com/microsoft/CvT @ f851e68 (MIT). Released weights load through weights/convert/cvt.py.
+Differs from the source: a batch of one keeps its batch axis; any H, W (the source has no fixed size either).
+
+Shapes: B batch, H W map height and width, C channels, h heads, d = C // h, N tokens of a stage: T + HW with T = 1 in a stage
+that has a class token (in the released models the last), else 0. Maps are B C H W views of tokens in memory: the convolutions
+read them as channels_last, without a copy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, QuickGELU
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.fuse import fold_batch_norm
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("cvt")
+
+MapAndToken = tuple[Tensor, Tensor | None]  # B C H W, B 1 C
+
+
+class ConvEmbed(nn.Module):
+    """Overlapping patches by a strided convolution, then LayerNorm over channels (paper, sec. 3.1)."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride=stride, padding=padding)
+        self.norm = nn.LayerNorm(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B dim H/s W/s
+        return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNorm(nn.Module):
+    """Depthwise convolution and BatchNorm, with no activation between or after (paper, sec. 3.2)."""
+
+    def __init__(self, dim: int, kernel: int, stride: int, padding: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel, stride=stride, padding=padding, groups=dim, bias=False)
+        self.bn = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B C H/s W/s
+        return self.bn(self.conv(x))
+
+    def fused(self) -> nn.Conv2d:
+        """One convolution with the same result in evaluation."""
+        return fold_batch_norm(self.conv, self.bn)
+
+
+class Attention(nn.Module):
+    """Attention over projections of convolved maps; the class token skips the convolutions.
+
+    convolution: "dw_bn", or "avg": q is left as it is, k and v are one average-pooled map; kernel, stride, padding: of k and v
+    (q has stride 1 and keeps the size); class_token: whether the first token is one; qkv_bias: of the three projections only.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        convolution: str,
+        kernel: int,
+        stride: int,
+        padding: int,
+        class_token: bool,
+        qkv_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{dim} channels cannot be split over {heads} heads")
+        self.heads, self.class_token, self.attn_drop = heads, class_token, attn_drop
+        self.scale = dim**-0.5  # of the whole width, as the released weights were trained; not of a head
+        self.conv_proj_v = None
+        if convolution == "dw_bn":
+            self.conv_proj_q = ConvNorm(dim, kernel, 1, kernel // 2)
+            self.conv_proj_k = ConvNorm(dim, kernel, stride, padding)
+            self.conv_proj_v = ConvNorm(dim, kernel, stride, padding)
+        elif convolution == "avg":
+            self.conv_proj_q = nn.Identity()
+            self.conv_proj_k = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True)
+        else:
+            raise ValueError(f"convolution must be 'dw_bn' or 'avg', got {convolution!r}")
+        self.proj_q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj_k = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj_v = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # B N C -> B N C
+        image = x[:, 1:] if self.class_token else x
+        image = image.mT.unflatten(2, (height, width))
+        q, k = self.conv_proj_q(image), self.conv_proj_k(image)
+        v = k if self.conv_proj_v is None else self.conv_proj_v(image)
+        q, k, v = self.proj_q(self.tokens(q, x)), self.proj_k(self.tokens(k, x)), self.proj_v(self.tokens(v, x))
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # B h N d
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def tokens(self, image: Tensor, x: Tensor) -> Tensor:
+        """The map as tokens, with the class token of x in front if there is one."""
+        image = image.flatten(2).mT
+        return torch.cat([x[:, :1], image], 1) if self.class_token else image
+
+
+class QuickGeluMlp(Mlp):
+    """fc1, x * sigmoid(1.702 x), fc2. The exact GELU of the Hugging Face port gives other logits."""
+
+    def __init__(self, dim: int, hidden: int, drop: float):
+        super().__init__(dim, hidden, act_layer=QuickGELU, drop=drop)
+
+    @torch.no_grad()
+    def fused(self) -> Mlp:
+        """The same with SiLU, one pass over the hidden map instead of three: quick_gelu(x) = silu(1.702 x) / 1.702."""
+        self.fc1.weight.mul_(1.702)
+        self.fc1.bias.mul_(1.702)
+        self.fc2.weight.div_(1.702)
+        self.act = nn.SiLU()
+        return self
+
+
+class Block(nn.Module):
+    """x + attn(norm1 x), then x + mlp(norm2 x), on all tokens; arguments after drop_path are Attention's."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, proj_drop: float, drop_path: float, **attention):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = Attention(dim, heads, proj_drop=proj_drop, **attention)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = QuickGeluMlp(dim, int(dim * mlp_ratio), proj_drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # B N C -> B N C
+        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class TokenStage(Stage):
+    """Embedding, class token put in front where the stage has one, blocks, class token taken off again."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, class_token: bool):
+        super().__init__(downsample, blocks)
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if class_token else None
+
+    def forward(self, x: MapAndToken) -> MapAndToken:  # an earlier stage's class token ends here
+        x = self.downsample(x[0])
+        height, width = x.shape[-2:]
+        x = x.flatten(2).mT
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, height, width, use_reentrant=False)
+            else:
+                x = block(x, height, width)
+        token = None
+        if self.cls_token is not None:
+            token, x = x[:, :1], x[:, 1:]
+        return x.mT.unflatten(2, (height, width)), token
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm of the map's channels and of the class token."""
+
+    def forward(self, x: MapAndToken) -> MapAndToken:
+        image = super().forward(x[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return image, None if x[1] is None else super().forward(x[1])
+
+
+class Head(nn.Module):
+    """A linear layer on the class token (pool "token"), or on the mean of the map ("avg"); "" pools nothing.
+
+    In: B C H W, or B 2C H W where the second C channels hold the class token at every position.
+    """
+
+    def __init__(self, dim: int, num_classes: int, class_token: bool, pool: str, drop_rate: float):
+        super().__init__()
+        self.dim, self.class_token, self.pool_type = dim, class_token, pool
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Identity()
+        self.reset(num_classes, pool)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """New classifier where the model is; 0 classes give the pooled vector, pool "" the features as they are."""
+        pool = self.pool_type if pool_type is None else pool_type
+        allowed = ("token", "avg", "") if self.class_token else ("avg", "")
+        if pool not in allowed:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))} for this model, got {pool!r}")
+        if pool == "" and num_classes:
+            raise ValueError(f"{num_classes} classes need pooled features: pass a global_pool that is not ''")
+        self.pool_type = pool
+        like = next(self.parameters(), None)
+        linear = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+        self.fc = linear if like is None else linear.to(like.device, like.dtype)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B C H W or B 2C H W -> B num_classes
+        if self.pool_type == "token":
+            x = x[:, self.dim :, 0, 0]
+        elif self.pool_type == "avg":
+            x = x[:, : self.dim].mean((2, 3))
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class CvT(StagedBackbone):
+    """patches: (kernel, stride, padding) of each stage's embedding; convolutions: "dw_bn" (released) or "avg" per stage;
+    kv: (kernel, stride, padding) of each stage's keys and values; class_tokens, qkv_bias: per stage; global_pool: "token"
+    (default where the last stage has a class token), "avg" or ""; drop_path_rate: of the last block, rising linearly from 0
+    within the last stage, the others having none (the authors trained with 0.1, W24 with 0.3).
+
+    `forward_features` gives the normalised last map; with a class token in the last stage B 2C H W, the second C channels
+    holding the normalised token at every position, so that `forward_head` gives the authors' logits. Maps taken from the
+    stages (features_only, forward_intermediates) have C channels and no norm.
+    """
+
+    family = "cvt"
+    default_out_indices = (0, 1, 2)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 192, 384),
+        depths: Sequence[int] = (1, 2, 10),
+        heads: Sequence[int] = (1, 3, 6),
+        mlp_ratios: Sequence[float] = (4, 4, 4),
+        patches: Sequence[tuple[int, int, int]] = ((7, 4, 2), (3, 2, 1), (3, 2, 1)),
+        convolutions: Sequence[str] = ("dw_bn", "dw_bn", "dw_bn"),
+        kv: Sequence[tuple[int, int, int]] = ((3, 2, 1), (3, 2, 1), (3, 2, 1)),
+        class_tokens: Sequence[bool] = (False, False, True),
+        qkv_bias: Sequence[bool] = (True, True, True),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        last = len(dims) - 1
+        self.min_size = patches[0][0] - 2 * patches[0][2]
+        self.patch_embed = ConvEmbed(in_chans, dims[0], *patches[0])
+        self.stages = nn.ModuleList(
+            TokenStage(
+                ConvEmbed(dims[i - 1], dim, *patches[i]) if i else nn.Identity(),
+                [
+                    Block(
+                        dim,
+                        heads[i],
+                        mlp_ratios[i],
+                        proj_drop_rate,
+                        drop_path_rate * b / max(depths[i] - 1, 1) if i == last else 0.0,
+                        convolution=convolutions[i],
+                        kernel=kv[i][0],
+                        stride=kv[i][1],
+                        padding=kv[i][2],
+                        class_token=class_tokens[i],
+                        qkv_bias=qkv_bias[i],
+                        attn_drop=attn_drop_rate,
+                    )
+                    for b in range(depths[i])
+                ],
+                dim,
+                class_tokens[i],
+            )
+            for i, dim in enumerate(dims)
+        )
+        self.norm = FinalNorm(dims[-1], eps=1e-5)
+        strides = [patches[0][1]]
+        for _, stride, _ in patches[1:]:
+            strides.append(strides[-1] * stride)
+        pool = global_pool if global_pool is not None else "token" if class_tokens[-1] else "avg"
+        head = Head(dims[-1], num_classes, class_tokens[-1], pool, drop_rate)
+        self.finish(dims, strides, num_classes, pool, drop_rate, head=head)
+        self.num_features = dims[-1] * (2 if class_tokens[-1] else 1)
+        self.apply(init_linear)
+
+    def embed(self, x: Tensor) -> MapAndToken:
+        return super().embed(x), None
+
+    def feature(self, x: MapAndToken, index: int, norm: bool) -> Tensor:
+        return (self.norm(x) if norm and index == len(self.stages) - 1 else x)[0]
+
+    def output(self, x: MapAndToken) -> Tensor:
+        image, token = x
+        return image if token is None else torch.cat([image, token.mT.unsqueeze(3).expand_as(image)], 1)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        if coarse:
+            return super().group_matcher(coarse)
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|cls_token)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> CvT:
+    return build(CvT, name, pretrained, **kwargs)
+
+
+CVT_13 = {"dims": (64, 192, 384), "depths": (1, 2, 10), "heads": (1, 3, 6)}
+CVT_21 = {"dims": (64, 192, 384), "depths": (1, 4, 16), "heads": (1, 3, 6)}
+CVT_W24 = {"dims": (192, 768, 1024), "depths": (2, 2, 20), "heads": (3, 12, 16)}
+
+
+@register_model
+def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
+    return _create("cvt_13", pretrained, **CVT_13 | kwargs)
+
+
+@register_model
+def cvt_21(pretrained: bool = False, **kwargs) -> CvT:
+    return _create("cvt_21", pretrained, **CVT_21 | kwargs)
+
+
+@register_model
+def cvt_13_384(pretrained: bool = False, **kwargs) -> CvT:
+    return _create("cvt_13_384", pretrained, **CVT_13 | kwargs)
+
+
+@register_model
+def cvt_21_384(pretrained: bool = False, **kwargs) -> CvT:
+    return _create("cvt_21_384", pretrained, **CVT_21 | kwargs)
+
+
+@register_model
+def cvt_w24_384(pretrained: bool = False, **kwargs) -> CvT:
+    return _create("cvt_w24_384", pretrained, **CVT_W24 | kwargs)
