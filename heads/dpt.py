@@ -104,7 +104,7 @@ class DPT(nn.Module):
         width = stem[-1] if stem else width
         if predictor == "depth":
             first, second = predictor_widths or (width // 2, 32)
-            self.predictor = DepthPredictor(width, out_channels, first, second, double=not stem and patch_size is None)
+            self.predictor = DepthPredictor(width, out_channels, first, second, double=patch_size is None)
         elif predictor == "segmentation":
             self.predictor = SegmentationPredictor(width, out_channels, dropout)
         else:

@@ -22,9 +22,12 @@ class FeatureBackbone(nn.Module):
     out_indices: which entries of `feature_info`; default: the last block of each stride, at most the four coarsest (ResNet,
         VGG: strides 4, 8, 16, 32; CrossViT: 2 levels). One-scale models (plain ViTs, mixers): four evenly spaced blocks.
     img_size: (H, W) or int the model is built for, where its constructor takes one. Models that accept other sizes at run time
-        still do; a model bound to one size takes images up to it (padded) and refuses larger ones.
+        still do; a model bound to one size takes images up to it (padded) and refuses larger ones. For a module: the size it
+        was built for, where it does not say so itself.
     prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none.
     norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
+    taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates does
+        not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect ratio.
     backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
 
     Attributes: `model`; `channels` of each map; `strides` as timm states them (hints: PiT's 7, 14, 28 give 31, 16, 8 at 224);
@@ -40,13 +43,14 @@ class FeatureBackbone(nn.Module):
         img_size: int | Sequence[int] | None = None,
         prefix_tokens: bool = False,
         norm: bool = False,
+        taps: Sequence[str] | None = None,
         **backbone_args,
     ):
         super().__init__()
         if isinstance(backbone, nn.Module):
-            if pretrained or backbone_args or img_size is not None:
-                raise TypeError("pretrained, img_size and backbone_args describe a model to create; a module was given")
-            model, self.name, built_size = backbone, type(backbone).__name__, None
+            if pretrained or backbone_args:
+                raise TypeError("pretrained and backbone_args describe a model to create; a module was given")
+            model, self.name, built_size = backbone, type(backbone).__name__, as_pair(img_size)
         else:
             model, built_size = create_backbone(backbone, pretrained, in_chans, img_size, backbone_args)
             self.name = backbone
@@ -56,23 +60,37 @@ class FeatureBackbone(nn.Module):
         entries = feature_entries(model)
         reductions = [entry["reduction"] for entry in entries]
         if out_indices is None:
-            out_indices = default_indices(reductions)
+            out_indices = range(len(entries)) if taps else default_indices(reductions)
+        elif taps:
+            raise TypeError("out_indices and taps both say where the maps come from: give one of them")
         for index in out_indices:
             if not -len(entries) <= index < len(entries):
                 raise ValueError(f"{self.name}: out_indices has {index}; the model has maps 0 to {len(entries) - 1}")
         self.out_indices = sorted(index % len(entries) for index in out_indices)
         self.channels: list[int] = [entries[i]["num_chs"] for i in self.out_indices]
         self.strides: list[int] = [reductions[i] for i in self.out_indices]
-        self.one_scale = len(set(self.strides)) == 1 and len(set(reductions)) == 1
+        self.one_scale = not taps and len(set(self.strides)) == 1 and len(set(reductions)) == 1
         if not isinstance(backbone, nn.Module) and hasattr(model, "prune_intermediate_layers"):
             # what no map needs is cut, so that every parameter left gets a gradient (DDP insists)
             self.out_indices = list(model.prune_intermediate_layers(self.out_indices, prune_norm=not norm))
         self.model = model
         self.norm = norm
+        self.taps = tuple(taps or ())
+        modules = dict(model.named_modules())
+        for tap in self.taps:
+            if tap not in modules:
+                near = difflib.get_close_matches(tap, modules, n=1)
+                raise ValueError(f"{self.name} has no module {tap!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         self.prefix_tokens = False
         if prefix_tokens:
             self.return_prefix_tokens()
         self.multiple, self.fixed_size = self._measure_sizes(in_chans, built_size)
+        if self.taps:
+            size = self.fixed_size or (16 * self.multiple, 16 * self.multiple)
+            maps = self._on_meta(torch.empty(1, in_chans, *size, device="meta", dtype=self._dtype()))
+            maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
+            self.channels = [m.shape[1] for m in maps]
+            self.strides = [round(size[0] / m.shape[2]) for m in maps]
 
     def return_prefix_tokens(self) -> None:
         """From now on return pairs (map, prefix tokens). ValueError if the model has no prefix tokens."""
@@ -100,10 +118,47 @@ class FeatureBackbone(nn.Module):
         return self._intermediates(images)
 
     def _intermediates(self, images: Tensor) -> list:
+        if self.taps:
+            return self._tapped(images)
         extra = {"return_prefix_tokens": True} if self.prefix_tokens else {}
         return self.model.forward_intermediates(
             images, indices=self.out_indices, norm=self.norm, output_fmt="NCHW", intermediates_only=True, **extra
         )
+
+    def _tapped(self, images: Tensor) -> list:
+        outputs: dict[str, Tensor] = {}
+        # hooked for this call only: hooks that stay would write into the original from a copy (the average of the weights)
+        handles = [
+            self.model.get_submodule(tap).register_forward_hook(lambda _, __, out, tap=tap: outputs.__setitem__(tap, out))
+            for tap in self.taps
+        ]
+        try:
+            self.model.forward_features(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [self._as_map(outputs[tap], images.shape[-2:]) for tap in self.taps]
+
+    def _as_map(self, x: Tensor, size: Sequence[int]) -> Tensor | tuple[Tensor, Tensor]:
+        """A tapped module's output, B C H W, B H W C (by the model's output_fmt) or B N C, as forward returns it."""
+        if x.ndim == 4:
+            return x.permute(0, 3, 1, 2) if str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC") else x
+        prefix, x = x[:, : (count := getattr(self.model, "num_prefix_tokens", 0))], x[:, count:]
+        height = max(1, round((x.shape[1] * size[0] / size[1]) ** 0.5))
+        if x.shape[1] % height:
+            raise ValueError(f"{self.name}: {x.shape[1]} tokens do not lie on a grid like an image of {size[0]} x {size[1]}")
+        x = x.mT.unflatten(2, (height, -1))
+        return (x, prefix) if self.prefix_tokens else x
+
+    def _on_meta(self, images: Tensor) -> list:
+        """What _intermediates returns for images on the meta device: shapes without arithmetic."""
+        state = {name: tensor.to("meta") for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        state = {f"backbone.model.{name}": tensor for name, tensor in state.items()}
+        with torch.no_grad():
+            return torch.func.functional_call(_Call(self), state, (images,))
+
+    def _dtype(self) -> torch.dtype | None:
+        return next((p.dtype for p in self.model.parameters()), None)
 
     def _measure_sizes(self, in_chans: int, built_size: tuple[int, int] | None) -> tuple[int, tuple[int, int] | None]:
         """(multiple, fixed size): the smallest multiple of pixels the model takes, or the one size it is bound to.
@@ -111,14 +166,10 @@ class FeatureBackbone(nn.Module):
         Runs the model's own code on meta tensors (no arithmetic) at sizes that are multiples of the candidate and of nothing
         larger. A model that cannot run on the meta device at its own size is taken to need its largest stride.
         """
-        state = {name: tensor.to("meta") for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        dtype = next((p.dtype for p in self.model.parameters()), None)
 
         def takes(height: int, width: int) -> bool:
-            image = torch.empty(1, in_chans, height, width, device="meta", dtype=dtype)
             try:
-                with torch.no_grad():
-                    torch.func.functional_call(_Call(self), {f"backbone.model.{k}": v for k, v in state.items()}, (image,))
+                self._on_meta(torch.empty(1, in_chans, height, width, device="meta", dtype=self._dtype()))
             except Exception:  # whatever a foreign model raises at a size it cannot take
                 return False
             return True
@@ -143,9 +194,7 @@ class FeatureBackbone(nn.Module):
         size = getattr(getattr(self.model, "patch_embed", None), "img_size", None) or getattr(self.model, "img_size", None)
         if size is None:
             size = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[-2:]
-        if isinstance(size, int):
-            size = (size, size)
-        return None if size[0] is None else (int(size[0]), int(size[1]))
+        return as_pair(size) if isinstance(size, int) or size[0] is not None else None
 
 
 class _Call(nn.Module):
@@ -171,7 +220,7 @@ def create_backbone(
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
         raise ValueError(f"unknown backbone {name!r}: {hint} (the zoo's own models need `import backbones`)")
-    size = (img_size, img_size) if isinstance(img_size, int) else None if img_size is None else tuple(img_size)
+    size = as_pair(img_size)
     sized = [] if size is None else [{"img_size": size}]
     dynamic = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
     attempts = [{**a, **b} for a in [*sized, {}] for b in dynamic]
@@ -184,6 +233,11 @@ def create_backbone(
             if not any(f"'{key}'" in str(error) for key in extra if key not in args):
                 raise
     raise AssertionError("unreachable: the last attempt adds no option")
+
+
+def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """(H, W) of an image size that may be one number."""
+    return None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def feature_entries(model: nn.Module) -> list[dict]:

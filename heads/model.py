@@ -82,6 +82,10 @@ class DensePredictor(nn.Module):
             return main
         return main, predict(self.backbone, self.aux_neck, self.aux_head, maps, images)
 
+    def get_classifier(self) -> nn.Module:
+        """The head's last layer, which depends on the number of classes."""
+        return self.head.get_classifier()
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.model.set_grad_checkpointing(enable)
 

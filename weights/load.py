@@ -70,10 +70,20 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     *wrappers, target = layers(model)
     for wrapper in wrappers:
         own, rest = split(state, wrapper)
-        whole = to_native(own, wrapper)
-        if wrapper.state_dict().keys() <= whole.keys():
-            unexpected = sorted([*rest, *(whole.keys() - wrapper.state_dict().keys())])
-            return _fill(wrapper, whole, Report(source, source_format(own, wrapper), unexpected=unexpected))
+        with recording() as resized:
+            whole = to_native(own, wrapper)
+        wanted, form = wrapper.state_dict(), source_format(own, wrapper)
+        extra = sorted(whole.keys() - wanted.keys())
+        if form == "official-dense" and strict:
+            _check_dense(source, [name for name in wanted if name not in whole and not name.endswith(COUNTER)], extra)
+        if wanted.keys() <= whole.keys():
+            report = Report(source, form, unexpected=sorted([*rest, *extra]))
+            report.resized = {name: (resized[id(v)], tuple(v.shape)) for name, v in whole.items() if id(v) in resized}
+            if not strict and hasattr(wrapper, "get_classifier"):
+                for name in [name for name in wanted if name.startswith(classifier_names(wrapper))]:
+                    if whole[name].shape != wanted[name].shape:
+                        report.dropped[name] = tuple(whole.pop(name).shape), tuple(wanted[name].shape)
+            return _fill(wrapper, whole, report)
 
     own, heads = split(state, target)
     report = Report(source, source_format(own, target), unexpected=sorted(heads))
@@ -132,6 +142,19 @@ def _check_shapes(report: Report, classifier: tuple[str, ...], strict: bool) -> 
             f"{report.source} has a classifier of another size: {_shapes(report.dropped)}; "
             "build the model with its number of classes, or pass strict=False to leave the classifier as it is"
         )
+
+
+def _check_dense(source: str, lost: list[str], extra: list[str]) -> None:
+    """ValueError unless the file with a head has exactly the predictor's weights."""
+    if lost:
+        text = f"{source} lacks weights of this predictor, {summary(lost)}"
+    elif extra:
+        text = f"{source} holds weights that this predictor lacks, {summary(extra)}"
+        if any("feature_norms." in name for name in extra):
+            text += "; build the backbone with feature_norms=True to use the norms of its maps"
+    else:
+        return
+    raise ValueError(f"{text}; pass strict=False to load the backbone alone")
 
 
 def _check_missing(report: Report, classifier: tuple[str, ...], total: int, strict: bool) -> None:

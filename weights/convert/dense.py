@@ -1,0 +1,183 @@
+"""Whole dense-prediction files -> a `heads.DensePredictor`: backbone, head and auxiliary head, each by its own converter.
+
+Formats: mmsegmentation (backbone., neck., decode_head., auxiliary_head.), isl-org's DPT and MiDaS (pretrained., scratch.),
+Depth-Anything-V2 (pretrained., depth_head.), GLPN (encoder., decoder., last_layer_depth.).
+"""
+
+import importlib
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from weights import convert
+
+FORMATS = {  # name -> (a name that only this format has, what its backbone's names start with)
+    "mmsegmentation": (r"decode_head\.", "backbone."),
+    "isl": (r"scratch\.(layer|refinenet)", "pretrained.model."),
+    "depth-anything": (r"depth_head\.", "pretrained."),
+    "glpn": (r"decoder\.bot_conv\.", "encoder."),
+}
+BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "attention_bias_idxs")  # recomputed by the model
+TAIL = r"(norm|fc_norm|head|head_dist|proj_head|mask_token)(\.|$)"  # behind the last map: stored, of no use to a dense model
+
+
+def source_format(keys: Iterable[str]) -> str:
+    """ "official-dense" if a head of one of the formats is among the names, "native" for ours, else "official" (a backbone)."""
+    keys = list(keys)
+    if program(keys):
+        return "official-dense"
+    return "native" if any(key.startswith("backbone.model.") for key in keys) else "official"
+
+
+def program(keys: Iterable[str]) -> str | None:
+    """The name in FORMATS of the program that wrote these names, or None if no head is among them."""
+    return next((name for name, (mark, _) in FORMATS.items() if any(re.match(mark, key) for key in keys)), None)
+
+
+def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`model`'s names for a file with a head; any other file unchanged.
+
+    model: a heads.DensePredictor. Dropped: what the authors store and never run in dense prediction (classifier and norm
+    behind the last map, index buffers), and an auxiliary head where the model has none. What else does not fit keeps a name.
+    """
+    form = program(list(state_dict))
+    if form is None or not hasattr(model, "aux_head"):
+        return dict(state_dict)
+    prefix = FORMATS[form][1]
+    parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "aux_head": {}}
+    for key, value in state_dict.items():
+        if key.startswith(prefix):
+            parts["backbone"][key.removeprefix(prefix)] = value
+        elif key.startswith("auxiliary_head."):
+            parts["aux_head"][key] = value
+        else:
+            parts["head"][re.sub(r"^neck\.", "", key)] = value
+    backbone = model.backbone.model
+    wanted = backbone.state_dict().keys()
+    native = {
+        f"backbone.model.{key}": value
+        for key, value in backbone_to_native(parts["backbone"], backbone).items()
+        if key in wanted or not re.match(TAIL, key)
+    }
+    for name in ("head", "aux_head"):
+        if (head := getattr(model, name)) is not None:
+            native |= {f"{name}.{key}": value for key, value in head_to_native(parts[name], head).items()}
+    return native
+
+
+def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Our names -> mmsegmentation's for heads of its making, isl-org's or Depth-Anything's for DPT, GLPN's for GLPN."""
+    parts: dict[str, dict[str, Tensor]] = {"backbone.model.": {}, "head.": {}, "aux_head.": {}}
+    for key, value in state_dict.items():
+        if prefix := next((p for p in parts if key.startswith(p)), None):
+            parts[prefix][key.removeprefix(prefix)] = value
+    head = importlib.import_module(f"weights.convert.{model.head.family}").to_official(parts["head."], model.head)
+    aux = parts["aux_head."]
+    module = convert.converter(model.backbone.model)
+    backbone = module.to_official(parts["backbone.model."], model.backbone.model) if module else parts["backbone.model."]
+    if any(key.startswith("scratch.layer") for key in head):
+        form = "depth-anything" if any(key.startswith("projects.") for key in head) else "isl"
+    else:
+        form = "glpn" if "decoder.bot_conv.weight" in head else "mmsegmentation"
+    place = {"mmsegmentation": "decode_head.", "depth-anything": "depth_head."}.get(form, "")
+    official = {f"{FORMATS[form][1]}{key}": value for key, value in backbone.items()}
+    for key, value in head.items():
+        neck = (
+            form == "mmsegmentation"
+            and key.startswith(("lateral_convs.", "fpn_convs."))
+            and "scale_heads.0.0.conv.weight" in head
+        )
+        official[("neck." if neck else place) + key] = value
+    return official | {f"auxiliary_head.{key}": value for key, value in aux.items()}
+
+
+def head_to_native(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+    """A head's part of a file -> the head's names."""
+    return importlib.import_module(f"weights.convert.{head.family}").to_native(state_dict, head)
+
+
+def backbone_to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """An encoder's names in a dense file -> those of `model`, ours or timm's."""
+    if convert.converter(model) is not None:
+        return convert.to_native(state_dict, model)
+    state_dict = {key: value for key, value in state_dict.items() if not key.endswith(BUFFERS)}
+    architecture = type(model).__module__.rpartition(".")[2]
+    if special := {"beit": beit, "vision_transformer": vit, "levit": levit, "nextvit": next_vit}.get(architecture):
+        return special(state_dict, model)
+    return convert.to_native(state_dict, model)
+
+
+def vit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Position embedding resized as DPT and MiDaS do: bilinear, without antialiasing, prefix entries kept."""
+    if "mask_token" in state_dict:  # DINOv2: its position embedding has an entry for the class token only
+        return convert.to_native(state_dict, model)
+    position, own = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
+    if position is not None and own is not None:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        grid = tuple(model.patch_embed.grid_size)
+        state_dict["pos_embed"] = convert.resample_position_embedding(position, grid, prefix, mode="bilinear")
+    return state_dict
+
+
+def beit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Bias tables resized as MiDaS does: the map of offsets bilinearly, the three entries of the class token kept."""
+    for key, value in state_dict.items():
+        if key.endswith("relative_position_bias_table"):
+            height, width = model.get_submodule(key.rpartition(".")[0]).window_size
+            offsets = convert.resample_bias_table(value[:-3], (2 * height - 1, 2 * width - 1), mode="bilinear")
+            state_dict[key] = value if offsets.data_ptr() == value.data_ptr() else torch.cat([offsets, value[-3:]])
+    return state_dict
+
+
+LEVIT = [  # inside an attention or MLP half
+    (r"^m\.", ""),
+    (r"\.c\.", ".linear."),
+    (r"^(qkv|kv)\.", r"\1."),
+    (r"^q\.1\.", "q.ln."),
+    (r"^proj\.1\.", "proj.ln."),
+    (r"^0\.", "ln1."),
+    (r"^2\.", "ln2."),
+]
+
+
+def levit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' flat list of attention and MLP halves -> timm's stages of blocks."""
+    count = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state_dict) if m), default=-1)
+    places, stage, block = [], 0, 0
+    for i in range(count):
+        if f"blocks.{i}.q.1.c.weight" in state_dict:  # attention between stages
+            stage, block = stage + 1, 0
+            places.append(f"stages.{stage}.downsample.attn_downsample.")
+        elif places and places[-1].endswith("attn_downsample."):
+            places.append(f"stages.{stage}.downsample.mlp.")
+        elif f"blocks.{i}.m.qkv.c.weight" in state_dict:
+            places.append(f"stages.{stage}.blocks.{block}.attn.")
+        else:
+            places.append(f"stages.{stage}.blocks.{block}.mlp.")
+            block += 1
+    native = {}
+    for key, value in state_dict.items():
+        if m := re.match(r"blocks\.(\d+)\.(.*)", key):
+            name = m[2]
+            for pattern, replacement in LEVIT:
+                name = re.sub(pattern, replacement, name)
+            key = places[int(m[1])] + name
+        elif m := re.match(r"patch_embed\.(\d)\.(c|bn)\.(.*)", key):
+            key = f"stem.conv{int(m[1]) // 2 + 1}.{'linear' if m[2] == 'c' else 'bn'}.{m[3]}"
+        else:
+            key = re.sub(r"^(head|head_dist)\.l\.", r"\1.linear.", key)
+        native[key] = value
+    return native
+
+
+def next_vit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' flat list of blocks -> timm's stages of blocks."""
+    places = [f"stages.{s}.blocks.{b}." for s, stage in enumerate(model.stages) for b in range(len(stage.blocks))]
+    native = {}
+    for key, value in state_dict.items():
+        if (m := re.match(r"features\.(\d+)\.(.*)", key)) and int(m[1]) < len(places):
+            key = places[int(m[1])] + re.sub(r"^mlp\.conv", "mlp.fc", m[2])
+        native[re.sub(r"^proj_head\.0\.", "head.fc.", key)] = value
+    return native
