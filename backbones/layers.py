@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -21,8 +22,8 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 @register_notrace_function
 def pad_to_multiple(x: Tensor, multiple: int, nhwc: bool = False) -> Tensor:
     """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc."""
-    height, width = x.shape[1:3] if nhwc else x.shape[2:]
-    bottom, right = -height % multiple, -width % multiple
+    # In this form an exported program can see that the padded sides are multiples.
+    bottom, right = (-(-side // multiple) * multiple - side for side in (x.shape[1:3] if nhwc else x.shape[2:]))
     if torch.compiler.is_exporting() or bottom or right:  # an exported program may keep the sizes open
         x = F.pad(x, (0, 0, 0, right, 0, bottom) if nhwc else (0, right, 0, bottom))
     return x
@@ -51,9 +52,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 2C
         x = pad_to_multiple(x, 2, nhwc=True)
+        batch, height, width, dim = x.shape
         # (even row, even column), (odd, even), (even, odd), (odd, odd): the order of the released weights
-        phases = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(phases, -1)))
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, dim).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(x))
 
 
 def relative_bias(table: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,303 @@
+"""Swin Transformer: attention in square windows that shift by half a window from block to block.
+
+Paper:  Liu et al. 2021, "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", https://arxiv.org/abs/2103.14030
+Source: github.com/microsoft/Swin-Transformer @ f82860b (classification) and
+        github.com/SwinTransformer/Swin-Transformer-Semantic-Segmentation @ 87e6f90 (dense prediction), both MIT.
+        Released weights, and timm's, load through weights/convert/swin.py.
+
+The authors have two programs, which differ in more than the norms of the returned maps. Classification takes one image size;
+where the shorter side of a map is not longer than the window, the window shrinks to it and nothing is shifted. Dense prediction
+takes any size, pads maps to whole windows before it rolls them, never shrinks a window and shifts every second block, even on a
+map of one window. Here maps of the constructed size follow the first program and all others the second; `dense=True` follows
+the second always. Differs from timm's `swin_*`, which decide per axis on maps that are not square and roll before they pad.
+
+Shapes: B batch, H W map height and width, C channels, h heads, d = C // h, n windows, L = window ** 2.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from timm.models import register_model, register_notrace_module
+from torch import Tensor, nn
+
+from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, pad_to_multiple, relative_bias
+from weights.convert import resample_bias_table, resample_position_embedding
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("swin")
+
+
+@register_notrace_module  # the map's size decides padding, shift and mask
+class WindowAttention(nn.Module):
+    """Attention inside windows of `window` x `window` tokens, shifted by half a window if `shifted`.
+
+    unshifted: the map size on which the authors' classification code does not shift, or None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int,
+        shifted: bool,
+        unshifted: tuple[int, int] | None,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        proj_drop: float,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide the channels of its stage, got {num_heads} heads for {dim} channels")
+        self.num_heads, self.shifted = num_heads, shifted
+        self.window, self.unshifted = window, unshifted
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def shift(self, height: int, width: int) -> int:
+        """By how many tokens a map of this size is rolled."""
+        return self.window // 2 if self.shifted and self.unshifted != (height, width) else 0
+
+    def bias(self) -> Tensor:
+        """The learned bias of each pair of tokens of a window, h L L. The table counts query minus key, hence the transpose."""
+        side = 2 * self.window - 1
+        return relative_bias(self.relative_position_bias_table.T.unflatten(1, (side, side)), self.window, self.window).mT
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        (batch, height, width, dim), window, heads = x.shape, self.window, self.num_heads
+        rows, columns, shift = -(-height // window), -(-width // window), self.shift(height, width)
+        x = pad_to_multiple(x, window, nhwc=True)  # zeros before the linear layer: padded keys are its bias, and not masked
+        x = x.roll((-shift, -shift), (1, 2)) if shift else x
+        x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(1, 2)  # B n L C
+        q, k, v = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each B n h L d
+        bias = self.bias().to(q.dtype)
+        if shift:
+            # Every window has its own mask: windows and heads share an axis, so that the batch needs no copy of the masks.
+            cached = type(x) is Tensor and not torch.compiler.is_compiling()  # not under tracing or fake tensors
+            mask = (cached_shift_mask if cached else shift_mask)(rows, columns, window, shift, x.device, q.dtype)
+            q, k, v, bias = (t.flatten(1, 2) for t in (q, k, v, (bias + mask[:, None])[None]))
+        else:
+            q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias[None, None]))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        x = x.view(batch, rows, columns, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(-1, dim).view(batch, rows * window, columns * window, dim)  # in two steps, as export asks
+        x = x.roll((shift, shift), (1, 2)) if shift else x
+        return self.proj_drop(self.proj(crop(x, height, width)))
+
+    def mask(self, height: int, width: int) -> Tensor | None:
+        """The mask for a map of this size, n L L, or None where nothing is shifted."""
+        shift, table = self.shift(height, width), self.relative_position_bias_table
+        windows = (-(-side // self.window) for side in (height, width))
+        return shift_mask(*windows, self.window, shift, table.device, table.dtype) if shift else None
+
+    @torch.no_grad()
+    def set_window(self, window: int, unshifted: tuple[int, int] | None) -> None:
+        """Another window, with the bias table resampled for it, in place."""
+        table = resample_bias_table(self.relative_position_bias_table, (2 * window - 1, 2 * window - 1))
+        if window != self.window:
+            self.relative_position_bias_table = nn.Parameter(table, self.relative_position_bias_table.requires_grad)
+        self.window, self.unshifted = window, unshifted
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, shifted={self.shifted}"
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first `height` rows and `width` columns of B H W C."""
+    if torch.compiler.is_exporting():  # a slice of open size would need a proof that it lies inside
+        x = x.index_select(1, torch.arange(height, device=x.device))
+        return x.index_select(2, torch.arange(width, device=x.device))
+    return x[:, :height, :width]
+
+
+def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a rolled map of rows x columns windows adds to the scores, n L L.
+
+    -100 between tokens that were not neighbours before the roll, else 0.
+    """
+    place = torch.arange(window, device=device)
+    # Bands of the rolled axis: 0, in the last window 1, its last `shift` tokens, which came from the other end, 2.
+    row, column = (
+        ((torch.arange(windows, device=device) == windows - 1)[:, None] * (1 + (place >= window - shift)))
+        for windows in (rows, columns)
+    )
+    regions = (3 * row[:, None, :, None] + column[None, :, None, :]).reshape(rows * columns, window * window)
+    return (regions[:, None] != regions[:, :, None]).to(dtype) * -100.0
+
+
+@functools.lru_cache(maxsize=16)  # a 1024 x 1024 image has masks of 13 MB in its first stage
+def cached_shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """shift_mask, kept for the next block and image; made outside inference mode, as training may meet it again."""
+    with torch.inference_mode(False), torch.no_grad():
+        return shift_mask(rows, columns, window, shift, device, dtype)
+
+
+class Block(nn.Module):
+    """x + DP(attention(norm1 x)), then x + DP(MLP(norm2 x))."""
+
+    def __init__(self, attn: WindowAttention, dim: int, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-5), attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@register_notrace_module  # the map's size decides whether the embedding is resized
+class PositionedPatchEmbed(PatchEmbed):
+    """Patches plus a learned embedding of their absolute position, resized bicubically for maps of another size than `grid`."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, grid: tuple[int, int]):
+        super().__init__(in_chans, dim, patch_size)
+        self.absolute_pos_embed = nn.Parameter(torch.zeros(1, dim, *grid))
+        nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B H/p W/p C
+        x, position = super().forward(x), self.absolute_pos_embed
+        if torch.compiler.is_exporting() or x.shape[1:3] != position.shape[2:]:
+            position = F.interpolate(position, x.shape[1:3], mode="bicubic", align_corners=False)
+        return x + position.permute(0, 2, 3, 1).to(x.dtype)
+
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make `grid` the map size at which the embedding is used as it is."""
+        new = resample_position_embedding(self.absolute_pos_embed, grid)
+        if new is not self.absolute_pos_embed:
+            self.absolute_pos_embed = nn.Parameter(new, self.absolute_pos_embed.requires_grad)
+
+
+class Swin(StagedBackbone):
+    """img_size: side, or (height, width), of the images whose maps follow the authors' classification code; others run too.
+
+    embed_dim: channels of the first stage, doubled by each next one; depths, num_heads: of the stages; window_size: tokens per
+    side; ape: add a learned absolute position; drop_path_rate: at the last block, rising linearly from 0; dense: follow the
+    authors' dense-prediction code at every size; feature_norms: a norm for each returned map as in that code, implies dense.
+    """
+
+    family = "swin"
+    nhwc = True
+    min_size = 1
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 4,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        ape: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dense: bool = False,
+        feature_norms: bool = False,
+    ):
+        super().__init__()
+        if len(num_heads) != len(depths):
+            raise ValueError(f"num_heads must name {len(depths)} stages like depths {tuple(depths)}, got {tuple(num_heads)}")
+        self.patch_size, self.window_size, self.dense = patch_size, window_size, dense or feature_norms
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+        rates = drop_path_rates(drop_path_rate, depths)
+        if ape:
+            self.patch_embed = PositionedPatchEmbed(in_chans, embed_dim, patch_size, self.grid(0))
+        else:
+            self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        self.stages = nn.ModuleList()
+        for i, dim in enumerate(dims):
+            blocks = []
+            for j, rate in enumerate(rates[i]):
+                window = self.window(i)
+                attn = WindowAttention(dim, num_heads[i], window[0], j % 2 == 1, window[1], qkv_bias, qk_scale, proj_drop_rate)
+                blocks.append(Block(attn, dim, mlp_ratio, proj_drop_rate, rate))
+            self.stages.append(Stage(PatchMerging(dims[i - 1]) if i else nn.Identity(), blocks))
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
+        norms = [nn.LayerNorm(dim, eps=1e-5) for dim in dims] if feature_norms else None
+        self.finish(dims, [patch_size * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, norms)
+        self.apply(init_linear)
+
+    def grid(self, stage: int) -> tuple[int, int]:
+        """Map size of a stage for images of img_size."""
+        stride = self.patch_size * 2**stage
+        return -(-self.img_size[0] // stride), -(-self.img_size[1] // stride)
+
+    def window(self, stage: int) -> tuple[int, tuple[int, int] | None]:
+        """Window side of a stage, and the map size on which it does not shift: the authors' rule for small maps."""
+        grid = self.grid(stage)
+        return (self.window_size, None) if self.dense or min(grid) > self.window_size else (min(grid), grid)
+
+    def set_input_size(self, img_size: int | Sequence[int] | None = None, window_size: int | None = None) -> None:
+        """Another native image size (side, or height and width) or window: tables and embedding are resampled, in place."""
+        if img_size is not None:
+            self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.window_size = window_size or self.window_size
+        if isinstance(self.patch_embed, PositionedPatchEmbed):
+            self.patch_embed.set_grid(self.grid(0))
+        for i, stage in enumerate(self.stages):
+            for block in stage.blocks:
+                block.attn.set_window(*self.window(i))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        kept = ("relative_position_bias_table", "absolute_pos_embed")
+        return {name for name, _ in self.named_parameters() if name.endswith(kept)}
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> Swin:
+    return build(Swin, name, pretrained, **kwargs)
+
+
+AT_384 = {"img_size": 384, "window_size": 12}
+
+
+@register_model
+def swin_t(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_t", pretrained, **{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)} | kwargs)
+
+
+@register_model
+def swin_s(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_s", pretrained, **{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)} | kwargs)
+
+
+BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+
+
+@register_model
+def swin_b(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_b", pretrained, **BASE | kwargs)
+
+
+@register_model
+def swin_l(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_l", pretrained, **LARGE | kwargs)
+
+
+@register_model
+def swin_b_384(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_b_384", pretrained, **BASE | AT_384 | kwargs)
+
+
+@register_model
+def swin_l_384(pretrained: bool = False, **kwargs) -> Swin:
+    return _create("swin_l_384", pretrained, **LARGE | AT_384 | kwargs)
