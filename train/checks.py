@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -27,8 +27,8 @@ def hint(name: str, names: Iterable[str]) -> str:
     return f"valid: {', '.join(names) or 'none'}"
 
 
-def arguments(cls: type, values: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
-    """`values` checked against the constructor of `cls`, converted to its annotated types, defaults filled in.
+def arguments(cls: Callable, values: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+    """`values` checked against the signature of a class or function, converted to its annotated types, defaults filled in.
 
     skip: arguments that do not come from the config. Raises ValueError naming the key, the value and the nearest valid key.
     """
@@ -36,7 +36,8 @@ def arguments(cls: type, values: Mapping[str, Any], where: str, skip: Sequence[s
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
     present = inspect.signature(cls).parameters
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, skip={name for name in skip if name in present}, fail_untyped=False)
+    add = parser.add_class_arguments if inspect.isclass(cls) else parser.add_function_arguments
+    add(cls, skip={name for name in skip if name in present}, fail_untyped=False)
     valid = list(vars(parser.get_defaults()))
     for key in values:
         if key not in valid:

@@ -6,6 +6,7 @@ spells.
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -154,7 +155,7 @@ class RunConfig:
         compile: torch.compile the model.
         channels_last: memory format of images and convolutions.
         grad_checkpointing: recompute activations in the backward pass.
-        sync_batchnorm: batch statistics over all processes.
+        sync_batchnorm: batch norm over the micro-batches of all processes, as one process would see them.
         device: cpu, cuda or mps; null = the fastest there is.
         threads: CPU threads per process; null = torch's choice.
         eval_every: steps between evaluations; null = ten times in the run.
@@ -170,7 +171,7 @@ class RunConfig:
     compile: bool = False
     channels_last: bool = False
     grad_checkpointing: bool = False
-    sync_batchnorm: bool = False
+    sync_batchnorm: bool = True
     device: Literal["cpu", "cuda", "mps"] | None = None
     threads: int | None = None
     eval_every: int | None = None
@@ -235,6 +236,14 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run folder was made with, after overrides. FileNotFoundError if it is no run folder."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+    return load(str(path), overrides)
+
+
 def override(values: dict[str, Any], text: str) -> None:
     """Sets one key of nested dicts in place: "--section.key=value", deeper keys inside arguments; the value is YAML.
 
@@ -294,6 +303,11 @@ def _check_names(config: Config) -> None:
     config.task = {"name": task["name"], **arguments(TASKS[task["name"]], args, "task")}
     known("data.name", data.name, DATASETS)
     data.args = arguments(DATASETS[data.name], data.args, "data.args", skip=("root", "split", "targets", "transform"))
+    if "root" in inspect.signature(DATASETS[data.name]).parameters:
+        if data.root is None:
+            raise ValueError(f"data.root is missing: {data.name} needs the folder that holds its files")
+    elif data.root is not None:
+        raise ValueError(f"data.root: {data.name} is made in memory and reads no files; set it to null")
     if ":" not in model.backbone and not timm.is_model(model.backbone):
         raise ValueError(f"model.backbone: unknown model {model.backbone!r}; {hint(model.backbone, timm.list_models())}")
     for name, args in (("head", "head_args"), ("aux_head", "aux_args")):

@@ -15,7 +15,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import weights
-from train import checkpoint, loader, optim, visualize
+from train import checkpoint, loader, optim, syncbn, visualize
 from train import config as configuration
 from train.config import Config
 from train.data import DATASETS
@@ -76,6 +76,8 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
     net = build(config, task, say).to(accelerator.device)
     average = optim.averaged(net, config.optim)
+    if config.run.sync_batchnorm and accelerator.num_processes > 1:
+        syncbn.synchronise(net)
     if config.run.compile:
         net.compile()
     optimizer = optim.optimizer(net, config.optim)
@@ -89,6 +91,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     parameters = [p for p in net.parameters() if p.requires_grad]
     products = average.module if average else net  # what is evaluated and saved as the result
     parts = Parts(net, average, optimizer, schedule, accelerator.scaler)
+    names = Names.of(val_set)
     state = restore(folder, parts, say) if resume else State()
 
     offsets = loader.share(images, world, rank, config.optim.micro_batch)
@@ -152,7 +155,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
                 better = improved(state, metrics, task.best)
                 log.evaluation(state.step, metrics, time.perf_counter() - clock, "  best so far" if better else "")
                 if better and accelerator.is_main_process:
-                    save_product(folder / "model.safetensors", products, config, state.step, metrics)
+                    save_product(folder / "model.safetensors", products, config, state.step, metrics, names)
                 train_mode(model)
             if state.step % save_every == 0 or last or stopped:
                 log.flush()
@@ -196,8 +199,6 @@ def start(config: Config) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if run.sync_batchnorm and accelerator.device.type != "cuda" and accelerator.num_processes > 1:
-        raise ValueError("run.sync_batchnorm needs GPUs")
     if run.trackers:
         accelerator.init_trackers("backbone-zoo", configuration.as_dict(config))
     return accelerator
@@ -264,8 +265,6 @@ def build(config: Config, task: Task, say: Any = print) -> nn.Module:
         if not hasattr(net, "set_grad_checkpointing"):
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
         net.set_grad_checkpointing(True)
-    if config.run.sync_batchnorm:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
 
 
@@ -337,6 +336,34 @@ def evaluate(task: Task, model: nn.Module, data: Dataset, accelerator: Accelerat
             task.measure(metric, output, batch)
     metric.sums = {name: accelerator.reduce(value, "sum") for name, value in metric.sums.items()}
     return metric.compute()
+
+
+def open_run(
+    folder: str | Path, overrides: Sequence[str] = (), weights: str = "model.safetensors"
+) -> tuple[Config, Task, nn.Module, Names]:
+    """(config, task, model with its weights, class names) of a finished run.
+
+    Raises FileNotFoundError if the folder is no run, or has no such weights yet.
+    """
+    folder, config = Path(folder), configuration.load_run(folder, overrides)
+    if not (folder / weights).is_file():
+        raise FileNotFoundError(f"{folder} has no {weights}: the run has not been evaluated yet")
+    config.model.pretrained, config.model.checkpoint = False, str(folder / weights)
+    task = configuration.build_task(config)
+    model = build(config, task, say=lambda text: None)
+    with safe_open(folder / weights, "pt") as file:
+        names = Names(**json.loads((file.metadata() or {}).get("names", "{}")))
+    return config, task, model.eval(), names
+
+
+def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str = "model.safetensors") -> dict[str, Any]:
+    """Metrics of a finished run's weights on its validation split, or on what the overrides say, and their "protocol"."""
+    config = configuration.load_run(folder, overrides)
+    accelerator = start(config)
+    config, task, model, _ = open_run(folder, overrides, weights)
+    data = dataset(config, task, "val")
+    metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config)
+    return {**metrics, "samples": len(data), "protocol": task.metric().protocol}
 
 
 def improved(state: State, metrics: dict[str, float], best: tuple[str, str]) -> bool:
@@ -463,9 +490,10 @@ def restore(folder: Path, parts: Parts, say: Any) -> State:
     return state
 
 
-def save_product(path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float]) -> None:
-    """Weights as a result: safetensors with the config and the metrics in its header."""
-    about = {"step": str(step), "metrics": json.dumps(metrics), "config": json.dumps(configuration.as_dict(config))}
+def save_product(path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float], names: Names) -> None:
+    """Weights as a result: safetensors with config, metrics and class names in its header."""
+    about = {"metrics": metrics, "config": configuration.as_dict(config), "names": dataclasses.asdict(names)}
+    about = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
     checkpoint.save_weights(path, model.state_dict(), about)
 
 
@@ -473,7 +501,7 @@ def finish(
     folder: Path, config: Config, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, summary: dict, log: Log
 ) -> None:
     """Last weights, summary, curves, pictures of the best weights, and the table."""
-    save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"])
+    save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], Names.of(data))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     with safe_open(folder / "model.safetensors", "pt") as file:
         summary["best"] = json.loads(file.metadata()["metrics"])

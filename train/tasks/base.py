@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,6 +86,14 @@ class Task(abc.ABC):
 
         image: uint8 H W 3; batch: of one sample; prediction: as `measure` returns it for that batch.
         """
+
+    @abc.abstractmethod
+    def outputs(self, stem: Path) -> list[Path]:
+        """The files that `write` makes."""
+
+    @abc.abstractmethod
+    def write(self, stem: Path, image: np.ndarray, prediction: Any, names: Names) -> list[Path]:
+        """Writes the prediction for one image (uint8 H W 3), at its size, to `stem` plus suffixes; returns the files."""
 
     def legend(self, names: Names) -> dict[str, Any]:
         """What visualize.save_predictions shows below the panels: `legend`, `depth_range`."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import heads
+from train.checks import arguments, hint, known
 from train.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -40,6 +45,32 @@ class DenseTask(Task):
             predictions.append(self.predict(output[i : i + 1], tuple(target.shape[-2:])))
             metric.update(predictions[-1], {key: target[None]})
         return predictions
+
+
+class Losses:
+    """Named losses with a factor each: {cross_entropy: {}, dice: {factor: 3.0, smooth: 1.0}}.
+
+    table: name -> function (prediction, target, its own arguments); shared: arguments given to every function that takes them.
+    Raises ValueError with the nearest valid name for an unknown loss or argument.
+    """
+
+    def __init__(self, chosen: dict[str, Any], table: dict[str, Callable], shared: dict[str, Any]):
+        if not chosen:
+            raise ValueError(f"task.losses is empty: {hint('', table)}")
+        self.terms: dict[str, tuple[float, Callable]] = {}
+        for name, values in chosen.items():
+            known("task.losses", name, table)
+            values = dict(values or {})
+            factor = float(values.pop("factor", 1.0))
+            takes = inspect.signature(table[name]).parameters
+            skip = [*list(takes)[:2], "mask", *shared]
+            own = arguments(table[name], values, f"task.losses.{name}", skip=skip)
+            own |= {key: value for key, value in shared.items() if key in takes}
+            self.terms[name] = factor, functools.partial(table[name], **own)
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Each loss times its factor, 1-d."""
+        return torch.stack([factor * function(prediction, target) for factor, function in self.terms.values()])
 
 
 def backbone_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from train import losses
+from heads.depth import DepthRule
+from train.checks import arguments
 from train.data.depth import DepthSpec
+from train.losses import DEPTH_LOSSES
 from train.metrics import DepthMetric
 from train.tasks.base import Names
-from train.tasks.dense import DenseTask, forward, resized
+from train.tasks.dense import DenseTask, Losses, forward, resized
 from train.visualize import Panel, depth_panels
 
 
@@ -21,31 +25,30 @@ class Depth(DenseTask):
     """Monocular depth.
 
     min_depth, max_depth: metres; readings outside count as missing in loss and metric.
-    activation: how the head's number x becomes the prediction. "sigmoid": max_depth * sigmoid(x) (Kim et al. 2022); "log":
-        min_depth * (max_depth / min_depth) ** sigmoid(x), even in relative error over the range; "relu": x where positive, for
-        relative inverse depth; "none".
-    inverse: x is inverse depth; metric: the prediction has a true scale. Relative inverse depth (false) needs align "affine".
-    loss: "silog" (lam as in train/losses.py), "l1" or "berhu", on depth, or on inverse depth if `inverse`; loss_scale: factor.
+    rule: what the head's channels mean, a name of heads.depth.RULES; rule_args: its other arguments (bins, scale, shift,
+        signed; min_depth and max_depth unless they are the task's).
+    inverse: the rule gives inverse depth; metric: the prediction has a true scale. Relative inverse depth (false) needs align
+        "affine".
+    losses: names of DEPTH_LOSSES, each with its arguments (train/losses.py) and a factor, on depth, or on inverse depth if
+        `inverse`: {silog: {lam: 0.85, factor: 10.0}}.
     over: "image": the loss of each image, averaged over the images that have readings; the same for any cut of the total batch.
-        "batch": one loss over the pixels of a micro-batch, as published code does; silog and berhu then depend on the cut.
+        "batch": one loss over the pixels of a micro-batch, as published code does; all but l1 then depend on the cut.
     aux_weight: of the auxiliary head's loss.
     crop, align, average, clamp: of the metric (train/metrics.py DepthMetric).
     """
 
     targets = ("depth",)
     best = ("abs_rel", "min")
-    out_channels = 1
 
     def __init__(
         self,
         max_depth: float,
         min_depth: float = 1e-3,
-        activation: Literal["sigmoid", "log", "relu", "none"] = "sigmoid",
+        rule: Literal["relu", "sigmoid", "softplus", "invert", "bins", "log_bins"] = "sigmoid",
+        rule_args: dict[str, Any] | None = None,
         inverse: bool = False,
         metric: bool = True,
-        loss: Literal["silog", "l1", "berhu"] = "silog",
-        loss_scale: float = 1.0,
-        lam: float = 0.5,
+        losses: dict[str, Any] | None = None,
         over: Literal["image", "batch"] = "image",
         aux_weight: float = 0.4,
         crop: Literal["eigen", "garg", "nyu"] | None = None,
@@ -54,8 +57,11 @@ class Depth(DenseTask):
         clamp: bool = False,
     ):
         self.spec = DepthSpec(min_depth=min_depth, max_depth=max_depth, metric=metric, inverse=inverse)
-        self.activation, self.over, self.aux_weight, self.loss_scale = activation, over, aux_weight, loss_scale
-        self.function = {"silog": lambda p, t: losses.silog(p, t, lam=lam), "l1": losses.l1, "berhu": losses.berhu}[loss]
+        values = {"min_depth": min_depth if metric else 0.0, "max_depth": max_depth, **(rule_args or {})}
+        self.rule = DepthRule(**arguments(DepthRule, {"name": rule, **values}, "task.rule_args"))
+        self.out_channels = self.rule.channels
+        self.over, self.aux_weight = over, aux_weight
+        self.losses = Losses(losses or {"silog": {}}, DEPTH_LOSSES, {})
         self.protocol = {"crop": crop, "align": align, "average": average, "clamp": clamp}
         self.metric()  # raises now for settings that contradict each other
 
@@ -69,17 +75,6 @@ class Depth(DenseTask):
                 f"{self.spec.min_depth:g} to {self.spec.max_depth:g} m: set task.min_depth and task.max_depth inside that range"
             )
 
-    def activate(self, output: Tensor) -> Tensor:
-        """Head output B 1 H W -> depth in metres, or inverse depth, float32."""
-        x, low, high = output.float(), self.spec.min_depth, self.spec.max_depth
-        if self.spec.inverse:
-            low, high = 1 / high, 1 / low
-        if self.activation == "sigmoid":
-            return high * x.sigmoid()
-        if self.activation == "log":
-            return low * (high / low) ** x.sigmoid()
-        return x.relu() if self.activation == "relu" else x
-
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         target = self.spec.target(batch["depth"])
         main, auxiliary = forward(model, batch["image"], model.training)
@@ -87,12 +82,12 @@ class Depth(DenseTask):
         return loss if auxiliary is None else loss + self.aux_weight * self.pixels(auxiliary, target)
 
     def pixels(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss of a head's output B 1 H W against what it should become, B 1 H W, 0 = missing."""
-        prediction = self.activate(output)
+        """Loss of a head's output B K H W against what it should become, B 1 H W, 0 = missing."""
+        prediction = self.rule(output.float())
         if self.over == "batch":
-            return self.loss_scale * self.function(prediction, target)
-        each = [self.function(p[None], t[None]) for p, t in zip(prediction, target, strict=True)]
-        return self.loss_scale * torch.stack(each).sum() / self._images(target).clamp_min(1)
+            return self.losses(prediction, target).sum()
+        each = [self.losses(p[None], t[None]).sum() for p, t in zip(prediction, target, strict=True)]
+        return torch.stack(each).sum() / self._images(target).clamp_min(1)
 
     def _images(self, target: Tensor) -> Tensor:
         return (target > 0).flatten(1).any(1).sum().float()
@@ -103,10 +98,25 @@ class Depth(DenseTask):
 
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B 1 H W: metres, or relative inverse depth."""
-        return resized(self.spec.prediction(self.activate(output)), size)
+        return resized(self.spec.prediction(self.rule(output.float())), size)
 
     def metric(self) -> DepthMetric:
         return DepthMetric(self.spec, **self.protocol)
+
+    def outputs(self, stem: Path) -> list[Path]:
+        names = ["depth.npy", "depth.png", "depth_coloured.png"]
+        return [stem.with_name(f"{stem.name}_{name}") for name in (names if self.spec.metric else names[::2])]
+
+    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
+        """float32 H W as .npy; metres also as a 16-bit PNG, 1000 units per metre (256 above 65 m); colours, near light."""
+        files = self.outputs(stem)
+        values = prediction[0, 0].cpu().numpy().astype(np.float32)
+        np.save(files[0], values)
+        if self.spec.metric:
+            units = 1000 if self.spec.max_depth <= 65 else 256
+            Image.fromarray((values * units).round().clip(0, 65535).astype(np.uint16)).save(files[1])
+        Image.fromarray(self.picture(image, {}, [prediction], names)[-1].image).save(files[-1])
+        return files
 
     def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
         return depth_panels(image, batch["depth"][0] if "depth" in batch else None, prediction[0][0], self.spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,13 +63,13 @@ class MultiTask(Task):
             part.check(dataset)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """One mean per part, 1-d: the parts average over different pixels."""
+        """The means of all parts, 1-d: the parts average over different pixels."""
         outputs = model(batch["image"])
         losses = {name: part.loss(Computed(outputs[name]), batch) for name, part in self.parts.items()}
-        return torch.stack([self.weights[name] * loss for name, loss in losses.items()])
+        return torch.cat([self.weights[name] * loss.reshape(-1) for name, loss in losses.items()])
 
     def weight(self, batch: dict[str, Any]) -> Tensor:
-        return torch.stack([part.weight(batch) for part in self.parts.values()])
+        return torch.cat([part.weight(batch).reshape(-1) for part in self.parts.values()])
 
     def predict(self, output: dict[str, Tensor], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Part name -> its prediction."""
@@ -79,6 +80,12 @@ class MultiTask(Task):
 
     def measure(self, metric: Metric, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.measure(metric.metrics[name], output[name], batch) for name, part in self.parts.items()}
+
+    def outputs(self, stem: Path) -> list[Path]:
+        return [path for part in self.parts.values() for path in part.outputs(stem)]
+
+    def write(self, stem: Path, image: np.ndarray, prediction: dict[str, Any], names: Names) -> list[Path]:
+        return [path for name, part in self.parts.items() for path in part.write(stem, image, prediction[name], names)]
 
     def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: dict[str, Any], names: Names) -> list[Panel]:
         rows = [part.picture(image, batch, prediction[name], names) for name, part in self.parts.items()]

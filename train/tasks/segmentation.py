@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from train import losses
+from train.losses import SEGMENTATION_LOSSES, valid_weight
 from train.metrics import SegmentationMetric
 from train.tasks.base import Names
-from train.tasks.dense import DenseTask, forward, resized
-from train.visualize import Panel, class_legend, make_palette, mask_panels
+from train.tasks.dense import DenseTask, Losses, forward, resized
+from train.visualize import Panel, class_legend, make_palette, mask_panels, overlay
 
 
 class Segmentation(DenseTask):
     """Semantic segmentation.
 
     num_classes: of the data, void not counted; ignore_index: the mask value of void.
-    loss: a name of LOSSES. aux_weight: of the auxiliary head's loss. class_weights: one per class, or null.
-    label_smoothing: share of the target spread over all classes (cross_entropy).
+    losses: names of SEGMENTATION_LOSSES, each with its arguments (train/losses.py) and a factor: {cross_entropy: {}, dice:
+        {factor: 3.0}}. cross_entropy and focal are means over pixels and do not depend on how the total batch is cut; dice,
+        lovasz and ohem are taken over a micro-batch.
+    class_weights: one per class, for the losses that take them. aux_weight: of the auxiliary head's loss.
     """
 
     targets = ("mask",)
@@ -31,18 +35,18 @@ class Segmentation(DenseTask):
         self,
         num_classes: int,
         ignore_index: int = 255,
-        loss: Literal["cross_entropy"] = "cross_entropy",
+        losses: dict[str, Any] | None = None,
         aux_weight: float = 0.4,
         class_weights: list[float] | None = None,
-        label_smoothing: float = 0.0,
     ):
         if num_classes < 2:
             raise ValueError(f"task.num_classes must be at least 2, got {num_classes}")
         if class_weights is not None and len(class_weights) != num_classes:
             raise ValueError(f"task.class_weights has {len(class_weights)} values for {num_classes} classes")
         self.out_channels = self.num_classes = num_classes
-        self.ignore_index, self.aux_weight, self.label_smoothing = ignore_index, aux_weight, label_smoothing
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.ignore_index, self.aux_weight, self.class_weights = ignore_index, aux_weight, class_weights
+        shared = {"ignore_index": ignore_index, "class_weight": class_weights}
+        self.losses = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared)
 
     def check(self, dataset: Any) -> None:
         if "mask" not in dataset.provides:
@@ -53,16 +57,15 @@ class Segmentation(DenseTask):
             raise ValueError(f"the data mark void with {dataset.ignore_index}, set task.ignore_index={dataset.ignore_index}")
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """One mean per loss, 1-d."""
         main, auxiliary = forward(model, batch["image"], model.training)
-        loss = self.pixels(main, batch["mask"])
-        return loss if auxiliary is None else loss + self.aux_weight * self.pixels(auxiliary, batch["mask"])
-
-    def pixels(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Loss of logits B K H W against a mask B H W."""
-        return losses.cross_entropy(logits, mask, self.ignore_index, self.class_weights, self.label_smoothing)
+        loss = self.losses(main, batch["mask"])
+        return loss if auxiliary is None else loss + self.aux_weight * self.losses(auxiliary, batch["mask"])
 
     def weight(self, batch: dict[str, Any]) -> Tensor:
-        return losses.valid_weight(batch["mask"], self.ignore_index, self.class_weights)
+        pixels = valid_weight(batch["mask"], self.ignore_index)
+        weighted = valid_weight(batch["mask"], self.ignore_index, self.class_weights)
+        return torch.stack([weighted if name == "cross_entropy" else pixels for name in self.losses.terms])
 
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B K H W scores -> B H W class ids."""
@@ -70,6 +73,18 @@ class Segmentation(DenseTask):
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(self.num_classes, self.ignore_index)
+
+    def outputs(self, stem: Path) -> list[Path]:
+        return [stem.with_name(f"{stem.name}_classes.png"), stem.with_name(f"{stem.name}_overlay.png")]
+
+    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
+        """Class ids as a one-channel PNG (8 bit, 16 bit above 256 classes) and the colours over the image."""
+        raw, coloured = self.outputs(stem)
+        ids = prediction[0].cpu().numpy()
+        Image.fromarray(ids.astype(np.uint8 if self.num_classes <= 256 else np.uint16)).save(raw)
+        palette = names.palette or make_palette(self.num_classes)
+        Image.fromarray(overlay(image, ids, palette)).save(coloured)
+        return [raw, coloured]
 
     def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
         truth = batch["mask"][0] if "mask" in batch else None

@@ -1,0 +1,262 @@
+"""The `zoo` command. Each subcommand is a few lines that call functions which tests call too.
+
+A mistake of the user ends with one sentence and exit code 2; --debug shows where it came from.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ERRORS = (ValueError, TypeError, OSError, ImportError)  # raised with a sentence for the user; others are our bugs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")) and "LOCAL_WORLD_SIZE" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    args.overrides = overrides(parser, rest, getattr(args, "takes_overrides", False))
+    from train.engine import RunError
+    from train.log import NonFiniteLoss
+
+    try:
+        return args.run(args) or 0
+    except (*ERRORS, RunError, NonFiniteLoss) as error:
+        if args.debug:
+            raise
+        where = f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"{where}zoo {args.command}: {sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error without the traceback that a loader worker puts around it."""
+    text = str(error).strip() or type(error).__name__
+    if text.startswith("Caught ") and "Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text
+    return text
+
+
+def overrides(parser: argparse.ArgumentParser, rest: Sequence[str], allowed: bool) -> list[str]:
+    """What the subcommand does not know: "--section.key=value" or "--section.key value". Anything else ends the program."""
+    found: list[str] = []
+    for text in rest:
+        if text.startswith("--") and "." in text.partition("=")[0]:
+            found.append(text)
+        elif found and "=" not in found[-1]:
+            found[-1] += f"={text}"
+        else:
+            parser.error(f"unknown argument {text!r}")
+    if found and not allowed:
+        parser.error(f"{found[0]!r}: this command takes no configuration keys")
+    return found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="zoo", description="Backbones, heads and training. `zoo COMMAND --help` says more.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, keys: bool = False, **options: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run, takes_overrides=keys)
+        return sub
+
+    sub = command("list", list_models, "Models, or configurations with --configs.")
+    sub.add_argument("filter", nargs="?", default="", help="wildcards such as nat_*, or a part of the name")
+    sub.add_argument("--license", help="only weights under this licence, e.g. mit")
+    sub.add_argument("--pretrained", action="store_true", help="only models with released weights")
+    sub.add_argument("--configs", action="store_true", help="shipped configurations instead")
+
+    sub = command("info", info, "What a model is: parameters, multiply-adds, feature maps, licence.")
+    sub.add_argument("model")
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the model's own")
+
+    sub = command("train", train, "Train a configuration.", keys=True, formatter_class=_Help)
+    sub.add_argument("config", help="shipped name (zoo list --configs) or path of a YAML file")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest intact checkpoint of run.dir")
+    sub.add_argument("--accept-changes", action="store_true", help="resume although the configuration has changed")
+
+    sub = command("eval", evaluate, "Evaluate a run's weights; overrides change the data.", keys=True)
+    sub.add_argument("folder", metavar="RUN", help="run folder")
+    sub.add_argument("--weights", default="model.safetensors", help="file in the run folder: model.safetensors (best) or last")
+
+    sub = command("predict", predict, "Predict a folder of images with a run's weights.", keys=True)
+    sub.add_argument("folder", metavar="RUN", help="run folder")
+    sub.add_argument("images", help="folder of images, or one image")
+    sub.add_argument("--out", required=True, help="folder for overlays and raw maps")
+    sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    sub.add_argument("--weights", default="model.safetensors", help="file in the run folder")
+
+    sub = command("config", show_config, "Print a configuration, defaults filled in.", keys=True)
+    sub.add_argument("config", help="shipped name or path")
+
+    sub = command("data-check", data_check, "Read a configuration's data and report what is wrong with it.", keys=True)
+    sub.add_argument("config", help="shipped name or path")
+    sub.add_argument("--count", type=int, help="samples of each split to read; default: all")
+    sub.add_argument("--out", help="folder for sample pictures")
+
+    sub = command("convert", convert, "Rewrite a checkpoint under our names or the authors'.")
+    sub.add_argument("model", help="model name")
+    sub.add_argument("source", help="checkpoint in any known format")
+    sub.add_argument("destination", help=".safetensors file to write")
+    sub.add_argument("--naming", choices=("native", "official"), default="native")
+    sub.add_argument("--args", default="{}", help="further arguments of the model as YAML, e.g. '{img_size: 384}'")
+
+    sub = command("export", export, "Write a model as ONNX or torch.export, and compare.")
+    sub.add_argument("source", help="run folder or model name")
+    sub.add_argument("destination", help="file ending in .onnx or .pt2")
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
+
+    sub = command("bench", bench, "Measure speed.")
+    sub.add_argument("what", help="what to measure: a model name, or ops")
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+
+    sub = command("doctor", doctor, "What works on this machine, and why not.")
+    sub.add_argument("model", nargs="?", help="a model to say it for")
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the configuration keys, which cost an import, only when help is asked for."""
+
+    def format_help(self) -> str:
+        from train.config import keys_help
+
+        return super().format_help() + "\n" + keys_help()
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Rows with the same keys as a table; plain columns when the output is no terminal."""
+    if not rows:
+        print("nothing found")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    if not sys.stdout.isatty():
+        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+        for row in [{key: key for key in rows[0]}, *rows]:
+            print("  ".join(str(row[key]).ljust(width) for key, width in widths.items()).rstrip())
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console(highlight=False).print(table)
+
+
+def print_pairs(values: dict[str, Any]) -> None:
+    """One "key: value" per line."""
+    for key, value in values.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{key}: {shown}")
+
+
+# --------------------------------------------------------------------------------------------------------------- subcommands
+
+
+def list_models(args: argparse.Namespace) -> None:
+    from train import config, describe
+
+    if args.configs:
+        for name in config.shipped():
+            if args.filter in name:
+                print(name)
+        return
+    print_table(describe.models(args.filter, args.license, args.pretrained))
+
+
+def info(args: argparse.Namespace) -> None:
+    from train import describe
+
+    print_pairs(describe.info(args.model, tuple(args.size) if args.size else None))
+
+
+def train(args: argparse.Namespace) -> None:
+    from train import config, engine
+
+    engine.fit(config.load(args.config, args.overrides), args.resume, args.accept_changes)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from train import engine
+
+    metrics = engine.evaluate_run(args.folder, args.overrides, args.weights)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_pairs(metrics)
+
+
+def predict(args: argparse.Namespace) -> None:
+    from train.predict import predict
+
+    predict(args.folder, args.images, args.out, args.overwrite, args.weights, args.overrides)
+
+
+def show_config(args: argparse.Namespace) -> None:
+    from train import config
+
+    print(config.as_yaml(config.load(args.config, args.overrides)), end="")
+
+
+def data_check(args: argparse.Namespace) -> int:
+    from train import config
+    from train.data.check import check
+
+    return check(config.load(args.config, args.overrides), args.count, args.out)
+
+
+def convert(args: argparse.Namespace) -> None:
+    import yaml
+
+    import backbones  # noqa: F401  (registers our models with timm)
+    import weights
+
+    if Path(args.destination).exists():
+        raise FileExistsError(f"{args.destination} exists; choose another name or remove it")
+    model_args = yaml.safe_load(args.args)
+    if not isinstance(model_args, dict):
+        raise ValueError(f"--args must be a YAML mapping, got {args.args!r}")
+    print(weights.convert_file(args.model, args.source, args.destination, args.naming, **model_args))
+
+
+def export(args: argparse.Namespace) -> None:
+    import timm
+
+    import backbones  # noqa: F401  (registers our models with timm)
+    from train.checks import hint
+    from train.engine import open_run
+    from train.export import export
+
+    if Path(args.source).is_dir():
+        config, _, model, _ = open_run(args.source)
+        size, in_chans = tuple(config.data.size), config.model.in_chans
+    elif timm.is_model(args.source):
+        model = timm.create_model(args.source, pretrained=False)
+        in_chans, *size = model.pretrained_cfg["input_size"]
+        print("a model by name has random weights; export a run folder for trained ones", file=sys.stderr)
+    else:
+        raise ValueError(f"{args.source!r} is neither a run folder nor a model; {hint(args.source, timm.list_models())}")
+    worst = export(model, args.destination, tuple(args.size or size), in_chans)
+    print(json.dumps({"file": args.destination, "largest difference": worst}))
+
+
+def bench(args: argparse.Namespace) -> None:
+    from train import bench
+
+    bench.run(args.what, size=tuple(args.size) if args.size else None)
+
+
+def doctor(args: argparse.Namespace) -> int | None:
+    from train import doctor
+
+    return doctor.run(args.model, tuple(args.size) if args.size else None)

@@ -1,0 +1,100 @@
+"""What `zoo list` and `zoo info` show of a model."""
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import backbones
+from backbones.ops import neighborhood
+from train.checks import hint
+from weights import manifest
+
+
+def models(pattern: str = "", license: str | None = None, pretrained: bool = False) -> list[dict[str, str]]:
+    """One row per model of the zoo and its released weights: name, tag, license, input, published score, where from.
+
+    pattern: wildcards, or a part of the name; license: a part of the licence's name, e.g. "mit"; pretrained: only models that
+    have weights. Models without weights have an empty tag.
+    """
+    names = [name for name in backbones.list_models() if fnmatch.fnmatch(name, pattern or "*") or (pattern and pattern in name)]
+    known: dict[str, list[dict]] = {}
+    for entry in manifest.checkpoints():
+        known.setdefault(entry["name"], []).append(entry)
+    rows = []
+    for name in names:
+        for entry in known.get(name, [{}]):
+            if pretrained and not entry:
+                continue
+            if license is not None and license.lower() not in str(entry.get("license", "")).lower():
+                continue
+            rows.append(
+                {
+                    "model": name,
+                    "weights": entry.get("tag", ""),
+                    "license": str(entry.get("license", "")),
+                    "input": "x".join(str(side) for side in entry.get("input_size", ())[1:]),
+                    "published": ", ".join(f"{key} {value}" for key, value in (entry.get("published") or {}).items()),
+                    "from": "by hand" if "by_hand" in entry else ("download" if entry.get("url") else ""),
+                }
+            )
+    return rows
+
+
+def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Parameters (millions), multiply-adds (GMACs, one image), feature maps and licence of any timm model, ours included.
+
+    size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"unknown model {name!r}; {hint(name, timm.list_models())}")
+    model = timm.create_model(name, **(args or {})).eval()
+    cfg = model.pretrained_cfg
+    size = size or tuple(cfg["input_size"][1:])
+    image = torch.zeros(1, cfg["input_size"][0], *size)
+    with torch.no_grad(), plain_operators(), FlopCounterMode(display=False) as counter:
+        model(image)
+    result = {
+        "model": name,
+        "parameters (M)": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+        f"GMACs at {size[0]}x{size[1]}": round(counter.get_total_flops() / 2e9, 3),
+        "classes": model.num_classes,
+        "smallest image side": getattr(model, "min_size", "not stated"),
+    }
+    try:
+        features = timm.create_model(name, features_only=True, feature_cls="getter", **(args or {})).eval()
+    except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+        result["feature maps"] = f"none ({' '.join(str(error).split())[:80]})"
+    else:
+        with torch.no_grad():
+            maps = features(image)
+        described = zip(features.feature_info.channels(), features.feature_info.reduction(), maps, strict=True)
+        result["feature maps"] = "; ".join(
+            f"{channels} channels, stride {stride}, {m.shape[-2]}x{m.shape[-1]}" for channels, stride, m in described
+        )
+    entry = manifest.find(*name.split(".", 1)) if "." in name else manifest.find(name)
+    for key in ("tag", "license", "source", "paper", "published", "measured", "note"):
+        if entry.get(key):
+            result[key] = entry[key]
+    if not entry:
+        result |= {key: cfg[key] for key in ("license", "origin_url", "tag") if cfg.get(key)}
+    result["mean, std"] = f"{tuple(cfg['mean'])}, {tuple(cfg['std'])}"
+    return result
+
+
+@contextlib.contextmanager
+def plain_operators() -> Iterator[None]:
+    """Neighbourhood attention by its definition: the counter sees no operation inside kernels, and tiles do more than
+    needed.
+    """
+    before = dict(neighborhood.AUTOMATIC)
+    neighborhood.AUTOMATIC.update(dict.fromkeys((*before, "cuda"), ("reference",)))
+    try:
+        yield
+    finally:
+        neighborhood.AUTOMATIC.clear()
+        neighborhood.AUTOMATIC.update(before)
