@@ -114,6 +114,7 @@ class OptimConfig:
         clip_norm: largest gradient norm; null = no clipping.
         layer_decay: factor per layer from the head down; null = off.
         head_lr_scale: factor on the learning rate of everything that is not backbone.
+        lr_scales: part of a parameter's name -> factor on its learning rate, e.g. {offset.weight: 0.01}.
         ema_decay: of the averaged weights that are evaluated and saved as best; null = off.
         ema_warmup: let the decay grow from 0 in the first steps.
     """
@@ -139,6 +140,7 @@ class OptimConfig:
     clip_norm: float | None = None
     layer_decay: float | None = None
     head_lr_scale: float = 1.0
+    lr_scales: dict[str, float] = field(default_factory=dict)
     ema_decay: float | None = None
     ema_warmup: bool = True
 

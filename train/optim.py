@@ -1,5 +1,6 @@
 """Parameter groups, optimiser, schedule and averaged weights: timm's, chosen by the `optim` section."""
 
+import math
 from typing import Any
 
 import torch
@@ -35,9 +36,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Groups that share learning rate factor (`lr_scale`) and weight decay.
 
     No decay for vectors (biases, norms) and for what the model lists in no_weight_decay(). With layer_decay the factor of the
-    backbone falls by it per layer away from the output (Bao et al. 2022, as timm does it). Heads get head_lr_scale. Frozen
-    parameters are in no group.
+    backbone falls by it per layer away from the output (Bao et al. 2022, as timm does it). Heads get head_lr_scale, names that
+    contain a key of lr_scales its factor. Frozen parameters are in no group. Raises ValueError for a key that no name contains.
     """
+    for part in config.lr_scales:
+        if not any(part in name for name, _ in model.named_parameters()):
+            raise ValueError(f"optim.lr_scales: no parameter of this model has {part!r} in its name")
     excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     heads, scale = head_parameters(model), {}
     if config.layer_decay is not None:
@@ -48,6 +52,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         if not parameter.requires_grad:
             continue
         factor = scale.get(id(parameter), 1.0) * (config.head_lr_scale if id(parameter) in heads else 1.0)
+        factor *= math.prod(value for part, value in config.lr_scales.items() if part in name)
         skip = parameter.ndim <= 1 or name in excluded
         decay = 0.0 if skip else config.weight_decay
         group = groups.setdefault((factor, decay), {"params": [], "lr_scale": factor, "weight_decay": decay})
