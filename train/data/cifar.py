@@ -47,7 +47,12 @@ def read_pickle(path: Path) -> dict:
         raise ValueError(f"{path}: not a CIFAR pickle ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a CIFAR pickle (holds a {type(content).__name__}, not a dict)")
-    return content
+    return {text(key): value for key, value in content.items()}
+
+
+def text(value: str | bytes) -> str:
+    """Names are text in the official files and bytes in pickles that Python 3 wrote."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 class Cifar10(ImageDataset):
@@ -64,7 +69,9 @@ class Cifar10(ImageDataset):
             self.root if (self.root / self.meta_file).exists() else need(self.root / self.folder, "the official pickles", name)
         )
         meta = read_pickle(need(base / self.meta_file, "the class names", name))
-        self.classes = [str(label) for label in meta[self.names_key]]
+        if not isinstance(meta.get(self.names_key), list):
+            raise ValueError(f"{base / self.meta_file}: no list {self.names_key!r}; it has {', '.join(meta)}")
+        self.classes = [text(label) for label in meta[self.names_key]]
         images, self.labels, self.origins = [], [], []
         for file in self.train_files if split == "train" else self.val_files:
             path = need(base / file, f"the {split} images", name)

@@ -48,12 +48,12 @@ def id_array(image: Image.Image, path: Path | str) -> np.ndarray:
     return np.asarray(image).astype(np.int64)
 
 
-def ids_from_colors(path: Path, palette: list[tuple[int, int, int]], ignore_index: int) -> np.ndarray:
-    """Class ids, int64 H W, from a colour mask: the position of each colour in `palette`.
+def ids_from_colors(colors: np.ndarray, palette: list[tuple[int, int, int]], ignore_index: int, path: Path | str) -> np.ndarray:
+    """Class ids, int64 H W, of a colour mask uint8 3 H W: the position of each colour in `palette`.
 
-    Black and white pixels that are not in the palette are void. ValueError names the first colour that is unknown.
+    Black and white pixels that are not in the palette are void. ValueError names the file (path) and the first unknown colour.
     """
-    colors = read_rgb(path).astype(np.int64)
+    colors = colors.astype(np.int64)
     codes = (colors[0] << 16) + (colors[1] << 8) + colors[2]
     found, positions = np.unique(codes, return_inverse=True)
     table = {(r << 16) + (g << 8) + b: i for i, (r, g, b) in enumerate(palette)}
@@ -79,7 +79,8 @@ def read_depth(path: Path, divisor: float, invalid: tuple[float, ...] = (0,)) ->
             raise FileNotFoundError(f"{path}: no such file") from None
         except (ValueError, OSError) as error:
             raise ValueError(f"{path}: not a readable array ({error})") from error
-        values = values.squeeze()
+        if values.ndim == 3:  # a channel axis, first or last
+            values = values[0] if len(values) == 1 else values[..., 0] if values.shape[-1] == 1 else values
     else:
         image = open_image(path)
         if image.mode not in ("I", "I;16", "I;16B", "F", "L"):

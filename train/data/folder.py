@@ -9,13 +9,15 @@ from train.data.base import ImageDataset
 from train.data.depth import DepthSpec
 from train.data.files import (
     IMAGE_SUFFIXES,
+    id_array,
     ids_from_colors,
     images_in,
     need,
+    open_image,
     read_depth,
-    read_ids,
     read_list,
     read_rgb,
+    rgb_array,
     root_folder,
 )
 
@@ -26,7 +28,7 @@ class Folder(ImageDataset):
     images, masks, depths: folders below root. lists: a text file with one name per line (Pascal's
     ImageSets/Segmentation/train.txt); null takes every image.
     classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
-    palette: colours in class order. With it masks may be colour images; one-channel masks are ids all the same.
+    palette: colours in class order. With it masks may be colour images; masks of one channel (colour table or not) are ids.
     id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
     depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
 
@@ -114,11 +116,10 @@ class Folder(ImageDataset):
 
     def read_mask(self, path: Path) -> np.ndarray:
         """Class ids of a mask file, through the palette if it is in colour and through `id_map` if there is one."""
-        if self.palette is not None:
-            image = read_rgb(path)
-            if (image[0] != image[1]).any() or (image[0] != image[2]).any():
-                return ids_from_colors(path, self.palette, self.ignore_index)
-        ids = read_ids(path)
+        image = open_image(path)
+        if self.palette is not None and image.mode in ("RGB", "RGBA"):
+            return ids_from_colors(rgb_array(image), self.palette, self.ignore_index, path)
+        ids = id_array(image, path)
         if self.id_map is None:
             return ids
         found, positions = np.unique(ids, return_inverse=True)
