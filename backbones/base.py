@@ -5,6 +5,7 @@ Shapes: B batch, H W map height and width, C channels.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -162,9 +163,11 @@ class StagedBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier; 0 classes give pooled features, (0, '') the map."""
+        """New classifier, on the device and in the type of the model; 0 classes give pooled features, (0, '') the map."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+        like = next(self.parameters())
+        with like.device, default_dtype(like.dtype):
+            self.head.reset(num_classes, pool_type=global_pool)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -191,7 +194,12 @@ def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device
 
     device, dtype: where and in which type parameters are made ("meta" makes none). With pretrained, the file is the manifest's,
     fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
+    img_size: side or (height, width); a family that builds no size in runs any, so there it is only checked.
     """
+    if "img_size" not in inspect.signature(cls).parameters:
+        size = kwargs.pop("img_size", None) or cls.min_size
+        if (size if isinstance(size, int) else min(size)) < cls.min_size:
+            raise ValueError(f"img_size {size} is too small: {name} needs at least {cls.min_size} pixels a side")
     feature_cfg = {"out_indices": cls.default_out_indices, "feature_cls": "getter"}
     source = contextlib.nullcontext()
     if pretrained:

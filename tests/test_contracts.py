@@ -1,0 +1,389 @@
+"""What timm and its consumers expect of every model that is registered; a new model is tested the moment it is.
+
+Shapes and names are checked for every name, on the meta device. What must be computed is computed for one model of each kind of
+network (all of a family that has none in KINDS), with few blocks, on small images.
+"""
+
+import copy
+import functools
+import inspect
+import math
+import re
+
+import pytest
+import timm
+import torch
+from timm.models import get_notrace_functions, get_notrace_modules, group_parameters
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import backbones
+import weights
+
+NAMES = backbones.list_models()
+KINDS = [
+    "nat_mini",
+    "nat_small",  # with LayerScale
+    "dinat_mini",
+    "dinat_s_tiny",
+    "nat_isotropic_small",
+    "dinat_isotropic_small",
+    "vitrpb_small",
+    "lit_ti",
+    "lit_s",
+    "litv2_s",
+    "cvt_13",
+    "sparsifiner_deit_s",
+    "sparsifiner_lvvit_s",
+    "swin_t",
+    "pit_ti",
+    "pit_ti_distilled",
+    "poolformer_s12_gn",
+    "vit_small_patch14_ttreg_dinov2",
+]
+# The mask of Sparsifiner is a choice, not a product: only its own losses reach the predictor, as in the authors' code.
+WITHOUT_GRADIENT = {"sparsifiner": r"\.mask_predictor\."}
+# Exported with free height and width, see docs/export.md; the others fix a grid when they are traced.
+DYNAMIC_SIZE: list[str] = []
+
+
+def module_of(name: str) -> str:
+    return timm.model_entrypoint(name).__module__
+
+
+covered = {module_of(name) for name in KINDS if name in NAMES}
+CHECKED = [name for name in NAMES if name in KINDS or module_of(name) not in covered]
+
+
+@functools.cache
+def on_meta(name: str) -> nn.Module:
+    """The model without memory. Not to be changed: tests share it."""
+    return timm.create_model(name, device="meta").eval()
+
+
+def fewer_blocks(name: str) -> dict:
+    """Arguments that leave at most two blocks per stage (three in a flat model, as each is a feature)."""
+    model = on_meta(name)
+    arguments = inspect.signature(type(model).__init__).parameters
+    if "depths" in arguments:
+        return {"depths": (2,) * len(model.stages)}
+    return {"depth": 3}
+
+
+def create(name: str, **kwargs) -> nn.Module:
+    return timm.create_model(name, **(fewer_blocks(name) | kwargs)).eval()
+
+
+@pytest.fixture(scope="module", params=CHECKED)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name) -> nn.Module:
+    """A model with few blocks. Not to be changed: tests share it."""
+    torch.manual_seed(0)
+    return noisy(create(name))
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    """Parameters moved off their initial zeros and ones, so that a branch that is lost shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def images(batch: int = 1, height: int = 64, width: int = 96, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(height))
+
+
+def as_tuple(value) -> tuple:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def channels_of(features: Tensor) -> int:
+    return features.shape[-1 if features.ndim == 3 else 1]
+
+
+# ---------------------------------------------------------------- every name, shapes only
+
+
+@pytest.mark.parametrize("each", NAMES)
+def test_the_configuration_describes_the_model(each):
+    model = timm.create_model(each, device="meta").eval()
+    cfg = model.default_cfg
+    features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert model.num_classes == cfg["num_classes"]
+    assert channels_of(features) == model.num_features and pooled.shape == (1, model.head_hidden_size)
+    if features.ndim == 4:
+        assert tuple(features.shape[2:]) == tuple(cfg["pool_size"])
+    assert model.forward_head(features).shape == (1, model.num_classes or model.head_hidden_size)
+    names = model.state_dict().keys()
+    assert all(f"{conv}.weight" in names for conv in as_tuple(cfg["first_conv"]))
+    if cfg["num_classes"]:
+        assert all(f"{layer}.weight" in names for layer in as_tuple(cfg["classifier"]))
+        classifiers = [model.get_submodule(layer) for layer in as_tuple(cfg["classifier"])]
+        assert any(layer is classifiers[0] for layer in as_tuple(model.get_classifier()))
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model.forward_head(features).shape == pooled.shape
+    model.reset_classifier(7)
+    assert model.num_classes == 7 and model.forward_head(features).shape == (1, 7)
+    model.reset_classifier(0, "")
+    bare = timm.create_model(each, num_classes=0, global_pool="", device="meta").eval()
+    unpooled = bare.forward_head(features)
+    assert unpooled.ndim == features.ndim and channels_of(unpooled) == model.num_features
+    assert model.forward_head(features).shape == unpooled.shape
+
+
+@pytest.mark.parametrize("each", NAMES)
+def test_feature_info_describes_the_maps(each):
+    info = on_meta(each).feature_info
+    reductions = [entry["reduction"] for entry in info]
+    assert len(info) >= 3 and reductions == sorted(reductions)
+    assert all(isinstance(on_meta(each).get_submodule(entry["module"]), nn.Module) for entry in info)
+    wrapped = timm.create_model(each, features_only=True, device="meta").eval()
+    height, width = 96, 128
+    maps = wrapped(torch.empty(2, 3, height, width, device="meta"))
+    assert [m.shape[1] for m in maps] == wrapped.feature_info.channels()
+    for m, reduction in zip(maps, wrapped.feature_info.reduction()):
+        assert m.ndim == 4 and m.shape[0] == 2
+        assert m.shape[2] <= math.ceil(height / reduction) + 1 and m.shape[3] <= math.ceil(width / reduction) + 1
+    assert getattr(wrapped, "output_fmt", "NCHW") in ("NCHW", timm.layers.Format.NCHW)
+
+
+@pytest.mark.parametrize("each", CHECKED)
+def test_features_of_chosen_stages(each):
+    info = on_meta(each).feature_info
+    last = len(info) - 1
+    for indices, expected in [((0, last), [0, last]), ((-1,), [last]), (2, [last - 1, last])]:
+        chosen = timm.create_model(each, features_only=True, out_indices=indices, device="meta").eval()
+        assert chosen.feature_info.channels() == [info[i]["num_chs"] for i in expected]
+        maps = chosen(torch.empty(1, 3, 64, 96, device="meta"))
+        assert [m.shape[1] for m in maps] == chosen.feature_info.channels()
+
+
+@pytest.mark.parametrize("each", NAMES)
+def test_layer_groups_and_decay_name_every_parameter_once(each):
+    model = on_meta(each)
+    names = {name for name, _ in model.named_parameters()}
+    assert set(model.no_weight_decay()) <= names
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        grouped = [name for group in groups.values() for name in group]
+        assert sorted(grouped) == sorted(names)
+        layer = {name: i for i, group in groups.items() for name in group}
+        first = [layer[f"{conv}.weight"] for conv in as_tuple(model.default_cfg["first_conv"])]
+        assert set(first) == {0}, "the stem is layer 0"
+        blocks = [(re.findall(r"\d+", name)[:2], layer[name]) for name in names if re.match(r"(stages|blocks)\.\d+", name)]
+        blocks = sorted(([int(n) for n in numbers], i) for numbers, i in blocks)
+        assert blocks[0][1] >= 0 and blocks[-1][1] < len(groups)
+        if model.num_classes:
+            heads = [layer[f"{name}.weight"] for name in as_tuple(model.default_cfg["classifier"])]
+            assert set(heads) == {max(groups)}, "the classifier is the last layer"
+    by_depth = {}
+    fine = group_parameters(model, model.group_matcher(coarse=False))
+    for i, group in fine.items():
+        for name in group:
+            if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.|blocks\.(\d+)\.", name):
+                by_depth.setdefault(tuple(int(n) for n in match.groups() if n is not None), set()).add(i)
+    assert all(len(layers) == 1 for layers in by_depth.values()), "a block is one layer"
+    order = [layers.pop() for _, layers in sorted(by_depth.items())]
+    assert order == sorted(order) and len(set(order)) == len(order), "layers follow the depth of the network"
+
+
+@pytest.mark.parametrize("each", CHECKED)
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_input_channels(each, channels):
+    model = timm.create_model(each, in_chans=channels, device="meta").eval()
+    assert model(torch.empty(1, channels, 64, 96, device="meta")).shape[0] == 1
+
+
+@pytest.mark.parametrize("each", NAMES)
+def test_a_misspelt_argument_raises(each):
+    with pytest.raises(TypeError, match="drop_pth_rate"):
+        timm.create_model(each, drop_pth_rate=0.1, device="meta")
+
+
+# ---------------------------------------------------------------- one model of each kind, computed
+
+
+@torch.no_grad()
+def test_forward_is_head_of_features_and_checkpointing_changes_nothing(name, model):
+    image = images(2)
+    out = model(image)
+    assert out.shape[0] == 2 and out.isfinite().all()
+    torch.testing.assert_close(model.forward_head(model.forward_features(image)), out)
+    torch.testing.assert_close(model(image[:1]), out[:1], rtol=1e-3, atol=1e-4)  # no image knows its neighbours in the batch
+    model.set_grad_checkpointing(True)
+    try:
+        torch.testing.assert_close(model(image), out, rtol=1e-4, atol=1e-5)
+    finally:
+        model.set_grad_checkpointing(False)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_parameter_gets_a_gradient(name, checkpointing):
+    model = create(name, num_classes=42).train()
+    model.set_grad_checkpointing(checkpointing)
+    out = model(images(2))
+    out = out if isinstance(out, Tensor) else torch.cat(as_tuple(out))
+    assert out.shape[-1] == (42 if model.num_classes else model.num_features) and out.isfinite().all()
+    (out * torch.randn(out.shape)).mean().backward()
+    exempt = WITHOUT_GRADIENT.get(name.split("_")[0])
+    without = [key for key, p in model.named_parameters() if p.grad is None and not (exempt and re.search(exempt, key))]
+    assert not without
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()
+def test_intermediates_end_in_forward_features(name, model):
+    image = images()
+    info = model.feature_info
+    final, maps = model.forward_intermediates(image)
+    torch.testing.assert_close(final, model.forward_features(image))
+    assert [m.shape[1] for m in maps] == [entry["num_chs"] for entry in info] and all(m.isfinite().all() for m in maps)
+    for indices in (2, [0, len(info) - 1], [-1], [0]):
+        chosen = [range(len(info))[i] for i in (indices if isinstance(indices, list) else range(-indices, 0))]
+        for stop_early in (False, True):
+            only = model.forward_intermediates(image, indices=indices, stop_early=stop_early, intermediates_only=True)
+            assert len(only) == len(chosen)
+            for got, i in zip(only, chosen):
+                torch.testing.assert_close(got, maps[i])
+    with pytest.raises((ValueError, AssertionError)):
+        model.forward_intermediates(image, indices=[len(info) + 3])
+    normed = model.forward_intermediates(image, norm=True, intermediates_only=True)
+    assert [m.shape for m in normed] == [m.shape for m in maps]
+
+
+@torch.no_grad()
+def test_features_only_gives_the_intermediates(name, model):
+    wrapped = create(name, features_only=True)
+    weights.load_checkpoint(wrapped, model.state_dict())
+    image = images(1, 96, 64)
+    maps = model.forward_intermediates(image, indices=list(wrapped.out_indices), intermediates_only=True)
+    for got, expected in zip(wrapped(image), maps, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
+def test_pruning_keeps_what_the_map_needs(name, model):
+    image = images()
+    expected = model.forward_intermediates(image, indices=[1], intermediates_only=True)[0]
+    pruned = copy.deepcopy(model)
+    assert list(pruned.prune_intermediate_layers([1], prune_norm=True, prune_head=True)) == [1]
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(pruned.forward_intermediates(image, indices=[1], intermediates_only=True)[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(75, 110), (64, 33), (101, 134)], ids=str)
+def test_any_size_gives_maps_and_logits(name, model, size):
+    image = images(2, *size)
+    assert model(image).shape[0] == 2 and model(image).isfinite().all()
+    info = model.feature_info
+    maps = model.forward_intermediates(image, intermediates_only=True)
+    for m, entry in zip(maps, info, strict=True):
+        assert m.shape[:2] == (2, entry["num_chs"]) and m.isfinite().all()
+        assert all(abs(side - n / entry["reduction"]) <= 2 for side, n in zip(m.shape[2:], size))
+
+
+@torch.no_grad()
+def test_the_smallest_image_runs_and_a_smaller_one_is_named(name, model):
+    least = model.min_size
+    assert model(images(1, least, least)).isfinite().all()
+    if least > 1:
+        with pytest.raises(ValueError, match=rf"{least - 1}x{least}.*at least {least} pixels"):
+            model(images(1, least - 1, least))
+
+
+def test_set_input_size_moves_the_native_size(name, model):
+    if not hasattr(model, "set_input_size"):
+        assert "img_size" not in inspect.signature(type(model).__init__).parameters, "a built-in size must be movable"
+        return
+    moved = copy.deepcopy(model)
+    moved.set_input_size(img_size=(96, 128))
+    with torch.no_grad():
+        assert moved(images(1, 96, 128)).isfinite().all() and moved(images(1, 75, 110)).isfinite().all()
+    built = create(name, img_size=(96, 128))
+    assert {key: value.shape for key, value in built.state_dict().items()} == {
+        key: value.shape for key, value in moved.state_dict().items()
+    }
+
+
+def test_state_dict_makes_the_round_trip_to_the_authors_and_back(name, tmp_path):
+    """Through a file that says what the authors' do, as a user loads it: pretrained=True and pretrained_cfg_overlay."""
+    source = noisy(create(name))
+    convert = weights.convert.converter(source)
+    official = convert.to_official(source.state_dict(), source)
+    assert convert.source_format(official) == "official"
+    torch.save({"model": {f"module.{key}": value for key, value in official.items()}}, tmp_path / "file.pth")
+    classes = source.num_classes
+    overlay = {"file": str(tmp_path / "file.pth"), "num_classes": classes}
+    for kwargs in ({}, {"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, {"features_only": True}):
+        loaded = weights.convert.backbone(create(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs))
+        expected = source.state_dict()
+        first = {f"{conv}.weight" for conv in as_tuple(source.default_cfg["first_conv"])} if "in_chans" in kwargs else set()
+        heads = () if kwargs in ({}, {"in_chans": 1}) else weights.load.classifier_names(source)
+        for key, value in loaded.state_dict().items():
+            if key not in first and not (heads and key.startswith(heads)):
+                torch.testing.assert_close(value, expected[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
+    image = images()
+    with torch.no_grad():
+        again = create(name)
+        weights.load_checkpoint(again, tmp_path / "file.pth")
+        assert torch.equal(again(image), source(image))
+
+
+def test_drop_path_is_random_in_training_only(name):
+    model = noisy(create(name, drop_path_rate=0.9))
+    image = images(4)
+    with torch.no_grad():
+        assert torch.equal(model(image), model(image))
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        first, second = (out if isinstance(out, Tensor) else torch.cat(as_tuple(out)) for out in (model(image), model(image)))
+        assert not torch.equal(first, second)
+
+
+def test_fx_tracing_gives_the_same_bits(name, model):
+    tracer = {
+        "leaf_modules": get_notrace_modules(),
+        "autowrap_functions": get_notrace_functions(),
+        "param_shapes_constant": True,
+    }
+    train_nodes, eval_nodes = get_graph_node_names(model, tracer_kwargs=tracer)
+    traced = create_feature_extractor(
+        model, train_return_nodes=train_nodes[-1:], eval_return_nodes=eval_nodes[-1:], tracer_kwargs=tracer
+    ).eval()
+    image = images()
+    with torch.inference_mode():
+        (out,) = traced(image).values()
+        assert torch.equal(out, model(image))
+
+
+@torch.no_grad()
+def test_compile_breaks_no_graph(name, model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    image = images()
+    torch.testing.assert_close(compiled(image), model(image))
+
+
+@torch.no_grad()
+def test_export_keeps_the_batch_free(name, model):
+    image = images(2)
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    other = images(3)
+    torch.testing.assert_close(program.module()(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+def test_double_precision_is_taken_at_creation(name):
+    model = create(name, dtype=torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert {b.dtype for b in model.buffers() if b.is_floating_point()} <= {torch.float64}
+    with torch.no_grad():
+        assert model(images().double()).dtype == torch.float64
