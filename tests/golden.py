@@ -3,6 +3,7 @@
 Looked for in the folder of the environment variable ZOO_GOLDEN, else ../shared/golden beside the checkout, else tests/goldens.
 """
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -60,3 +61,14 @@ def variants(family: str, include: str = "") -> list:
     """Parameters for pytest: the names in `official` that hold `include`; a skip if there are none."""
     names = [name for name in official(family) if include in name]
     return names or [pytest.param(None, marks=pytest.mark.skip(reason=f"no facts/keys_{family}.json beside the fixtures"))]
+
+
+def keys(family: str) -> dict[str, dict]:
+    """Official variant -> {"params": number of parameters, "keys": name -> shape} of a family's published full-size models.
+
+    Read from keys_<family>.json in ../shared/facts beside the checkout, else from tests/goldens/keys.
+    """
+    shared = ROOT.parent.parent / "shared" / "facts" / f"keys_{family}.json"
+    if shared.is_file():
+        return json.loads(shared.read_text())
+    return json.loads(gzip.decompress((ROOT / "goldens" / "keys" / f"keys_{family}.json.gz").read_bytes()))
