@@ -1,7 +1,7 @@
 """Any timm model as a source of feature maps: B C H W, finest first.
 
 timm 1.0.26 and newer give every architecture `forward_intermediates`, which settles taps, NHWC layouts and prefix tokens. What
-timm does not say is which image sizes a model takes; that is measured once, on the meta device, when the backbone is built.
+timm says only in part is which image sizes a model takes: where it refuses one, that is measured once, on the meta device.
 """
 
 import difflib
@@ -31,7 +31,8 @@ class FeatureBackbone(nn.Module):
     backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
 
     Attributes: `model`; `channels` of each map; `strides` as timm states them (hints: PiT's 7, 14, 28 give 31, 16, 8 at 224);
-    `one_scale`: all maps have one size; `multiple`: images are padded to a multiple of it; `fixed_size`: (H, W) or None.
+    `one_scale`: all maps have one size; `multiple`: images are padded to a multiple of it; `fixed_size`: (H, W) or None (both
+    known in full after the first image that the model refused).
     """
 
     def __init__(
@@ -84,13 +85,11 @@ class FeatureBackbone(nn.Module):
         self.prefix_tokens = False
         if prefix_tokens:
             self.return_prefix_tokens()
-        self.multiple, self.fixed_size = self._measure_sizes(in_chans, built_size)
+        self._in_chans, self._built_size = in_chans, built_size
+        self._measured, self._taken = False, set()
+        self.multiple, self.fixed_size = self._stated_size()
         if self.taps:
-            size = self.fixed_size or (16 * self.multiple, 16 * self.multiple)
-            maps = self._on_meta(torch.empty(1, in_chans, *size, device="meta", dtype=self._dtype()))
-            maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
-            self.channels = [m.shape[1] for m in maps]
-            self.strides = [round(size[0] / m.shape[2]) for m in maps]
+            self._describe_taps()
 
     def return_prefix_tokens(self) -> None:
         """From now on return pairs (map, prefix tokens). ValueError if the model has no prefix tokens."""
@@ -113,9 +112,31 @@ class FeatureBackbone(nn.Module):
         return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
 
     def forward(self, images: Tensor) -> list[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
+        size = tuple(images.shape[-2:])
+        if torch.compiler.is_compiling() or size in self._taken:
+            return self._intermediates(self._pad(images))
+        if images.ndim != 4 or images.shape[1] != self._in_chans:
+            raise ValueError(f"{self.name} takes images B {self._in_chans} H W, got shape {tuple(images.shape)}")
+        tried = self.padded_size(*size)
+        try:
+            maps = self._intermediates(self._pad(images))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # timm says nowhere which sizes a model takes: at the first refusal it is measured, then padded to
+            if self._measured or self._takes(*tried):
+                raise  # not the size
+            self._measured = True
+            self.multiple, self.fixed_size = self._measure_sizes()
+            if self.padded_size(*size) == tried:
+                raise ValueError(
+                    f"{self.name} cannot take images of {size[0]} x {size[1]}: larger ones fit ({error})"
+                ) from error
+            maps = self._intermediates(self._pad(images))
+        self._taken.add(size)
+        return maps
+
+    def _pad(self, images: Tensor) -> Tensor:
         height, width = self.padded_size(*images.shape[-2:])
-        images = F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
-        return self._intermediates(images)
+        return F.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
     def _intermediates(self, images: Tensor) -> list:
         if self.taps:
@@ -139,6 +160,13 @@ class FeatureBackbone(nn.Module):
                 handle.remove()
         return [self._as_map(outputs[tap], images.shape[-2:]) for tap in self.taps]
 
+    def _describe_taps(self) -> None:
+        """channels and strides of tapped modules, which timm does not describe."""
+        size = self.fixed_size or self._native_size() or (16 * self.multiple, 16 * self.multiple)
+        maps = [m if isinstance(m, Tensor) else m[0] for m in self._on_meta(*size)]
+        self.channels = [m.shape[1] for m in maps]
+        self.strides = [round(size[0] / m.shape[2]) for m in maps]
+
     def _as_map(self, x: Tensor, size: Sequence[int]) -> Tensor | tuple[Tensor, Tensor]:
         """A tapped module's output, B C H W, B H W C (by the model's output_fmt) or B N C, as forward returns it."""
         if x.ndim == 4:
@@ -150,51 +178,54 @@ class FeatureBackbone(nn.Module):
         x = x.mT.unflatten(2, (height, -1))
         return (x, prefix) if self.prefix_tokens else x
 
-    def _on_meta(self, images: Tensor) -> list:
-        """What _intermediates returns for images on the meta device: shapes without arithmetic."""
-        state = {name: tensor.to("meta") for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        state = {f"backbone.model.{name}": tensor for name, tensor in state.items()}
-        with torch.no_grad():
-            return torch.func.functional_call(_Call(self), state, (images,))
+    def _stated_size(self) -> tuple[int, tuple[int, int] | None]:
+        """(multiple, fixed size) as timm's patch embedding states them, else (1, None)."""
+        embed = getattr(self.model, "patch_embed", None)
+        strict = getattr(embed, "strict_img_size", None)
+        if strict and as_pair(getattr(embed, "img_size", None)):
+            return 1, as_pair(embed.img_size)
+        return (1 if strict is None else max(as_pair(embed.patch_size))), None
 
-    def _dtype(self) -> torch.dtype | None:
-        return next((p.dtype for p in self.model.parameters()), None)
+    def _native_size(self) -> tuple[int, int] | None:
+        """(H, W) the model was built for, or was trained at."""
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        return self._built_size or as_pair(config.get("input_size", ())[1:])
 
-    def _measure_sizes(self, in_chans: int, built_size: tuple[int, int] | None) -> tuple[int, tuple[int, int] | None]:
+    def _measure_sizes(self) -> tuple[int, tuple[int, int] | None]:
         """(multiple, fixed size): the smallest multiple of pixels the model takes, or the one size it is bound to.
 
-        Runs the model's own code on meta tensors (no arithmetic) at sizes that are multiples of the candidate and of nothing
-        larger. A model that cannot run on the meta device at its own size is taken to need its largest stride.
+        Runs the model's own code on meta tensors (no arithmetic) at sizes far from the model's own that are multiples of the
+        candidate and of nothing larger. A model that cannot run there at its own size is taken to need its largest stride.
         """
-
-        def takes(height: int, width: int) -> bool:
-            try:
-                self._on_meta(torch.empty(1, in_chans, height, width, device="meta", dtype=self._dtype()))
-            except Exception:  # whatever a foreign model raises at a size it cannot take
-                return False
-            return True
-
         largest = max(entry["reduction"] for entry in feature_entries(self.model))
-        training = self.model.training
-        self.model.eval()
-        try:
-            for multiple in sorted({1, *_patch_size(self.model), 4, 8, 16, largest, 2 * largest}):
-                odd = max(5, -(-224 // multiple) // 2 * 2 + 1)  # about 224 pixels, times an odd number
-                if takes(multiple * odd, multiple * (odd + 2)):
-                    return multiple, None
-            native = built_size or self._built_size()
-            if native is not None and takes(*native):
-                return 1, native
-        finally:
-            self.model.train(training)
-        return largest, None
+        native = self._native_size()
+        height, width = native or (224, 224)
+        for multiple in sorted({1, 4, 8, 16, largest, 2 * largest}):
+            if self._takes(multiple * (3 * height // (4 * multiple) * 2 + 1), multiple * (width // multiple * 2 + 1)):
+                return multiple, None
+        return (1, native) if native is not None and self._takes(*native) else (largest, None)
 
-    def _built_size(self) -> tuple[int, int] | None:
-        """The (H, W) the model was built for, from its patch embedding or else from timm's configuration."""
-        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None) or getattr(self.model, "img_size", None)
-        if size is None:
-            size = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size", (None, None, None))[-2:]
-        return as_pair(size) if isinstance(size, int) or size[0] is not None else None
+    def _takes(self, height: int, width: int) -> bool:
+        try:
+            self._on_meta(height, width)
+        except Exception:  # whatever a foreign model raises at a size it cannot take
+            return False
+        return True
+
+    def _on_meta(self, height: int, width: int) -> list:
+        """What _intermediates returns for one image, on the meta device: shapes without arithmetic."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        state = {f"backbone.model.{name}": tensor.to("meta") for name, tensor in tensors}
+        dtype = next((p.dtype for p in self.model.parameters()), None)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()  # nothing random, no statistics
+        try:
+            with torch.no_grad():
+                image = torch.empty(1, self._in_chans, height, width, device="meta", dtype=dtype)
+                return torch.func.functional_call(_Call(self), state, (image,))
+        finally:
+            for module in training:
+                module.training = True
 
 
 class _Call(nn.Module):
@@ -236,8 +267,10 @@ def create_backbone(
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """(H, W) of an image size that may be one number."""
-    return None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """(H, W) of an image size that may be one number; None for none."""
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
 
 def feature_entries(model: nn.Module) -> list[dict]:
@@ -253,10 +286,3 @@ def default_indices(reductions: Sequence[int]) -> list[int]:
         return sorted({max(0, (i + 1) * count // 4 - 1) for i in range(4)})
     last = {reduction: i for i, reduction in enumerate(reductions)}
     return sorted(last.values())[-4:]
-
-
-def _patch_size(model: nn.Module) -> set[int]:
-    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if size is None:
-        return set()
-    return {max(int(s) for s in size)} if isinstance(size, (tuple, list)) else {int(size)}
