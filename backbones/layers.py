@@ -8,6 +8,8 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from backbones.fuse import fold_batch_norm
+
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Stochastic depth per block, rising linearly from 0 at the first block of the network to `rate` at the last one.
@@ -64,6 +66,12 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     table: heads x (2 height - 1) x (2 width - 1), entry = key position - query position + side - 1 on each axis.
     Returns heads x queries x keys, tokens row-major. Views, a flip and one copy: no index tensor to store or to rebuild.
     """
+    if torch.compiler.is_exporting():  # Tensor.unfold would fix the grid
+        rows, columns = (torch.arange(side, device=table.device) for side in (height, width))
+        table = table.index_select(1, (rows - rows[:, None] + height - 1).view(-1))
+        table = table.index_select(2, (columns - columns[:, None] + width - 1).view(-1))
+        pairs = table.view(-1, height, height, width, width).transpose(2, 3)
+        return pairs.reshape(-1).view(-1, height * width, height * width)
     pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # heads, -query row, -query column, key row, key column
     return pairs.flip(1, 2).flatten(3).flatten(1, 2)
 
@@ -75,7 +83,7 @@ def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) ->
     Channel 2t of `offset` moves tap t (row-major) downwards, channel 2t + 1 to the right, in pixels; outside the map is zero.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precisions have no CPU kernel, and the authors' op casts too
-    x, offset, weight, bias = (t.to(dtype) for t in (x, offset, weight, bias))
+    x, offset, weight, bias = (t.to(dtype).contiguous() for t in (x, offset, weight, bias))  # else its gradients are wrong
     return deform_conv2d(x, offset, weight, bias, stride=2)
 
 
@@ -99,3 +107,8 @@ class DeformableMerge(nn.Module):
         x = x.permute(0, 3, 1, 2)
         merged = deformable_merge(x, self.offset(x), self.conv.weight, self.conv.bias).to(x.dtype)
         return F.gelu(self.norm(merged)).permute(0, 2, 3, 1)
+
+    def fused(self) -> "DeformableMerge":
+        """With the BatchNorm folded in; it follows the sampling, so the offsets do not change."""
+        self.conv, self.norm = fold_batch_norm(self.conv, self.norm), nn.Identity()
+        return self

@@ -7,7 +7,8 @@ Source: github.com/SHI-Labs/Neighborhood-Attention-Transformer @ d334f5b (MIT), 
 Differs from the source: the isotropic models take any image size (the authors' take the constructed one).
 
 DiNAT is NAT with dilated neighbourhoods; dilations are not stored in checkpoints, and dense prediction uses others than
-classification with the same weights (DENSE_DILATIONS). DiNAT_s has Swin's stem and downsampling.
+classification with the same weights (DENSE_DILATIONS). DiNAT_s has Swin's stem and downsampling. An exported program keeps the
+batch open and fixes the image size, on which the tiles of the attention depend; vitrpb's may keep both open.
 
 Shapes: B batch, H W map height and width, C channels, h heads, d = C // h.
 """

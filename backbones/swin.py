@@ -10,6 +10,7 @@ where the shorter side of a map is not longer than the window, the window shrink
 takes any size, pads maps to whole windows before it rolls them, never shrinks a window and shifts every second block, even on a
 map of one window. Here maps of the constructed size follow the first program and all others the second; `dense=True` follows
 the second always. Differs from timm's `swin_*`, which decide per axis on maps that are not square and roll before they pad.
+An exported program may keep batch and size open, for images whose last map is larger than a window (225 pixels for window 7).
 
 Shapes: B batch, H W map height and width, C channels, h heads, d = C // h, n windows, L = window ** 2.
 """
