@@ -1,0 +1,199 @@
+"""data-check finds what users get wrong: labels off by one, void as a class, millimetres as metres, files that do not fit."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data import DATASETS
+from train.data.check import refuse, run
+
+GENERATOR = np.random.default_rng(0)
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def pairs(root, mask=None, depth=None, count=3, size=(24, 32)):
+    """A folder data set whose masks and depth maps are made by functions of (split, number)."""
+    for split in ("train", "val"):
+        for i in range(count):
+            save(root / f"images/{split}/{i}.png", GENERATOR.integers(255, size=(*size, 3)).astype(np.uint8))
+            if mask is not None:
+                save(root / f"masks/{split}/{i}.png", np.asarray(mask(split, i), np.uint8))
+            if depth is not None:
+                save(root / f"depths/{split}/{i}.png", np.asarray(depth(split, i), np.uint16))
+    return root
+
+
+def stripes(ids, size=(24, 32)):
+    return np.resize(np.repeat(np.asarray(ids, np.uint8), 2), size)
+
+
+def datasets(root, targets=("mask",), **args):
+    return [DATASETS["folder"](root, split, targets, **args) for split in ("train", "val")]
+
+
+def findings(report, level):
+    return [finding.text for finding in report.findings if finding.level == level]
+
+
+def test_clean_data_are_described_and_pass(tmp_path):
+    root = pairs(tmp_path / "d", mask=lambda split, i: stripes([0, 1, 2, 255]))
+    report = run(datasets(root, classes=["cat", "dog", "cow"]), out=tmp_path / "out")
+    assert report.ok
+    assert not report.findings
+    text = (tmp_path / "out" / "data_check.txt").read_text()
+    assert "train: 3 samples" in text
+    assert "24x32" in text
+    assert "1 dog" in text
+    assert "25.00%" in text
+    assert "nothing speaks against training" in text
+    content = json.loads((tmp_path / "out" / "data_check.json").read_text())
+    assert content["splits"]["train"]["mask_pixels"] == {"0": 576, "1": 576, "2": 576, "255": 576}
+    with Image.open(tmp_path / "out" / "data_check.png") as picture:
+        assert picture.width > 300
+
+
+def test_ids_from_one_are_off_by_one(tmp_path):
+    report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([1, 2, 3])), classes=3))
+    assert not report.ok
+    errors = findings(report, "error")
+    assert any("mask id 3" in text and "outside the 3 classes" in text and "masks/train/0.png" in text for text in errors)
+    assert any("off by one" in text for text in errors)
+
+
+def test_void_as_one_more_class_is_named(tmp_path):
+    report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([0, 1, 2, 3])), classes=3))
+    assert not report.ok
+    assert any("id 3, one past the last class, is probably void" in text for text in findings(report, "warning"))
+
+
+def test_a_missing_first_class_is_suspected(tmp_path):
+    report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([1, 2, 3])), classes=4))
+    assert report.ok
+    assert any("id 0 (0 class 0) never occurs" in text for text in findings(report, "warning"))
+    assert any("1 of 4 classes never occur" in text for text in findings(report, "note"))
+
+
+def test_a_foreground_of_255_is_not_void(tmp_path):
+    report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([0, 255])), classes=2))
+    assert any("only 0 and 255" in text for text in findings(report, "error"))
+
+
+def test_masks_of_void_alone(tmp_path):
+    report = run(datasets(pairs(tmp_path / "a", mask=lambda split, i: stripes([255])), classes=2))
+    assert any("nothing to learn" in text for text in findings(report, "error"))
+    mixed = run(datasets(pairs(tmp_path / "b", mask=lambda split, i: stripes([255] if i else [0, 1])), classes=2))
+    assert mixed.ok
+    assert any("2 masks have no labelled pixel" in text for text in findings(mixed, "warning"))
+    assert any("67% of the pixels are ignored" in text for text in findings(mixed, "warning"))
+
+
+def test_every_broken_file_is_counted_and_the_first_is_named(tmp_path):
+    root = pairs(tmp_path, mask=lambda split, i: stripes([0, 1], size=(24, 31) if i == 1 else (24, 32)))
+    (root / "images/train/2.png").write_bytes(b"broken")
+    report = run(datasets(root, classes=2))
+    (train, val) = (next(text for text in findings(report, "error") if text.startswith(word)) for word in ("cannot", "cannot"))
+    assert "1.png" in train
+    assert "(and 1 more)" in train
+    assert report.facts[1].failures
+    assert val
+
+
+def test_validation_images_that_are_training_images(tmp_path):
+    root = pairs(tmp_path, mask=lambda split, i: stripes([0, 1] if split == "train" else [0, 2]))
+    (root / "images/val/1.png").write_bytes((root / "images/train/2.png").read_bytes())
+    report = run(datasets(root, classes=3))
+    warnings = findings(report, "warning")
+    assert any("1 of 3 validation images are also training images" in text for text in warnings)
+    assert any("1 classes occur in validation and never in training: 2 class 2" in text for text in warnings)
+
+
+RAMP = np.linspace(800, 9000, 24 * 32).reshape(24, 32)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "words"),
+    [(1.0, "millimetres read as metres?; the median would fit with divisor"), (1000.0, None), (500.0, "will be ignored")],
+)
+def test_millimetres_read_as_metres(tmp_path, divisor, words):
+    root = pairs(tmp_path, depth=lambda split, i: RAMP)
+    report = run(datasets(root, ("depth",), depth_divisor=divisor))
+    assert report.ok == (divisor != 1.0)
+    assert words is None or any(words in finding.text for finding in report.findings)
+    if divisor == 1.0:
+        assert "1000" in findings(report, "error")[0]
+
+
+def test_metres_read_as_millimetres(tmp_path):
+    report = run(datasets(pairs(tmp_path, depth=lambda split, i: RAMP / 1000 + 1), ("depth",)))
+    assert any("metres read as millimetres" in text for text in findings(report, "error"))
+
+
+def test_depth_that_is_missing_constant_or_quantised(tmp_path):
+    nothing = run(datasets(pairs(tmp_path / "a", depth=lambda split, i: 0 * RAMP), ("depth",)))
+    assert any("not a single reading" in text or "no depth map has" in text for text in findings(nothing, "error"))
+    flat = run(datasets(pairs(tmp_path / "b", depth=lambda split, i: 0 * RAMP + 2000), ("depth",)))
+    assert any("constant" in text for text in findings(flat, "error"))
+    sparse = run(datasets(pairs(tmp_path / "c", depth=lambda split, i: RAMP * (np.arange(32) % 8 == 0)), ("depth",)))
+    assert sparse.ok
+    assert any("87.5% of the depth pixels have no reading" in text for text in findings(sparse, "note"))
+    steps = np.resize(np.arange(10, 200) * 40, (96, 128))
+    eight = run(datasets(pairs(tmp_path / "d", depth=lambda split, i: steps, size=(96, 128)), ("depth",)))
+    assert any("even steps of 40 mm" in text for text in findings(eight, "note"))
+    kinect = np.resize((350_000 / np.arange(100, 300)).astype(int), (96, 128))
+    real = run(datasets(pairs(tmp_path / "e", depth=lambda split, i: kinect, size=(96, 128)), ("depth",)))
+    assert not any("steps" in text for text in findings(real, "note"))
+
+
+class Labelled(DATASETS["digits"]):
+    """Digits with labels of our choice."""
+
+    shift = 0
+
+    def read(self, index):
+        sample = super().read(index)
+        return {**sample, "label": int(sample["label"]) + self.shift}
+
+
+def test_labels_are_counted_and_checked(monkeypatch):
+    digits = [Labelled(split, ("label",)) for split in ("train", "val")]
+    report = run(digits, count=50)
+    assert report.ok
+    assert report.facts[0].samples == 1437
+    assert report.facts[0].read == 50
+    monkeypatch.setattr(Labelled, "shift", 1)
+    report = run(digits, count=200)
+    assert any("label 10 is outside the 10 classes" in text for text in findings(report, "error"))
+    assert any("off by one" in text for text in findings(report, "error"))
+    with pytest.raises(ValueError, match="at least 1"):
+        run(digits, count=0)
+
+
+def test_training_is_refused_what_cannot_be_right(tmp_path):
+    refuse(datasets(pairs(tmp_path / "good", mask=lambda split, i: stripes([0, 1])), classes=2))
+    root = pairs(tmp_path / "bad", depth=lambda split, i: RAMP)
+    with pytest.raises(ValueError, match=r"Folder, train: .*millimetres read as metres.*data-check"):
+        refuse(datasets(root, ("depth",), depth_divisor=1.0))
+
+
+def test_the_task_is_asked(tmp_path):
+    class Picky:
+        def check(self, dataset):
+            raise ValueError("wants 7 classes")
+
+    report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([0, 1])), classes=2), Picky())
+    assert findings(report, "error") == ["does not fit the task: wants 7 classes"] * 2
+
+
+@pytest.mark.parametrize("name", ["scenes", "digits"])
+def test_our_own_data_pass(tmp_path, name):
+    args = {"size": (24, 32), "count": 4, "val_count": 4} if name == "scenes" else {}
+    kind = DATASETS[name]
+    report = run([kind(split=split, targets=kind.provides, **args) for split in ("train", "val")], out=tmp_path, count=4)
+    assert report.ok, report.lines
+    assert (tmp_path / "data_check.png").stat().st_size > 1000
