@@ -8,6 +8,7 @@ from .fcn import FCN
 from .fpn import FPN
 from .glpn import GLPN
 from .linear import Linear
+from .mask_transformer import MaskTransformer
 from .sdt import SDT
 from .segformer import SegFormer
 from .upernet import UPerNet
@@ -22,6 +23,7 @@ HEADS = {
     "dpt": DPT,
     "sdt": SDT,
     "glpn": GLPN,
+    "mask_transformer": MaskTransformer,
 }
 
 from .features import FeatureBackbone  # noqa: E402  (after HEADS: model.py reads it)
