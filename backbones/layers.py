@@ -83,7 +83,7 @@ def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) ->
     Channel 2t of `offset` moves tap t (row-major) downwards, channel 2t + 1 to the right, in pixels; outside the map is zero.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precisions have no CPU kernel, and the authors' op casts too
-    x, offset, weight, bias = (t.to(dtype).contiguous() for t in (x, offset, weight, bias))  # else its gradients are wrong
+    x, offset, weight, bias = (t.to(dtype) for t in (x, offset, weight, bias))
     return deform_conv2d(x, offset, weight, bias, stride=2)
 
 

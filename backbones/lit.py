@@ -1,0 +1,402 @@
+"""LIT: no attention where maps are large, full attention where they are small, merging that learns where to look.
+
+Paper:  Pan et al. 2022, "Less is More: Pay Less Attention in Vision Transformers", https://arxiv.org/abs/2105.14217
+Source: github.com/ziplab/LIT @ 742e961 (Apache-2.0). Released weights load through weights/convert/lit.py.
+The authors' LIT-Ti and their LIT-S/M/B are two networks: `LITTi` (absolute positions, class token) and `LIT` (relative
+position bias, mean over positions).
+Differs from the source: any image size, by the rules of the authors' dense-prediction code. `LIT` pads images with zeros at the
+right and bottom to multiples of 4 and resizes its bias tables bicubically to the map; `LITTi` drops the up to 3 pixels that fill
+no patch and resizes its position embeddings bilinearly, comparing rows and columns (the source compares token counts and
+crashes on 448x448). Merging drops the last row or column of an odd map.
+
+Shapes: B batch, H W map height and width, N = H * W, C channels, h heads, d = C // h.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
+from timm.models import checkpoint_seq, register_model, register_notrace_function
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from backbones.base import Stage, StagedBackbone, build, check_size, init_linear
+from backbones.layers import DeformableMerge, drop_path_rates
+from weights.convert import resample_bias_table, resample_position_embedding
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("lit")
+
+
+def map_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the four maps when the first is height x width."""
+    return [(height >> i, width >> i) for i in range(4)]
+
+
+def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """1 C h w -> 1 C of `size`, align_corners False, not antialiased; the same tensor if it has that size."""
+    if not torch.compiler.is_exporting() and image.shape[-2:] == size:  # an exported program may keep the size open
+        return image
+    return F.interpolate(image.float(), size, mode=mode, align_corners=False).to(image.dtype)
+
+
+@register_notrace_function
+def position_bias(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
+    """Bias between all pairs of positions of a map, h N N (query, key), from a table of the differences query - key.
+
+    table: (2 rows - 1) * (2 columns - 1) x h, row-major, for the map `native` = (rows, columns); resized bicubically, as an
+    image per head and without antialiasing, when the map is another.
+    """
+    image = table.T.reshape(1, -1, 2 * native[0] - 1, 2 * native[1] - 1)
+    image = resize(image, (2 * height - 1, 2 * width - 1), "bicubic")[0]
+    rows, columns = torch.arange(height, device=table.device), torch.arange(width, device=table.device)
+    down = (rows[:, None] - rows + height - 1) * (2 * width - 1)
+    right = columns[:, None] - columns + width - 1
+    index = down[:, None, :, None] + right[:, None]  # H W H W
+    return image.flatten(1).index_select(1, index.flatten()).unflatten(1, (height * width, height * width))
+
+
+class Attention(nn.Module):
+    """Self-attention over the whole map; `size`: (rows, columns) of its relative position bias, or None for no bias."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, size: tuple[int, int] | None = None):
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        if size is not None:
+            self.bias_table = nn.Parameter(torch.empty((2 * size[0] - 1) * (2 * size[1] - 1), heads))
+            nn.init.trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C; without bias also B N C -> B N C
+        bias = None if self.size is None else position_bias(self.bias_table, self.size, x.shape[1], x.shape[2])
+        qkv = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # B N 3 h d
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B h N d
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Make `size` the native map of the bias table."""
+        shape, old = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (size, self.size))
+        table = resample_bias_table(self.bias_table.detach(), shape, old)
+        self.bias_table, self.size = nn.Parameter(table, self.bias_table.requires_grad), size
+
+
+class Block(nn.Module):
+    """x + DP(attn(norm1 x)) where there is attention (heads > 0), then x + DP(MLP(norm2 x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, drop_path: float, eps: float, **attention):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps) if heads else None
+        self.attn = Attention(dim, heads, **attention) if heads else None
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class LIT(StagedBackbone):
+    """LIT-S/M/B.
+
+    depths, dims, heads: of the four stages (heads of the first two are unused, as they have no attention); img_size: image for
+    whose maps the bias tables are made, other images resize them; drop_path_rate: at the last block, rising linearly from 0;
+    feature_norms: a LayerNorm on each returned map, as the authors' segmentation code has, or the stages that have one
+    ((1, 2, 3) in their detection code).
+    """
+
+    family = "lit"
+    nhwc = True
+    min_size = 29  # eight rows of patches, so that the last map has one
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        feature_norms: bool | Sequence[int] = False,
+    ):
+        super().__init__()
+        rates = drop_path_rates(drop_path_rate, depths)
+        sizes = self.sizes(img_size)
+        self.patch_embed = patches(in_chans, dims[0], pad=True)
+        self.stages = nn.ModuleList(
+            Stage(
+                DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
+                [
+                    Block(
+                        dim, heads[i] if i > 1 else 0, mlp_ratio, proj_drop_rate, rate, 1e-5, qkv_bias=qkv_bias, size=sizes[i]
+                    )
+                    for rate in rates[i]
+                ],
+            )
+            for i, dim in enumerate(dims)
+        )
+        self.norm = nn.LayerNorm(dims[-1])
+        normed = range(4) if feature_norms is True else feature_norms or ()
+        norms = [nn.LayerNorm(dim) if i in normed else nn.Identity() for i, dim in enumerate(dims)] if normed else None
+        self.finish(dims, [4, 8, 16, 32], num_classes, global_pool, drop_rate, norms)
+        self.apply(init_linear)
+
+    @staticmethod
+    def sizes(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """Maps of the four stages for an image of this size."""
+        height, width = to_2tuple(img_size)
+        return map_sizes(-(-height // 4), -(-width // 4))
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the bias tables for images of this size, so that no forward has to."""
+        for stage, size in zip(self.stages, self.sizes(img_size)):
+            for block in stage.blocks:
+                if block.attn is not None:
+                    block.attn.resize(size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+
+
+def patches(in_chans: int, dim: int, pad: bool) -> PatchEmbed:
+    """4x4 patches, then LayerNorm (eps 1e-5 in all LITs): B 3 H W -> B H/4 W/4 C."""
+    return PatchEmbed(
+        None, 4, in_chans, dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=pad
+    )
+
+
+@register_notrace_function
+def positions(embedding: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
+    """Position embedding of a map, 1 H W C, from one of 1 (1 +) rows * columns C for the map `native` = (rows, columns).
+
+    An entry before the map's (of the class token) is left out. Resized bilinearly when the map is another.
+    """
+    embedding = embedding[:, embedding.shape[1] - native[0] * native[1] :]
+    image = embedding.mT.reshape(1, -1, *native)
+    return resize(image, (height, width), "bilinear").permute(0, 2, 3, 1)
+
+
+class TiStage(Stage):
+    """A stage of LIT-Ti: downsampling, position embedding, blocks; the last stage may hold the class token.
+
+    size: (rows, columns) of the position embedding; tokens: how many entries it has before the map's (1 in the last stage).
+    """
+
+    def __init__(self, downsample, blocks, dim: int, size: tuple[int, int], tokens: int = 0, class_token: bool = False):
+        super().__init__(downsample, blocks)
+        self.size = size
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens + size[0] * size[1], dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        if class_token:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 2H 2W D -> B H W C
+        x = self.downsample(x)
+        x = x + positions(self.pos_embed, self.size, x.shape[1], x.shape[2])
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
+    def with_class_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """B 2H 2W D -> class token B 1 C and map B H W C."""
+        x = self.downsample(x)
+        size = x.shape[1:3]
+        x = (x + positions(self.pos_embed, self.size, x.shape[1], x.shape[2])).flatten(1, 2)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], 1)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return x[:, :1], x[:, 1:].unflatten(1, size)
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Make `size` the native map of the position embedding."""
+        tokens = self.pos_embed.shape[1] - self.size[0] * self.size[1]
+        embedding = resample_position_embedding(self.pos_embed.detach(), size, tokens, self.size, "bilinear")
+        self.pos_embed, self.size = nn.Parameter(embedding, self.pos_embed.requires_grad), size
+
+
+class LITTi(StagedBackbone):
+    """LIT-Ti. As in a ViT, `forward_features` gives tokens, B 1+N C, the class token first; its maps are NCHW.
+
+    depths, dims, heads, mlp_ratios: of the four stages (heads of the first two are unused, as they have no attention);
+    img_size: image for whose maps the position embeddings are made, other images resize them; class_token: False leaves it out,
+    as the authors' dense-prediction code does (then `forward_features` gives a map and global_pool must be "avg" or "");
+    global_pool: "token", "avg" (over the map's positions) or "".
+    """
+
+    family = "lit"
+    nhwc = True
+    min_size = 32
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 4, 6, 3),
+        dims: Sequence[int] = (64, 128, 320, 512),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        qkv_bias: bool = True,
+        class_token: bool = True,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        rates = drop_path_rates(drop_path_rate, depths)
+        block = partial(Block, drop=proj_drop_rate, eps=1e-6, qkv_bias=qkv_bias)
+        self.patch_embed = patches(in_chans, dims[0], pad=False)
+        self.stages = nn.ModuleList(
+            TiStage(
+                DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
+                [block(dim, heads[i] if i > 1 else 0, mlp_ratios[i], drop_path=rate) for rate in rates[i]],
+                dim,
+                size,
+                tokens=int(i == 3),
+                class_token=class_token and i == 3,
+            )
+            for i, (dim, size) in enumerate(zip(dims, self.sizes(img_size)))
+        )
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.num_classes, self.num_features, self.head_hidden_size = num_classes, dims[-1], dims[-1]
+        self.class_token = class_token
+        self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
+        self.feature_norms = None  # the authors return the maps as they are
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, ("token" if class_token else "avg") if global_pool is None else global_pool)
+        self.apply(init_linear)
+
+    @staticmethod
+    def sizes(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """Maps of the four stages for an image of this size."""
+        height, width = to_2tuple(img_size)
+        return map_sizes(height // 4, width // 4)
+
+    def forward(self, x: Tensor) -> Tensor:  # here, not inherited, as FX keeps only functions of this file from being traced
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B 1+N C, without class token B C H/32 W/32
+        """Normalised tokens of the last stage, the class token first; without one, the map."""
+        x = self.patch_embed(check_size(x, self.min_size))
+        for stage in self.stages[:-1]:
+            x = stage(x)
+        return self.final(*self.last_stage(x))
+
+    def last_stage(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Third stage's output -> class token B 1 C (None without one) and map B H W C of the last stage."""
+        return self.stages[-1].with_class_token(x) if self.class_token else (None, self.stages[-1](x))
+
+    def final(self, token: Tensor | None, x: Tensor) -> Tensor:
+        """Normalised: class token and map B H W C -> tokens B 1+N C, or map B C H W where there is no class token."""
+        return self.to_nchw(self.norm(x)) if token is None else self.norm(torch.cat([token, x.flatten(1, 2)], 1))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As in `StagedBackbone`; the class token is in none of the maps."""
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        x, token, maps = self.patch_embed(check_size(x, self.min_size)), None, []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            if i == 3:
+                token, x = self.last_stage(x)
+            else:
+                x = stage(x)
+            if i in take:
+                maps.append(self.feature(x, i, norm))
+        if intermediates_only:
+            return maps
+        return self.final(token, x) if i == 3 else self.to_nchw(x), maps
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Output of `forward_features` -> B num_classes, or B C when pre_logits (or without a classifier)."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(1) if self.class_token else x.mean((2, 3))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifier; 0 classes give pooled features, (0, '') the tokens."""
+        pool = self.global_pool if global_pool is None else global_pool
+        allowed = ("token", "avg", "") if self.class_token else ("avg", "")
+        if pool not in allowed:
+            raise ValueError(f"global_pool must be one of {allowed}, got {pool!r}")
+        self.num_classes, self.global_pool = num_classes, pool
+        like = self.patch_embed.proj.weight
+        self.head = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
+        )
+        init_linear(self.head)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize the position embeddings for images of this size, so that no forward has to."""
+        for stage, size in zip(self.stages, self.sizes(img_size)):
+            stage.resize(size)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """As in `StagedBackbone`; a stage's position embedding and class token belong to its downsampling."""
+        groups = super().group_matcher(coarse)
+        if not coarse:
+            groups["blocks"][0] = (r"^stages\.(\d+)\.(?:downsample|pos_embed|cls_token)", (0,))
+        return groups
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The class token; the authors do decay the position embeddings."""
+        return {"stages.3.cls_token"}
+
+
+def _create(cls: type[StagedBackbone], name: str, pretrained: bool, **kwargs) -> StagedBackbone:
+    return build(cls, name, pretrained, **kwargs)
+
+
+@register_model
+def lit_ti(pretrained: bool = False, **kwargs) -> LITTi:
+    return _create(LITTi, "lit_ti", pretrained, **kwargs)
+
+
+@register_model
+def lit_s(pretrained: bool = False, **kwargs) -> LIT:
+    args = {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)}
+    return _create(LIT, "lit_s", pretrained, **args | kwargs)
+
+
+@register_model
+def lit_m(pretrained: bool = False, **kwargs) -> LIT:
+    args = {"depths": (2, 2, 18, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)}
+    return _create(LIT, "lit_m", pretrained, **args | kwargs)
+
+
+@register_model
+def lit_b(pretrained: bool = False, **kwargs) -> LIT:
+    args = {"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)}
+    return _create(LIT, "lit_b", pretrained, **args | kwargs)

@@ -1,0 +1,90 @@
+"""LIT checkpoints: the authors', of both their networks (LIT-Ti and LIT-S/M/B), classification and dense."""
+
+import re
+
+from torch import Tensor, nn
+
+from weights.convert import resample_bias_table, resample_position_embedding
+
+OFFICIAL = [  # authors' name -> ours, as regular expressions
+    # LIT-S/M/B
+    (r"^layers\.(\d)\.downsample\.dconv\.conv_offset\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.offset."),
+    (r"^layers\.(\d)\.downsample\.dconv\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv."),
+    (r"^layers\.(\d)\.downsample\.norm_layer\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.norm."),
+    (r"^layers\.(\d)\.(blocks\.\d+\.attn)\.relative_position_bias_table$", r"stages.\1.\2.bias_table"),
+    (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"^norm(\d)\.", r"feature_norms.\1."),
+    # LIT-Ti
+    (r"^patch_embed1\.", "patch_embed."),
+    (r"^patch_embed(\d)\.dconv\.conv_offset\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.offset."),
+    (r"^patch_embed(\d)\.dconv\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.conv."),
+    (r"^patch_embed(\d)\.norm_layer\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.norm."),
+    (r"^block(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
+    (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.pos_embed"),
+    (r"^cls_token$", "stages.3.cls_token"),
+]
+NATIVE = [  # ours -> LIT-S/M/B
+    (r"^stages\.(\d)\.downsample\.offset\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv.conv_offset."),
+    (r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv."),
+    (r"^stages\.(\d)\.downsample\.norm\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.norm_layer."),
+    (r"^stages\.(\d)\.(blocks\.\d+\.attn)\.bias_table$", r"layers.\1.\2.relative_position_bias_table"),
+    (r"^stages\.(\d)\.blocks\.", r"layers.\1.blocks."),
+    (r"^feature_norms\.(\d)\.", r"norm\1."),
+    (r"^head\.fc\.", "head."),
+]
+NATIVE_TI = [  # ours -> LIT-Ti
+    (r"^patch_embed\.", "patch_embed1."),
+    (r"^stages\.(\d)\.downsample\.offset\.", lambda m: f"patch_embed{int(m[1]) + 1}.dconv.conv_offset."),
+    (r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"patch_embed{int(m[1]) + 1}.dconv."),
+    (r"^stages\.(\d)\.downsample\.norm\.", lambda m: f"patch_embed{int(m[1]) + 1}.norm_layer."),
+    (r"^stages\.(\d)\.blocks\.", lambda m: f"block{int(m[1]) + 1}."),
+    (r"^stages\.(\d)\.pos_embed$", lambda m: f"pos_embed{int(m[1]) + 1}"),
+    (r"^stages\.3\.cls_token$", "cls_token"),
+]
+
+
+def source_format(keys) -> str:
+    """Which program wrote a state dict with these keys."""
+    keys = set(keys)
+    if "pos_embed1" in keys:
+        return "official" if "cls_token" in keys else "official-dense"
+    if any(key.startswith("layers.") for key in keys):
+        return "official-dense" if any(re.match(r"norm\d\.", key) for key in keys) else "official"
+    return "native"
+
+
+def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Bias tables and position embeddings of another size than the model's are resampled, square maps assumed in the file."""
+    head = "head." if hasattr(model, "class_token") else "head.fc."  # LIT-Ti : LIT-S/M/B
+    own, native = dict(model.named_parameters()), {}
+    for key, value in state_dict.items():
+        if key.endswith("relative_position_index"):
+            continue  # follows from the map's size
+        key = re.sub(r"^head\.(?:fc\.)?(weight|bias)$", rf"{head}\1", rename(key, OFFICIAL))
+        if key == "stages.3.cls_token" and getattr(model, "class_token", True) is False:
+            continue  # the dense network has none
+        if key in own and own[key].shape != value.shape and key.endswith(("bias_table", "pos_embed")):
+            value = resample(value, model.get_submodule(key.rpartition(".")[0]).size, own[key])
+        native[key] = value
+    return native
+
+
+def resample(value: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
+    """A bias table or position embedding -> one for the map `size` = (rows, columns), of the shape of `like`."""
+    if value.ndim == 2:
+        return resample_bias_table(value, (2 * size[0] - 1, 2 * size[1] - 1))
+    return resample_position_embedding(value, size, like.shape[1] - size[0] * size[1], mode="bilinear")
+
+
+def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    rules = NATIVE_TI if "stages.0.pos_embed" in state_dict else NATIVE
+    return {rename(key, rules): value for key, value in state_dict.items()}
+
+
+def rename(key: str, rules) -> str:
+    """The first rule that matches rewrites the key."""
+    for pattern, replacement in rules:
+        new, count = re.subn(pattern, replacement, key)
+        if count:
+            return new
+    return key
