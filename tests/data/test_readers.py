@@ -37,6 +37,8 @@ def test_images_become_rgb_whatever_their_mode(tmp_path):
     save(tmp_path / "grey.png", np.full((4, 5), 9, np.uint8))
     Image.new("RGBA", (5, 4), (1, 2, 3, 255)).save(tmp_path / "alpha.png")
     Image.new("1", (5, 4), 1).save(tmp_path / "bits.png")
+    save(tmp_path / "deep.png", np.full((4, 5), 51400, np.uint16))
+    assert read_rgb(tmp_path / "deep.png")[:, 0, 0].tolist() == [200] * 3
     assert read_rgb(tmp_path / "grey.png")[:, 0, 0].tolist() == [9, 9, 9]
     assert read_rgb(tmp_path / "alpha.png")[:, 0, 0].tolist() == [1, 2, 3]
     assert read_rgb(tmp_path / "bits.png").shape == (3, 4, 5)
@@ -528,6 +530,28 @@ def test_pascal_layout_with_lists(tmp_path):
         DATASETS["folder"](tmp_path, "train", ("mask",), **layout)
 
 
+def test_files_of_one_name_in_two_folders_are_not_mixed_up(tmp_path):
+    for i, place in enumerate(("north", "south")):
+        save(tmp_path / f"images/train/{place}/a.jpg", rgb(2, 2, 10 * i))
+        save(tmp_path / f"masks/train/{place}/a.png", grey([[i, i], [i, i]]))
+    data = DATASETS["folder"](tmp_path, "train", ("mask",), classes=2)
+    assert [int(sample["mask"][0, 0]) for sample in data] == [0, 1]
+    np.save(tmp_path / "masks/train/north/a.npy", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="have the same name"):
+        DATASETS["folder"](tmp_path, "train", ("mask",), classes=2)
+
+
+def test_image_and_target_side_by_side(tmp_path):
+    save(tmp_path / "all/7_color.jpg", rgb(2, 2))
+    save(tmp_path / "all/7_depth.png", np.array([[500, 0], [0, 0]], np.uint16))
+    layout = {"images": "all", "depths": "all", "image_suffix": "_color", "depth_suffix": "_depth"}
+    data = DATASETS["folder"](tmp_path, "val", ("depth",), **layout)
+    assert len(data) == 1
+    assert float(data[0]["depth"].max()) == 0.5
+    with pytest.raises(FileNotFoundError, match="no file ends in _metres.jpg, _metres.jpeg"):
+        DATASETS["folder"](tmp_path, "val", ("depth",), **{**layout, "depth_suffix": "_metres"})
+
+
 def test_folder_says_what_is_missing(tmp_path):
     make = DATASETS["folder"]
     with pytest.raises(FileNotFoundError, match=r"looked for the train images at .*images/train"):
@@ -535,7 +559,7 @@ def test_folder_says_what_is_missing(tmp_path):
     save(tmp_path / "images/train/a.jpg", rgb(2, 2))
     with pytest.raises(FileNotFoundError, match="looked for the train masks"):
         make(tmp_path, "train", ("mask",), classes=2)
-    (tmp_path / "masks/train").mkdir(parents=True)
+    save(tmp_path / "masks/train/b.png", grey([[0, 0]]))
     with pytest.raises(FileNotFoundError, match=r"a.jpg has no mask: looked for a.\* in"):
         make(tmp_path, "train", ("mask",), classes=2)
     with pytest.raises(ValueError, match="set data.args.classes"):

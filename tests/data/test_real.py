@@ -145,9 +145,8 @@ def test_data_check_finds_no_error_in_real_data(name, folder, targets):
 
 
 def test_data_check_finds_millimetres_in_real_depth():
-    data = pair("folder", "sevenscenes_mini", ("depth",), images="data", depths="data", depth_divisor=1.0)
-    for dataset in data:  # colour and depth share a folder here: pair them by hand
-        dataset.images = sorted(dataset.root.glob("data/*.color.jpg"))
-        dataset.partners = {"depth": [Path(str(path).replace("color.jpg", "depth.png")) for path in dataset.images]}
+    layout = {"images": "data", "depths": "data", "image_suffix": ".color", "depth_suffix": ".depth"}
+    data = pair("folder", "sevenscenes_mini", ("depth",), depth_divisor=1.0, **layout)
+    assert len(data[0]) == 30
     report = run(data, count=3)
     assert any("millimetres read as metres" in finding.text and "1000" in finding.text for finding in report.findings)

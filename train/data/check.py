@@ -184,7 +184,12 @@ def examine_labels(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str,
         say("error", f"labels run from 1 to {count}: they are off by one, class ids start at 0")
     unseen = [i for i in range(count) if i not in facts.labels]
     if unseen and not outside:
-        say("note", f"{len(unseen)} of {count} classes never occur: {named(dataset, unseen)}")
+        say("note", f"{len(unseen)} of {count} classes never occur{extent(facts)}: {named(dataset, unseen)}")
+
+
+def extent(facts: SplitFacts) -> str:
+    """What "never" means where only some samples were read."""
+    return "" if facts.read == facts.samples else f" in the {facts.read} samples read"
 
 
 def examine_masks(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, str], None]) -> None:
@@ -229,7 +234,7 @@ def examine_masks(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, 
         say("warning", f"{len(facts.void_images)} masks have no labelled pixel, e.g. {facts.void_images[0]}")
     unseen = [i for i in range(count) if i not in ids]
     if unseen:
-        say("note", f"{len(unseen)} of {count} classes never occur: {named(dataset, unseen)}")
+        say("note", f"{len(unseen)} of {count} classes never occur{extent(facts)}: {named(dataset, unseen)}")
     if max(ids.values()) / sum(ids.values()) > 0.95 and len(ids) > 1:
         top = max(ids, key=ids.get)
         say("warning", f"class {named(dataset, [top])} covers {ids[top] / sum(ids.values()):.1%} of the labelled pixels")
@@ -400,7 +405,7 @@ def run(
                 findings.append(Finding("error", dataset.split, f"does not fit the task: {error}"))
     findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
     lines = [line for dataset, one in zip(datasets, facts, strict=True) for line in describe(dataset, one)]
-    verdict = "nothing speaks against training" if not findings else f"{len(findings)} findings"
+    verdict = "nothing speaks against training" if not findings else f"{len(findings)} finding{'s' * (len(findings) > 1)}"
     if any(finding.level == "error" for finding in findings):
         verdict += ": training with these data cannot be right"
     report = Report(facts, findings, [*lines, "", *map(str, findings), verdict])

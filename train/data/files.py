@@ -26,7 +26,10 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def rgb_array(image: Image.Image) -> np.ndarray:
-    """A PIL image as uint8 3 H W."""
+    """A PIL image as uint8 3 H W; 16-bit grey is scaled to 8 bits."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        return np.repeat((values.clip(0, 65535) // 257).astype(np.uint8)[None], 3, 0)
     return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 

@@ -11,7 +11,6 @@ from train.data.files import (
     IMAGE_SUFFIXES,
     id_array,
     ids_from_colors,
-    images_in,
     need,
     open_image,
     read_depth,
@@ -22,11 +21,34 @@ from train.data.files import (
 )
 
 
-class Folder(ImageDataset):
-    """Files matched by name without suffix. "{split}" in any argument becomes train or val.
+def by_name(folder: Path, suffix: str, extensions: tuple[str, ...], what: str) -> dict[str, Path]:
+    """Path below the folder without `suffix` and extension -> file, sorted.
 
-    images, masks, depths: folders below root. lists: a text file with one name per line (Pascal's
-    ImageSets/Segmentation/train.txt); null takes every image.
+    Raises FileNotFoundError if there is none, ValueError if two files have one name: which one belongs to the image?
+    """
+    need(folder, what, "Folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder).with_suffix(""))
+        if path.suffix.lower() not in extensions or not name.endswith(suffix):
+            continue
+        name = name.removesuffix(suffix)
+        if name in found:
+            raise ValueError(f"Folder: {found[name]} and {path} have the same name; keep one of them")
+        found[name] = path
+    if not found:
+        raise FileNotFoundError(
+            f"Folder: looked for {what} in {folder}: no file ends in {', '.join(suffix + e for e in extensions)}"
+        )
+    return found
+
+
+class Folder(ImageDataset):
+    """Files matched by their path below the folder, without suffix. "{split}" in any argument becomes train or val.
+
+    images, masks, depths: folders below root. image_suffix, mask_suffix, depth_suffix: what follows the common name before the
+    extension, for files such as 7_color.jpg beside 7_depth.png ("_color", "_depth"). lists: a text file with one name per line
+    (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
     classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
     palette: colours in class order. With it masks may be colour images; masks of one channel (colour table or not) are ids.
     id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
@@ -45,6 +67,9 @@ class Folder(ImageDataset):
         images: str = "images/{split}",
         masks: str = "masks/{split}",
         depths: str = "depths/{split}",
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        depth_suffix: str = "",
         lists: str | None = None,
         classes: list[str] | int | None = None,
         palette: list[list[int]] | None = None,
@@ -77,28 +102,27 @@ class Folder(ImageDataset):
         def below(folder: str) -> Path:
             return self.root / folder.format(split=split)
 
-        self.images = images_in(below(images), f"the {split} images", "Folder")
-        if lists is not None:
-            by_name = {path.stem: path for path in self.images}
-            names = [Path(row[0]).stem for row in read_list(below(lists), 1, "Folder")]
-            absent = [name for name in names if name not in by_name]
+        found = by_name(below(images), image_suffix, IMAGE_SUFFIXES, f"the {split} images")
+        if lists is None:
+            names = list(found)
+        else:
+            names = [row[0] for row in read_list(below(lists), 1, "Folder")]
+            names = [name if name in found else str(Path(name).with_suffix("")) for name in names]
+            absent = [name for name in names if name not in found]
             if absent:
                 raise FileNotFoundError(f"Folder: {below(lists)} names {absent[0]!r}, and {below(images)} has no such image")
-            self.images = [by_name[name] for name in names]
-        self.partners = {
-            target: self._partners(below(folder), target)
-            for target, folder in (("mask", masks), ("depth", depths))
-            if target in targets
-        }
-
-    def _partners(self, folder: Path, target: str) -> list[Path]:
-        need(folder, f"the {self.split} {target}s", "Folder")
-        suffixes = (*IMAGE_SUFFIXES, ".npy")
-        by_name = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in suffixes}
-        absent = [path for path in self.images if path.stem not in by_name]
-        if absent:
-            raise FileNotFoundError(f"Folder: {absent[0]} has no {target}: looked for {absent[0].stem}.* in {folder}")
-        return [by_name[path.stem] for path in self.images]
+        self.images = [found[name] for name in names]
+        self.partners: dict[str, list[Path]] = {}
+        for target, folder, suffix in (("mask", masks, mask_suffix), ("depth", depths, depth_suffix)):
+            if target not in targets:
+                continue
+            others = by_name(below(folder), suffix, (*IMAGE_SUFFIXES, ".npy"), f"the {split} {target}s")
+            absent = [name for name in names if name not in others]
+            if absent:
+                raise FileNotFoundError(
+                    f"Folder: {found[absent[0]]} has no {target}: looked for {absent[0]}{suffix}.* in {below(folder)}"
+                )
+            self.partners[target] = [others[name] for name in names]
 
     def __len__(self) -> int:
         return len(self.images)
