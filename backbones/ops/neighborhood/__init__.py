@@ -3,8 +3,8 @@
 `reference` is the definition; every other file computes the same thing faster on some kind of call. Each backend is a module
 with two functions: `refuses(call)` gives a sentence when it cannot run the call (None when it can), `run(call)` runs it.
 
-A backend asked for by name runs or raises with that sentence; it never falls back. Without a name the first of `AUTOMATIC`
-for the device that does not refuse runs. A program that is being exported always takes the tiled path, which consists of
+A backend asked for by name runs or raises with that sentence; it never falls back. Without a name the fastest on the call's
+device that does not refuse runs. A program that is being exported always takes the tiled path, which consists of
 standard operators only.
 """
 
@@ -17,17 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import cpp_backend, reference, tiled
+from . import cpp_backend, natten_backend, reference, tiled, triton_backend
 
-__all__ = ["AUTOMATIC", "BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
+__all__ = ["BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
 
 _logger = logging.getLogger(__name__)
 
-BACKENDS = {"cpp": cpp_backend, "tiled": tiled, "reference": reference}  # fastest first
-
-# What each kind of device tries, fastest first. NATTEN without a GPU is left out: its only path there has no backward and was
-# 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56); it runs when asked for by name.
-AUTOMATIC = {"cpu": ("cpp", "tiled", "reference")}
+BACKENDS = {  # fastest first
+    "natten": natten_backend,
+    "triton": triton_backend,
+    "cpp": cpp_backend,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,23 @@ def choose(call: Call, backend: str | None = None) -> str:
         return backend
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "tiled"
-    for name in AUTOMATIC.get(call.q.device.type, ("tiled", "reference")):
+    for name in _candidates(call):
         reason = BACKENDS[name].refuses(call)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():
             _logger.debug("neighbourhood attention: %s refuses: %s", name, reason)
-    raise AssertionError("the reference backend never refuses")
+    raise AssertionError("the tiled backend never refuses")
+
+
+def _candidates(call: Call) -> tuple[str, ...]:
+    """What automatic choice tries, fastest first."""
+    if call.q.device.type == "cuda":
+        # NATTEN's fused kernels take no bias, its unfused ones (before 0.20) do and are slower than ours
+        return ("natten", "triton", "tiled") if call.bias is None else ("triton", "natten", "tiled")
+    # On a CPU NATTEN runs only when asked for by name: its one path there has no backward and takes 18 to 1000 ms where
+    # the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56).
+    return ("cpp", "tiled") if call.q.device.type == "cpu" else ("tiled",)
 
 
 def check(
