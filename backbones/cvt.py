@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # B N C -> B N C
-        image = x[:, 1:] if self.class_token else x
+        image = x[:, 1:].contiguous() if self.class_token else x  # one copy here, else one in each convolution
         image = image.mT.unflatten(2, (height, width))
         q, k = self.conv_proj_q(image), self.conv_proj_k(image)
         v = k if self.conv_proj_v is None else self.conv_proj_v(image)
@@ -223,6 +223,7 @@ class CvT(StagedBackbone):
     """
 
     family = "cvt"
+    min_size = 3  # of the released stem: its 7x7 kernel with a padding of 2 on both sides
     default_out_indices = (0, 1, 2)
 
     def __init__(

@@ -42,7 +42,7 @@ def resize_to(embedding: Tensor, x: Tensor) -> Tensor:
 
 
 class Pool(nn.Module):
-    """Between stages: the map by a strided depthwise convolution, the tokens by one shared linear layer (paper, fig. 2).
+    """Between stages: the map by a strided depthwise convolution, the tokens by one shared linear layer (paper, sec. 3.3).
 
     The convolution has `dim` groups: output channel c reads input channel c // (out_dim // dim).
     """
