@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cpp_backend, natten_backend, reference, tiled, triton_backend
 
-__all__ = ["BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
+__all__ = ["AUTOMATIC", "BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
 
 _logger = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ BACKENDS = {  # fastest first
     "tiled": tiled,
     "reference": reference,
 }
+
+# What each kind of device tries without a name, fastest first. On a CPU NATTEN is left out: its one path there has no backward and
+# takes 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56).
+AUTOMATIC = {"cuda": ("natten", "triton", "tiled"), "cpu": ("cpp", "tiled")}
 
 
 @dataclass(frozen=True)
@@ -96,23 +100,13 @@ def choose(call: Call, backend: str | None = None) -> str:
         return backend
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "tiled"
-    for name in _candidates(call):
+    for name in AUTOMATIC.get(call.q.device.type, ("tiled",)):
         reason = BACKENDS[name].refuses(call)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():
             _logger.debug("neighbourhood attention: %s refuses: %s", name, reason)
     raise AssertionError("the tiled backend never refuses")
-
-
-def _candidates(call: Call) -> tuple[str, ...]:
-    """What automatic choice tries, fastest first."""
-    if call.q.device.type == "cuda":
-        # NATTEN's fused kernels take no bias, its unfused ones (before 0.20) do and are slower than ours
-        return ("natten", "triton", "tiled") if call.bias is None else ("triton", "natten", "tiled")
-    # On a CPU NATTEN runs only when asked for by name: its one path there has no backward and takes 18 to 1000 ms where
-    # the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56).
-    return ("cpp", "tiled") if call.q.device.type == "cpu" else ("tiled",)
 
 
 def check(
