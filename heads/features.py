@@ -113,10 +113,10 @@ class FeatureBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
         size = tuple(images.shape[-2:])
-        if torch.compiler.is_compiling() or size in self._taken:
-            return self._intermediates(self._pad(images))
         if images.ndim != 4 or images.shape[1] != self._in_chans:
             raise ValueError(f"{self.name} takes images B {self._in_chans} H W, got shape {tuple(images.shape)}")
+        if torch.compiler.is_compiling() or size in self._taken:
+            return self._intermediates(self._pad(images))
         tried = self.padded_size(*size)
         try:
             maps = self._intermediates(self._pad(images))
