@@ -183,6 +183,27 @@ class RunConfig:
 
 
 @dataclass
+class InferConfig:
+    """How evaluation and prediction run the model over an image (dense tasks).
+
+    Attributes:
+        mode: the whole image at once, or overlapping windows.
+        window: height and width of "slide".
+        stride: between windows; null = two thirds of the window.
+        blend: what overlapping windows weigh, all the same or less towards their borders.
+        scales: of the image, predictions averaged.
+        flip: average with the mirrored image.
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    blend: Literal["mean", "smooth"] = "mean"
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    flip: bool = False
+
+
+@dataclass
 class Config:
     """One run. `task` holds its name and the arguments of the class TASKS[name]."""
 
@@ -191,6 +212,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -287,6 +309,10 @@ def resolve(values: Mapping[str, Any]) -> Config:
     task = build_task(config)
     dense = any(target in ("mask", "depth") for target in task.targets)
     check_augment(config.augment, dense, data.size, data.mean, data.std)
+    if task.average is None and config.infer != InferConfig():
+        raise ValueError(f"infer: {config.task['name']} runs whole images once; leave this section out")
+    if config.infer.mode == "slide" and config.infer.window is None:
+        raise ValueError("infer.window is missing: mode slide needs its height and width")
     return config
 
 

@@ -33,8 +33,9 @@ from torch.utils.data import Dataset
 import weights
 from train import checkpoint, loader, optim, syncbn, visualize
 from train import config as configuration
-from train.config import Config
+from train.config import Config, InferConfig
 from train.data import DATASETS
+from train.inference import Predictor
 from train.log import Log, curves
 from train.tasks import Task
 from train.tasks.base import Names
@@ -320,6 +321,7 @@ def evaluate(task: Task, model: nn.Module, data: Dataset, accelerator: Accelerat
     metric = task.metric()
     if accelerator.device.type == "cuda":
         metric.to(accelerator.device)
+    run = inference(task, model, config)
     batches = loader.evaluation_batches(
         data,
         config.data.eval_batch,
@@ -331,7 +333,7 @@ def evaluate(task: Task, model: nn.Module, data: Dataset, accelerator: Accelerat
     for counts, batch in batches:
         batch = on_device(batch, config, accelerator.device)
         with accelerator.autocast():
-            output = model(batch["image"])
+            output = run(batch["image"])
         if counts:
             task.measure(metric, output, batch)
     metric.sums = {name: accelerator.reduce(value, "sum") for name, value in metric.sums.items()}
@@ -356,6 +358,19 @@ def open_run(
     return config, task, model.eval(), names
 
 
+def inference(task: Task, model: nn.Module, config: Config) -> Any:
+    """What maps images to model outputs at evaluation: the model, or windows, scales and flips of it averaged."""
+    if config.infer == InferConfig():
+        return model
+    return Predictor(model, average=task.average, **dataclasses.asdict(config.infer))
+
+
+def protocol(task: Task, config: Config) -> str:
+    """How a metric was made, in words."""
+    run = inference(task, nn.Identity(), config)
+    return task.metric().protocol + (f"; {run.protocol}" if isinstance(run, Predictor) else "")
+
+
 def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str = "model.safetensors") -> dict[str, Any]:
     """Metrics of a finished run's weights on its validation split, or on what the overrides say, and their "protocol"."""
     config = configuration.load_run(folder, overrides)
@@ -363,7 +378,7 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
     config, task, model, _ = open_run(folder, overrides, weights)
     data = dataset(config, task, "val")
     metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config)
-    return {**metrics, "samples": len(data), "protocol": task.metric().protocol}
+    return {**metrics, "samples": len(data), "protocol": protocol(task, config)}
 
 
 def improved(state: State, metrics: dict[str, float], best: tuple[str, str]) -> bool:
@@ -512,7 +527,7 @@ def finish(
         (f"{name} (best, step {summary['best_step']} / last)", f"{value:.4f} / {summary['last'].get(name, math.nan):.4f}")
         for name, value in summary["best"].items()
     ]
-    rows += [("protocol", task.metric().protocol), ("time", f"{summary['seconds']:.0f} s"), ("folder", str(folder))]
+    rows += [("protocol", protocol(task, config)), ("time", f"{summary['seconds']:.0f} s"), ("folder", str(folder))]
     log.table(config.model.backbone, rows)
 
 
@@ -526,7 +541,7 @@ def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerato
     for i in chosen:
         batch = on_device(loader.collate([data[i]]), config, accelerator.device)
         with accelerator.autocast():
-            output = model(batch["image"])
+            output = inference(task, model, config)(batch["image"])
         prediction = task.measure(task.metric(), output, batch)
         image = visualize.to_rgb(batch["image"][0], config.data.mean, config.data.std)
         rows.append(task.picture(image, batch, prediction, names))

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 
 from train import visualize
 from train.data.files import IMAGE_SUFFIXES, read_rgb
-from train.engine import open_run
+from train.engine import inference, open_run
 from train.loader import collate
 from train.transforms import build_transform
 
@@ -42,12 +42,13 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     size, mean, std = tuple(config.data.size), tuple(config.data.mean), tuple(config.data.std)
     transform = build_transform(False, task.targets, size, mean, std, config.augment)
+    run_model = inference(task, model, config)
     written: list[Path] = []
     for path, stem in stems.items():
         pixels = torch.from_numpy(read_rgb(path))
         batch = collate([transform({"image": tv_tensors.Image(pixels), "path": str(path)})])
         with torch.no_grad():
-            prediction = task.predict(model(batch["image"].to(device)), tuple(pixels.shape[-2:]))
+            prediction = task.predict(run_model(batch["image"].to(device)), tuple(pixels.shape[-2:]))
         written += task.write(stem, visualize.to_rgb(pixels), prediction, names)
     say(f"{len(files)} images, {len(written)} files in {out}")
     return written

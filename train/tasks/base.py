@@ -41,10 +41,13 @@ class Task(abc.ABC):
 
     targets: keys of a sample that loss and metric read ("label", "mask", "depth").
     best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
+    average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
+        possible.
     """
 
     targets: tuple[str, ...]
     best: tuple[str, str]
+    average: str | dict[str, str] | None = None
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:

@@ -39,6 +39,7 @@ class Depth(DenseTask):
 
     targets = ("depth",)
     best = ("abs_rel", "min")
+    average = "values"
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class MultiTask(Task):
             self.heads[name] = values.pop("head", None), values.pop("head_args", {})
             self.parts[name] = PARTS[name](**arguments(PARTS[name], values, f"task.parts.{name}"))
         self.targets = tuple(part.targets[0] for part in self.parts.values())
+        self.average = {name: part.average for name, part in self.parts.items()}
         first = next(iter(self.parts))
         self.best = (f"{first}_{self.parts[first].best[0]}", self.parts[first].best[1])
 

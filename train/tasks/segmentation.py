@@ -30,6 +30,7 @@ class Segmentation(DenseTask):
 
     targets = ("mask",)
     best = ("miou", "max")
+    average = "probabilities"
 
     def __init__(
         self,
