@@ -2,7 +2,7 @@
 
 import timm
 
-from backbones import cvt, lit, litv2, nat, pit, poolformer, registers, swin  # noqa: F401
+from backbones import cvt, lit, litv2, nat, pit, poolformer, registers, sparsifiner, swin  # noqa: F401
 from backbones.fuse import fuse  # noqa: F401
 
 

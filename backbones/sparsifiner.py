@@ -1,0 +1,640 @@
+"""Sparsifiner: a ViT whose blocks predict, per image, head and query, the few keys that are worth attending to.
+
+Paper:  Wei et al. 2023, "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
+        https://arxiv.org/abs/2303.13755
+Source: github.com/lim142857/Sparsifiner @ 9a11e26 (MIT). Names of parameters are the authors'; they published no weights.
+Differs from the source: any image size (position embedding and predictors are resampled over the token grid, images padded with
+zeros to whole patches); tokens that pruning drops are removed, which gives the authors' logits without their work; the column
+budget lives in no module, so that one call does not change the next.
+
+About speed: this attention is computed densely and masked, as in the source. Predicting and choosing the keys is work that dense
+attention does not have, and choosing the top quarter alone costs more on a CPU than the attention it would save, so a
+Sparsifiner is slower than the DeiT it came from. What it tells is which connections matter. Token pruning does save time.
+
+Shapes: B batch, N tokens with the class token first, C channels, h heads, d head width, r reduced tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.models import register_model, register_notrace_function, register_notrace_module
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backbones.base import build, check_size, init_linear
+from backbones.layers import drop_path_rates
+from weights.convert import resample_position_embedding
+from weights.manifest import default_cfgs as _default_cfgs
+
+default_cfgs = _default_cfgs("sparsifiner")
+
+RECONSTRUCTION = {"attn_recon": 0.01}  # weights of the losses while the predictors are trained (5 epochs)
+DISTILLATION = {"cls": 1.0, "cls_distill": 0.5, "token_distill": 0.5}  # and then while everything else is (45 epochs)
+
+
+@dataclass
+class BlockDetails:
+    """What a block's attention did. Maps over all N tokens; None where the block has no predictor or nothing is pruned."""
+
+    unmasked_attn: Tensor  # B h N N, ordinary attention
+    masked_attn: Tensor  # B h N N, what was used; rows of masked-out queries are zero
+    basis_coef: Tensor | None = None  # B h N-1 r
+    approx_attn: Tensor | None = None  # B h N-1 N, predicted connectivity of the patch queries
+    attn_mask: Tensor | None = None  # B h N N bool, True = attended; the class token attends to all
+    basis_zeros: Tensor | None = None  # 0-d share of zeros in the basis
+    token_mask: Tensor | None = None  # B N-1 bool, patch tokens that go on to the next block
+
+
+@dataclass
+class Details:
+    """Everything that the losses and statistics need of one forward pass."""
+
+    logits: Tensor  # B classes
+    features: Tensor  # B N-1 C, normalised patch tokens; of an LV-ViT B N-1 classes, their auxiliary logits
+    blocks: list[BlockDetails]
+
+    def sparsity(self) -> dict[str, Tensor]:
+        """Shares of exact zeros in basis, coefficients and mask, means over the blocks, 0-d each."""
+        zeros = {
+            "basis": [block.basis_zeros for block in self.blocks],
+            "basis_coef": [(block.basis_coef == 0).float().mean() for block in self.blocks],
+            "attn_mask": [(~block.attn_mask).float().mean() for block in self.blocks],
+        }
+        return {name: torch.stack(values).mean() for name, values in zeros.items()}
+
+
+@register_notrace_module
+class MaskPredictor(nn.Module):
+    """Chooses the keys of each patch query from a low-rank estimate of the attention map.
+
+    grid: (rows, columns) of patches for which the weights are made; keep_rate: share of the N keys kept per query, rounded up;
+    reduce_n, reduce_c: N and d divided by these (down) give the sizes of the estimate; share_proj: one matrix both reduces the
+    keys and holds the basis; basis_threshold: basis entries not above it are zero; coef_top: how many coefficients remain, or
+    None, then those above coef_threshold do; score_threshold: keys that score higher are kept, whatever their number; None
+    keeps keep_rate of them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        grid: tuple[int, int],
+        keep_rate: float = 0.25,
+        reduce_n: int = 6,
+        reduce_c: int = 2,
+        share_proj: bool = False,
+        basis_threshold: float = 0.02,
+        coef_top: int | None = 8,
+        coef_threshold: float = 0.0,
+        score_threshold: float | None = None,
+    ):
+        super().__init__()
+        if not 0 < keep_rate <= 1:
+            raise ValueError(f"keep_rate, the share of keys kept per query, must be above 0 and at most 1, got {keep_rate}")
+        self.grid, self.keep_rate, self.basis_threshold = tuple(grid), keep_rate, basis_threshold
+        self.coef_top, self.coef_threshold, self.score_threshold = coef_top, coef_threshold, score_threshold
+        width, tokens = dim // heads, 1 + grid[0] * grid[1]
+        self.scale = heads**-0.5  # of the released code: the number of heads, not the reduced width
+        self.proj_c_q = nn.Linear(width, width // reduce_c)
+        self.proj_c_k = nn.Linear(width, width // reduce_c)
+        self.proj_n = nn.Parameter(torch.empty(tokens, max(tokens // reduce_n, 1)))
+        self.proj_back_n = self.proj_n if share_proj else nn.Parameter(torch.empty_like(self.proj_n))
+        for matrix in (self.proj_n, self.proj_back_n):
+            nn.init.trunc_normal_(matrix, std=0.02)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        grid: tuple[int, int],
+        kept: Tensor | None = None,
+        alive: Tensor | None = None,
+        raw: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys B h n d, class token first -> mask B h n-1 n (bool), scores, coefficients B h n-1 r, basis.
+
+        Of dropped tokens either `kept`, B n, names those that are left, in q and k too; or `alive`, B N bool, marks them among
+        all N. raw: signed basis and all coefficients, as while the scores are trained to reconstruct attention.
+        """
+        down, basis = self.matrices(grid)
+        budget = math.ceil(self.keep_rate * (1 + grid[0] * grid[1]))
+        if kept is not None:
+            down, basis = down[kept][:, None], basis[kept][:, None]  # B 1 n r
+            budget = min(budget, kept.shape[1] - 1)
+        reduced_q, reduced_k = self.proj_c_q(q[:, :, 1:]), self.proj_c_k(k)
+        if alive is not None:
+            reduced_q, reduced_k = reduced_q * alive[:, None, 1:, None], reduced_k * alive[:, None, :, None]
+            budget = min(budget, int(alive[0, 1:].sum()))
+        coef = (reduced_q @ (reduced_k.mT @ down) * self.scale).softmax(-1)
+        if not raw:
+            basis = basis.abs()
+            basis = basis * (basis > self.basis_threshold)
+            coef = self.strongest(coef)
+        scores = coef @ basis.mT
+        return self.choose(scores if alive is None else scores.masked_fill(~alive[:, None, None], -math.inf), budget), scores, coef, basis
+
+    def strongest(self, coef: Tensor) -> Tensor:
+        """Coefficients with the weak ones zero, not renormalised."""
+        if self.coef_top is None:
+            return coef * (coef > self.coef_threshold) if self.coef_threshold > 0 else coef
+        values, index = coef.topk(min(self.coef_top, coef.shape[-1]), dim=-1)
+        return torch.zeros_like(coef).scatter(-1, index, values)
+
+    def choose(self, scores: Tensor, budget: int) -> Tensor:
+        """Mask of the `budget` highest scores of each row, or of those above the threshold. No gradient passes."""
+        scores = scores.detach()
+        if self.score_threshold is not None:
+            return scores > self.score_threshold
+        index = scores.topk(budget, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
+
+    def matrices(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """proj_n and proj_back_n, N r each, for another grid of patches.
+
+        The first sums over keys: with more patches each counts less. The second holds scores of single keys, whose thresholds
+        keep their meaning only if it is not rescaled.
+        """
+        if tuple(grid) == self.grid:
+            return self.proj_n, self.proj_back_n
+        down, back = (resample(matrix, self.grid, grid) for matrix in (self.proj_n, self.proj_back_n))
+        share = self.grid[0] * self.grid[1] / (grid[0] * grid[1])
+        return torch.cat([down[:1], down[1:] * share]), back
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Make `grid` the native one. Raises ValueError for a shared matrix, which cannot be both rescaled and not."""
+        if tuple(grid) == self.grid:
+            return
+        if self.proj_back_n is self.proj_n:
+            raise ValueError(f"a predictor with share_proj keeps its grid {self.grid}; it is resampled in each forward instead")
+        down, back = (matrix.detach() for matrix in self.matrices(grid))
+        self.proj_n = nn.Parameter(down, self.proj_n.requires_grad)
+        self.proj_back_n = nn.Parameter(back, self.proj_back_n.requires_grad)
+        self.grid = tuple(grid)
+
+
+def resample(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """N r over the class token and a grid of patches -> the same over another grid, bicubic, antialiased."""
+    return resample_position_embedding(matrix[None], new, 1, old, antialias=True)[0]
+
+
+@register_notrace_function
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, may_be_empty: bool) -> Tensor:
+    """Attention B h n d under a bool mask. Queries without any key give zeros, not NaN; only asked for if there may be some."""
+    if not may_be_empty:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    some = mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, scale=scale) * some
+
+
+@register_notrace_function
+def class_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropped: int) -> tuple[Tensor, Tensor]:
+    """The class token's attention to all that is left: output B h 1 d and weights B h 1 n.
+
+    Dropped tokens have zero keys and values in the source, so each still takes exp(0) of the softmax's sum.
+    """
+    scores = q @ k.mT * scale
+    if dropped:
+        scores = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), math.log(dropped))], -1)
+    attention = scores.softmax(-1)[..., : k.shape[2]]
+    return attention @ v, attention
+
+
+@register_notrace_function
+def keep_most_attended(
+    x: Tensor, attention: Tensor, kept: Tensor | None, grid: tuple[int, int], rate: float
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens B n C without the patches that the class token (weights B h 1 n) heeds least; and which ones of all N are left.
+
+    ceil(rate * patches of the full grid) remain, in their order; nothing happens if there are not more.
+    """
+    remain = math.ceil(rate * grid[0] * grid[1])
+    if remain >= x.shape[1] - 1:
+        return x, kept
+    importance = attention[:, :, 0, 1:].mean(1)
+    patches = 1 + importance.topk(remain).indices.sort(-1).values
+    index = torch.cat([torch.zeros_like(patches[:, :1]), patches], 1)
+    return take(x, index), index if kept is None else kept.gather(1, index)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens B N C at B n -> B n C."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+@register_notrace_function
+def restore(x: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Tokens B n C -> B N C with zeros for the dropped ones, as the source leaves them."""
+    if kept is None:
+        return x
+    full = x.new_zeros(x.shape[0], 1 + grid[0] * grid[1], x.shape[-1])
+    return full.scatter(1, kept[..., None].expand_as(x), x)
+
+
+def used(x: Tensor, module: nn.Module) -> Tensor:
+    """x; each parameter of `module` gets a zero gradient instead of none, so that DistributedDataParallel does not wait for it."""
+    return x + 0 * sum(parameter.sum() for parameter in module.parameters())
+
+
+class Attention(nn.Module):
+    """Self-attention under the mask of its predictor; ordinary attention if it has none (`predictor` None)."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, predictor: dict | None):
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.mask_predictor = None if predictor is None else MaskPredictor(dim, heads, **predictor)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B n C -> q, k, v, each B h n d
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], kept: Tensor | None, prunes: bool
+    ) -> tuple[Tensor, Tensor | None]:  # B n C -> B n C
+        """Output, and the class token's weights B h 1 n if the block prunes or tokens are missing."""
+        (q, k, v), weights = self.project(x), None
+        if self.mask_predictor is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            return self.proj(out.transpose(1, 2).flatten(2)), None
+        mask = self.mask_predictor(q, k, grid, kept)[0]
+        attend = partial(masked_attention, scale=self.scale, may_be_empty=self.mask_predictor.score_threshold is not None)
+        if prunes or kept is not None:
+            dropped = 0 if kept is None else 1 + grid[0] * grid[1] - kept.shape[1]
+            first, weights = class_attention(q[:, :, :1], k, v, self.scale, dropped)
+            out = torch.cat([first, attend(q[:, :, 1:], k, v, mask)], 2)
+        else:
+            out = attend(q, k, v, F.pad(mask, (0, 0, 1, 0), value=True))
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return (used(out, self.mask_predictor) if self.training else out), weights
+
+    def detailed(
+        self, x: Tensor, grid: tuple[int, int], alive: Tensor | None, reconstruct: bool
+    ) -> tuple[Tensor, BlockDetails]:
+        """The same over all tokens, as in the source, with every map. alive: B N bool, tokens not dropped before."""
+        q, k, v = self.project(x)
+        if alive is not None:
+            q, k, v = (t * alive[:, None, :, None] for t in (q, k, v))
+        scores = q @ k.mT * self.scale
+        unmasked = masked = scores.softmax(-1)
+        details = BlockDetails(unmasked, masked)
+        if self.mask_predictor is not None:
+            mask, approx, coef, basis = self.mask_predictor(q, k, grid, alive=alive, raw=reconstruct)
+            mask = F.pad(mask, (0, 0, 1, 0), value=True)
+            if not reconstruct:
+                masked = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
+            details = BlockDetails(unmasked, masked, coef, approx, mask, (basis == 0).float().mean())
+        return self.proj((masked @ v).transpose(1, 2).flatten(2)), details
+
+
+class Block(nn.Module):
+    """x + DP(attn(norm1 x)) / skip, then x + DP(MLP(norm2 x)) / skip; then, if it prunes, fewer tokens.
+
+    token_keep_rate: share of all patches that remain after this block, or None to drop none here.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        eps: float,
+        predictor: dict | None,
+        token_keep_rate: float | None = None,
+        skip: float = 1.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias, predictor)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path)
+        self.token_keep_rate, self.skip = token_keep_rate, skip
+
+    def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        branch = self.drop_path(branch)
+        return x + (branch if self.skip == 1 else branch / self.skip)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens B n C and which of all N they are, B n (None for all) -> the same after this block."""
+        out, attention = self.attn(self.norm1(x), grid, kept, self.token_keep_rate is not None)
+        x = self.add(x, out)
+        x = self.add(x, self.mlp(self.norm2(x)))
+        if self.token_keep_rate is not None:
+            x, kept = keep_most_attended(x, attention, kept, grid, self.token_keep_rate)
+        return x, kept
+
+    def detailed(
+        self, x: Tensor, grid: tuple[int, int], alive: Tensor | None = None, reconstruct: bool = False
+    ) -> tuple[Tensor, BlockDetails, Tensor | None]:
+        """The same over all N tokens, dropped ones being zero: tokens B N C, every map, and which are alive, B N bool."""
+        out, details = self.attn.detailed(self.norm1(x), grid, alive, reconstruct)
+        x = self.add(x, out)
+        x = self.add(x, self.mlp(self.norm2(x)))
+        if self.token_keep_rate is not None:
+            importance = details.masked_attn[:, :, 0, 1:].mean(1)
+            if alive is not None:
+                importance = importance.masked_fill(~alive[:, 1:], -math.inf)
+            index = 1 + importance.topk(math.ceil(self.token_keep_rate * grid[0] * grid[1])).indices
+            new = torch.zeros_like(x[..., 0], dtype=torch.bool).scatter(1, index, True)
+            new[:, 0] = True
+            alive = new if alive is None else new & alive
+        if alive is not None:
+            x, details.token_mask = x * alive[..., None], alive[:, 1:]
+        return x, details, alive
+
+
+class ConvPatchEmbed(PatchEmbed):
+    """LV-ViT's stem ("4_2"): three convolutions at half the size, then patches. B 3 H W -> B rows columns C."""
+
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, bias=True, **kwargs):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs)
+        self.conv1, self.bn1 = nn.Conv2d(in_chans, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
+        self.conv2, self.bn2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)
+        self.conv3, self.bn3 = nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)
+        self.proj = nn.Conv2d(64, embed_dim, patch_size // 2, patch_size // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[3] % self.patch_size[1], 0, -x.shape[2] % self.patch_size[0]))
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = F.relu(norm(conv(x)))
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+@register_notrace_function
+def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tuple[int, int]) -> Tensor:
+    """Patches B rows columns C -> tokens B 1+N C, class token first, plus the embedding (1 1+N' C, for the grid `native`)."""
+    pos_embed = resample_abs_pos_embed(pos_embed, x.shape[1:3], native)
+    return torch.cat([cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + pos_embed
+
+
+class Sparsifiner(VisionTransformer):
+    """timm's ViT with predicted attention masks.
+
+    keep_rate: share of keys kept per query, one number or one per block; None builds no predictors: the dense network from which
+    training starts and which is its teacher. token_keep_rate: share of patch tokens left after each block, one number per block
+    (a block prunes if its share is lower than the one before), or the share that the second, third and last quarter of the
+    blocks each keep of what the one before kept; 1 prunes nothing. lvvit: LV-ViT instead of DeiT (convolutional stem, branches
+    halved, no qkv bias, and at inference half the strongest auxiliary logits of the patches added; it cannot prune tokens).
+    Other arguments of the predictor: see `MaskPredictor`. `forward` has the masks of training's second phase; `details` gives
+    both phases and all maps. Weights of DeiT-S or LV-ViT-S start it: `model.load_state_dict(state, strict=False)`.
+    """
+
+    family = "sparsifiner"
+    default_out_indices = 3  # the last three blocks, as in timm's ViTs
+    min_size = 16
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        lvvit: bool = False,
+        keep_rate: float | Sequence[float] | None = 0.25,
+        token_keep_rate: float | Sequence[float] = 1.0,
+        reduce_n: int = 6,
+        reduce_c: int = 2,
+        share_proj: bool = False,
+        basis_threshold: float = 0.02,
+        coef_top: int | None = 8,
+        coef_threshold: float = 0.0,
+        score_threshold: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        eps = 1e-5 if lvvit else 1e-6
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            embed_dim,
+            depth=0,  # its blocks are ours
+            num_heads=heads,
+            drop_rate=drop_rate,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
+            norm_layer=partial(nn.LayerNorm, eps=eps),
+            embed_layer=ConvPatchEmbed if lvvit else PatchEmbed,
+        )
+        rates = per_block(keep_rate, depth, "keep_rate")
+        tokens = token_shares(token_keep_rate, depth)
+        if lvvit and min(tokens) < 1:
+            raise ValueError("the authors' LV-ViT cannot prune tokens: its logits need all of them; leave token_keep_rate at 1")
+        if keep_rate is None and min(tokens) < 1:
+            raise ValueError("token_keep_rate needs predictors: give a keep_rate (1 masks nothing)")
+        predictor = {
+            "grid": self.patch_embed.grid_size,
+            "reduce_n": reduce_n,
+            "reduce_c": reduce_c,
+            "share_proj": share_proj,
+            "basis_threshold": basis_threshold,
+            "coef_top": coef_top,
+            "coef_threshold": coef_threshold,
+            "score_threshold": score_threshold,
+        }
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    heads,
+                    mlp_ratio,
+                    qkv_bias=not lvvit,
+                    eps=eps,
+                    predictor=None if keep_rate is None else predictor | {"keep_rate": rates[i]},
+                    token_keep_rate=tokens[i] if tokens[i] < ([1.0] + tokens)[i] else None,
+                    skip=2.0 if lvvit else 1.0,
+                    drop=proj_drop_rate,
+                    drop_path=path,
+                )
+                for i, path in enumerate(drop_path_rates(drop_path_rate, [depth])[0])
+            )
+        )
+        self.blocks.apply(init_linear)
+        self.feature_info = [{"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": patch_size} for i in range(depth)]
+        self.aux_head = nn.Linear(embed_dim, num_classes) if lvvit and num_classes else nn.Identity() if lvvit else None
+        if self.aux_head is not None:
+            init_linear(self.aux_head)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images B 3 H W -> tokens B N C with positions, and (rows, columns) of the patches."""
+        x = self.patch_embed(check_size(x, self.min_size))
+        return with_positions(x, self.cls_token, self.pos_embed, self.patch_embed.grid_size), (x.shape[1], x.shape[2])
+
+    def step(self, block: Block, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, x, grid, kept, use_reentrant=False)
+        return block(x, grid, kept)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B num_classes
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B N C
+        """Normalised tokens, the class token first; dropped tokens are zero before the norm."""
+        (x, grid), kept = self.embed(x), None
+        for block in self.blocks:
+            x, kept = self.step(block, x, grid, kept)
+        return self.norm(restore(x, kept, grid))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normalised tokens B N C -> B num_classes, or B C when pre_logits (or without a classifier)."""
+        out = super().forward_head(x, pre_logits)
+        if pre_logits or self.aux_head is None or not self.num_classes or self.global_pool != "token":
+            return out
+        return used(out, self.aux_head) if self.training else out + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """Outputs of blocks as maps B C rows columns ("NCHW") or patch tokens ("NLC"); dropped tokens are zero.
+
+        indices: last n blocks (int), block numbers (negative from the end), or all (None); return_prefix_tokens: pairs with the
+        class token, B 1 C; norm: final norm on each; stop_early: do not run blocks after the last one asked for. Before them,
+        unless intermediates_only, the output of `forward_features`.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, last = feature_take_indices(len(self.blocks), indices)
+        (x, grid), kept, outputs = self.embed(x), None, []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x, kept = self.step(block, x, grid, kept)
+            if i in take_indices:
+                out = restore(x, kept, grid)
+                out = self.norm(out) if norm else out
+                patches = out[:, 1:]
+                if output_fmt == "NCHW":
+                    patches = patches.mT.unflatten(2, grid).contiguous()
+                outputs.append((patches, out[:, :1]) if return_prefix_tokens else patches)
+        return outputs if intermediates_only else (self.norm(restore(x, kept, grid)), outputs)
+
+    @torch.jit.ignore
+    def details(self, x: Tensor, reconstruct: bool = False) -> Details:
+        """Logits, features and every attention map and mask, computed over all tokens as in the source.
+
+        reconstruct: the first phase of training, where attention is not masked and the scores keep their signs. The attention
+        maps of a model without predictors (keep_rate None) are a teacher's.
+        """
+        (x, grid), alive, blocks = self.embed(x), None, []
+        for block in self.blocks:
+            x, details, alive = block.detailed(x, grid, alive, reconstruct)
+            blocks.append(details)
+        x = self.norm(x)
+        return Details(self.forward_head(x), x[:, 1:] if self.aux_head is None else self.aux_head(x[:, 1:]), blocks)
+
+    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
+        """What the authors optimise: in "attn_recon" the predictors, in "cls_distill" all the rest."""
+        if phase not in ("attn_recon", "cls_distill"):
+            raise ValueError(f"phase must be 'attn_recon' or 'cls_distill', got {phase!r}")
+        return [p for name, p in self.named_parameters() if (".mask_predictor." in name) == (phase == "attn_recon")]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """New classifier (and auxiliary one); 0 classes give pooled features, (0, '') the tokens."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.aux_head is not None:
+            like = self.cls_token
+            place = {"device": like.device, "dtype": like.dtype}
+            self.aux_head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resample positions and predictors for images of this size, so that no forward has to."""
+        super().set_input_size(img_size=img_size)
+        for block in self.blocks:
+            if block.attn.mask_predictor is not None:
+                block.attn.mask_predictor.resize(self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Also the predictors: they get zero gradients outside their own phase, and must not shrink meanwhile."""
+        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if ".mask_predictor." in name}
+
+
+def per_block(value, depth: int, name: str) -> list:
+    """One value per block from one for all or a sequence; ValueError if its length is another."""
+    values = list(value) if isinstance(value, Sequence) else [value] * depth
+    if len(values) != depth:
+        raise ValueError(f"{name} has {len(values)} values for {depth} blocks")
+    return values
+
+
+def token_shares(rate: float | Sequence[float], depth: int) -> list[float]:
+    """Share of patch tokens left after each block; see `Sparsifiner`. ValueError unless above 0 and never rising."""
+    if not isinstance(rate, Sequence):
+        rate = [rate ** (4 * i // depth) for i in range(depth)]
+    rates = [float(value) for value in per_block(rate, depth, "token_keep_rate")]
+    if not all(0 < late <= early <= 1 for early, late in zip([1.0] + rates, rates)):
+        raise ValueError(f"token_keep_rate must be above 0, at most 1 and must not rise from block to block, got {rates}")
+    return rates
+
+
+def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
+    """Weighted terms of the authors' losses, 0-d each; their sum is the loss.
+
+    target: B classes, probabilities. weights: RECONSTRUCTION (with `details(x, reconstruct=True)`), DISTILLATION, or any of
+    cls: cross-entropy with the target, mean over images;
+    cls_distill: KL divergence of the student's from the teacher's class probabilities, mean over images;
+    token_distill: mean squared difference of the normalised patch tokens (auxiliary logits of an LV-ViT) that are not dropped;
+    attn_recon: sum of squares, over everything, of predicted minus teacher's attention of the patch queries, mean over blocks;
+    attn_self_distill: the same against the student's own unmasked attention, held fixed (weight 0 in the released recipe).
+    The teacher's gradients are the caller's business (run it under no_grad). Raises ValueError for another name.
+    """
+
+    def reconstruction(maps: list[Tensor]) -> Tensor:
+        losses = [(block.approx_attn - attention[:, :, 1:]).square().sum() for block, attention in zip(student.blocks, maps)]
+        return torch.stack(losses).mean()
+
+    def tokens() -> Tensor:
+        difference = (student.features - teacher.features).square()
+        mask = student.blocks[-1].token_mask
+        return difference.mean() if mask is None else difference[mask].mean()
+
+    log_student = student.logits.log_softmax(-1)
+    terms = {
+        "cls": lambda: -(target * log_student).sum(-1).mean(),
+        "cls_distill": lambda: F.kl_div(log_student, teacher.logits.log_softmax(-1), log_target=True, reduction="batchmean"),
+        "token_distill": tokens,
+        "attn_recon": lambda: reconstruction([block.unmasked_attn for block in teacher.blocks]),
+        "attn_self_distill": lambda: reconstruction([block.unmasked_attn.detach() for block in student.blocks]),
+    }
+    if unknown := weights.keys() - terms.keys():
+        raise ValueError(f"unknown losses {sorted(unknown)}; known: {', '.join(terms)}")
+    return {name: weight * terms[name]() for name, weight in weights.items()}
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> Sparsifiner:
+    return build(Sparsifiner, name, pretrained, **kwargs)
+
+
+@register_model
+def sparsifiner_deit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_deit_s", pretrained, **{"depth": 12, "mlp_ratio": 4.0} | kwargs)
+
+
+@register_model
+def sparsifiner_lvvit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_lvvit_s", pretrained, **{"depth": 16, "mlp_ratio": 3.0, "lvvit": True} | kwargs)
