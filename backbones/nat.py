@@ -232,7 +232,6 @@ class Isotropic(StagedBackbone):
     family = "nat"
     nhwc = True
     min_size = 1
-    default_out_indices = (2, 5, 8, 11)
     layout = "isotropic"
 
     def __init__(
@@ -439,35 +438,41 @@ def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
     return _create("dinat_s_large_384", pretrained, **S_LARGE | AT_384 | kwargs)
 
 
+def _isotropic(cls: type[Isotropic], name: str, pretrained: bool, depth: int, **kwargs) -> Isotropic:
+    if kwargs.get("features_only"):  # unless told, the ends of the four quarters of the network
+        kwargs.setdefault("out_indices", sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
+    return build(cls, name, pretrained, depth=depth, **kwargs)
+
+
 ISO_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 12}
 ISO_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 24}
 
 
 @register_model
 def nat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return build(NATIsotropic, "nat_isotropic_small", pretrained, **ISO_SMALL | kwargs)
+    return _isotropic(NATIsotropic, "nat_isotropic_small", pretrained, **ISO_SMALL | kwargs)
 
 
 @register_model
 def nat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return build(NATIsotropic, "nat_isotropic_base", pretrained, **ISO_BASE | kwargs)
+    return _isotropic(NATIsotropic, "nat_isotropic_base", pretrained, **ISO_BASE | kwargs)
 
 
 @register_model
 def dinat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return build(NATIsotropic, "dinat_isotropic_small", pretrained, **ISO_SMALL | {"dilation": 2} | kwargs)
+    return _isotropic(NATIsotropic, "dinat_isotropic_small", pretrained, **ISO_SMALL | {"dilation": 2} | kwargs)
 
 
 @register_model
 def dinat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return build(NATIsotropic, "dinat_isotropic_base", pretrained, **ISO_BASE | {"dilation": 2} | kwargs)
+    return _isotropic(NATIsotropic, "dinat_isotropic_base", pretrained, **ISO_BASE | {"dilation": 2} | kwargs)
 
 
 @register_model
 def vitrpb_small(pretrained: bool = False, **kwargs) -> ViTRPB:
-    return build(ViTRPB, "vitrpb_small", pretrained, **ISO_SMALL | kwargs)
+    return _isotropic(ViTRPB, "vitrpb_small", pretrained, **ISO_SMALL | kwargs)
 
 
 @register_model
 def vitrpb_base(pretrained: bool = False, **kwargs) -> ViTRPB:
-    return build(ViTRPB, "vitrpb_base", pretrained, **ISO_BASE | kwargs)
+    return _isotropic(ViTRPB, "vitrpb_base", pretrained, **ISO_BASE | kwargs)
