@@ -281,7 +281,7 @@ def test_vitrpb_resamples_its_table_for_another_grid():
 @pytest.mark.parametrize("depth, taps", [(12, [2, 5, 8, 11]), (3, [0, 1, 2]), (2, [0, 1])])
 def test_features_of_a_flat_model_are_spread_over_its_depth(depth, taps):
     model = timm.create_model("nat_isotropic_small", features_only=True, depth=depth, device="meta")
-    assert model.feature_info.out_indices == taps
+    assert list(model.feature_info.out_indices) == taps
     assert [x.shape[-2:] for x in model(torch.empty(1, 3, 64, 80, device="meta"))] == [(4, 5)] * len(taps)
 
 
