@@ -24,6 +24,13 @@ from train.losses import (
     valid_weight,
 )
 
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same draws in every run."""
+    torch.manual_seed(0)
+
+
 # fixture family -> variant name in the file -> our call; "" is the main output
 VARIANTS = {
     "depth_loss_silog": {

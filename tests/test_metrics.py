@@ -11,6 +11,12 @@ from train.data.depth import DepthSpec
 from train.metrics import ClassificationMetric, DepthMetric, SegmentationMetric, crop_rows_columns
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same draws in every run."""
+    torch.manual_seed(0)
+
+
 def crop_of(kwargs: dict) -> str | None:
     """Our name of the crop a fixture was evaluated with."""
     if "crop" not in kwargs:

@@ -10,6 +10,15 @@ from torchvision import tv_tensors
 
 from train.transforms import AugmentConfig, Seeded, build_transform, pick_nearest, seeded
 
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same draws in every run."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.5)
 
 
@@ -40,6 +49,7 @@ GEOMETRY = [
     AugmentConfig(crop="area", scale=(0.3, 1.0), hflip=0.5),
     AugmentConfig(crop="scale", scale=(0.5, 2.0), hflip=0.5),
     AugmentConfig(crop="scale", scale=(0.5, 2.0), interpolation="bicubic", color_jitter=0.4, color_jitter_prob=1.0),
+    AugmentConfig(crop="native", scale=(0.7, 1.5)),
     AugmentConfig(crop="pad", pad=7, vflip=0.5),
     AugmentConfig(rotate=30.0),
 ]
@@ -103,6 +113,27 @@ def test_zoom_changes_depth_only_when_asked():
     assert set((2 * zoomed["depth"]).unique().tolist()) <= values
 
 
+def test_native_crop_keeps_the_pixels_of_the_file():
+    source = sample()
+    out = build_transform(True, ("mask",), (40, 56), MEAN, STD, AugmentConfig("native"))(source)
+    red, green, _ = image_values(out["image"]).round().long()
+    top, left = int(red[0, 0]) // 4, int(green[0, 0]) // 3
+    assert torch.equal(out["mask"], source["mask"].as_subclass(torch.Tensor)[top : top + 40, left : left + 56])
+    assert torch.equal(red, source["image"][0, top : top + 40, left : left + 56].long())
+
+
+def test_cut_depth_puts_a_strip_of_the_depth_into_the_image():
+    source = sample()
+    plain = build_transform(True, ("depth",), (48, 64), MEAN, STD)(source)
+    cut = build_transform(True, ("depth",), (48, 64), MEAN, STD, AugmentConfig(cut_depth=1.0))(source)
+    changed = (cut["image"] != plain["image"]).any(0).any(0)
+    assert changed.any()
+    strip = torch.arange(64)[changed]
+    assert strip.max() - strip.min() + 1 == len(strip)
+    assert torch.equal(cut["image"][:, :, changed], cut["depth"].expand(3, -1, -1)[:, :, changed])
+    assert torch.equal(cut["depth"], plain["depth"])
+
+
 @pytest.mark.parametrize(("old", "new"), [((6, 8), (3, 4)), ((6, 8), (12, 24)), ((5, 7), (3, 4)), ((5, 7), (9, 11))])
 def test_nearest_is_the_pixel_under_the_centre(old, new):
     values = torch.arange(old[0] * old[1]).view(old)
@@ -156,7 +187,7 @@ def test_timm_policies_and_erasing_change_the_image():
         (("depth",), AugmentConfig(random_erasing=0.5), "classification only"),
         (("mask",), AugmentConfig(eval_crop=0.9), "classification only"),
         (("label",), AugmentConfig(auto_augment="best"), "must start with"),
-        (("label",), AugmentConfig(crop="centre"), "resize, area, scale or pad"),
+        (("label",), AugmentConfig(crop="centre"), "resize, area, scale, native or pad"),
         (("label",), AugmentConfig(crop="area", scale=(0.5, 1.5)), "share"),
         (("label",), AugmentConfig(scale=(2.0, 1.0)), "low <= high"),
         (("label",), AugmentConfig(hflip=2.0), "probability"),

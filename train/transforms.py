@@ -29,24 +29,26 @@ class AugmentConfig:
     Attributes:
         crop: how the training size is reached. "resize": the whole image; "area": a random box of `scale` of the image's area
             and `ratio` width:height, resized (classification); "scale": the image made to cover the size, times a factor drawn
-            from `scale`, then a random crop, padded where it is smaller (dense prediction); "pad": the whole image resized,
-            padded by `pad` pixels on every side, random crop.
-        scale: range of "area" (share of the area) or of "scale" (factor).
+            from `scale`, then a random crop, padded where it is smaller (dense prediction); "native": the same from the image's
+            own size; "pad": the whole image resized, padded by `pad` pixels on every side, random crop.
+        scale: range of "area" (share of the area) or of "scale" and "native" (factor).
         ratio: range of width:height of "area".
         pad: pixels of "pad".
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
         rotate: largest rotation in degrees, both ways.
-        zoom_depth: divide depth by the factor of "scale", as if the camera had moved instead of zoomed.
+        zoom_depth: divide depth by the factor of "scale" or "native", as if the camera had moved instead of zoomed.
         color_jitter: strength of random brightness, contrast and saturation, and a tenth of it of hue; 0 = off.
         color_jitter_prob: probability of the jitter.
         auto_augment: timm's policy text, e.g. rand-m9-mstd0.5-inc1; classification only.
+        cut_depth: probability that a strip of the image, of full height and random width, is replaced by the depth there
+            (CutDepth, Ishii and Yamashita 2021, as in GLPN).
         random_erasing: probability that a box of noise is erased from the image; classification only.
         eval_crop: share of the image a centre crop keeps at evaluation; classification only.
         interpolation: of images.
     """
 
-    crop: Literal["resize", "area", "scale", "pad"] = "resize"
+    crop: Literal["resize", "area", "scale", "native", "pad"] = "resize"
     scale: tuple[float, float] = (1.0, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     pad: int = 4
@@ -57,6 +59,7 @@ class AugmentConfig:
     color_jitter: float = 0.0
     color_jitter_prob: float = 0.5
     auto_augment: str | None = None
+    cut_depth: float = 0.0
     random_erasing: float = 0.0
     eval_crop: float = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -92,21 +95,21 @@ def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Seq
         raise ValueError(
             f"mean and std need one value per channel and std must be positive, got {tuple(mean)} and {tuple(std)}"
         )
-    if augment.crop not in ("resize", "area", "scale", "pad"):
-        raise ValueError(f"augment.crop must be resize, area, scale or pad, got {augment.crop!r}")
+    if augment.crop not in ("resize", "area", "scale", "native", "pad"):
+        raise ValueError(f"augment.crop must be resize, area, scale, native or pad, got {augment.crop!r}")
     if not 0 < augment.scale[0] <= augment.scale[1]:
         raise ValueError(f"augment.scale must be (low, high) with 0 < low <= high, got {tuple(augment.scale)}")
     if augment.crop == "area" and augment.scale[1] > 1:
         raise ValueError(f"augment.scale is a share of the image's area for crop 'area', got {tuple(augment.scale)}")
     if not 0 < augment.ratio[0] <= augment.ratio[1]:
         raise ValueError(f"augment.ratio must be (low, high) with 0 < low <= high, got {tuple(augment.ratio)}")
-    for name in ("hflip", "vflip", "color_jitter_prob", "random_erasing"):
+    for name in ("hflip", "vflip", "color_jitter_prob", "cut_depth", "random_erasing"):
         if not 0 <= getattr(augment, name) <= 1:
             raise ValueError(f"augment.{name} is a probability, got {getattr(augment, name)}")
     if not 0 < augment.eval_crop <= 1:
         raise ValueError(f"augment.eval_crop is a share of the image in (0, 1], got {augment.eval_crop}")
-    if augment.zoom_depth and augment.crop != "scale":
-        raise ValueError("augment.zoom_depth needs crop 'scale', the one that zooms by a known factor")
+    if augment.zoom_depth and augment.crop not in ("scale", "native"):
+        raise ValueError("augment.zoom_depth needs crop 'scale' or 'native', which zoom by a known factor")
     if dense:
         for name, off in (("auto_augment", None), ("random_erasing", 0.0), ("eval_crop", 1.0)):
             if getattr(augment, name) != off:
@@ -184,6 +187,10 @@ class TrainTransform(_Transform):
         if self.jitter is not None and torch.rand(()) < augment.color_jitter_prob:
             sample["image"] = self.jitter(sample["image"])
         sample = self.finished(sample)
+        if augment.cut_depth and "depth" in sample and torch.rand(()) < augment.cut_depth:
+            left = int(self.size[1] * torch.rand(()))
+            width = max(1, int(0.75 * (self.size[1] - left) * torch.rand(())))  # 0.75 of the rest at most: GLPN's number
+            sample["image"][:, :, left : left + width] = sample["depth"][:, :, left : left + width]
         if self.erase is not None:
             sample["image"] = self.erase(sample["image"])
         return sample
@@ -213,8 +220,15 @@ class TrainTransform(_Transform):
 
     def _scale(self, sample: dict) -> dict:
         height, width = sample["image"].shape[-2:]
+        return self._zoomed(sample, max(self.size[0] / height, self.size[1] / width))
+
+    def _native(self, sample: dict) -> dict:
+        return self._zoomed(sample, 1.0)
+
+    def _zoomed(self, sample: dict, base: float) -> dict:
+        height, width = sample["image"].shape[-2:]
         factor = uniform(*self.augment.scale)
-        zoom = max(self.size[0] / height, self.size[1] / width) * factor
+        zoom = base * factor
         new = (max(1, round(height * zoom)), max(1, round(width * zoom)))
         sample = self.each(sample, lambda name, value: self.resized(name, value, new))
         if self.augment.zoom_depth and "depth" in sample:
