@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.base import build, check_size, init_linear
+from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates
 from weights.convert import resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
@@ -138,7 +139,8 @@ class MaskPredictor(nn.Module):
             basis = basis * (basis > self.basis_threshold)
             coef = self.strongest(coef)
         scores = coef @ basis.mT
-        return self.choose(scores if alive is None else scores.masked_fill(~alive[:, None, None], -math.inf), budget), scores, coef, basis
+        open_scores = scores if alive is None else scores.masked_fill(~alive[:, None, None], -math.inf)
+        return self.choose(open_scores, budget), scores, coef, basis
 
     def strongest(self, coef: Tensor) -> Tensor:
         """Coefficients with the weak ones zero, not renormalised."""
@@ -368,6 +370,13 @@ class ConvPatchEmbed(PatchEmbed):
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    def fused(self) -> "ConvPatchEmbed":
+        """With the BatchNorms folded into the convolutions."""
+        for i in "123":
+            setattr(self, f"conv{i}", fold_batch_norm(getattr(self, f"conv{i}"), getattr(self, f"bn{i}")))
+            setattr(self, f"bn{i}", nn.Identity())
+        return self
 
 
 @register_notrace_function
