@@ -203,6 +203,8 @@ class DepthMetric(Metric):
             raise ValueError(
                 f"prediction {tuple(prediction.shape)} and depth {tuple(target.shape)} differ; resize the prediction first"
             )
+        if prediction.device.type == "mps":  # which has no float64
+            prediction, target = prediction.cpu(), target.cpu()
         for pred, true in zip(prediction.detach().double(), target.double(), strict=True):
             self._update_image(pred, true)
 

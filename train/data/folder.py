@@ -58,6 +58,8 @@ class Folder(ImageDataset):
     an id_map or palette that leaves the classes.
     """
 
+    provides = ("mask", "depth")
+
     def __init__(
         self,
         root: str | Path,
@@ -80,7 +82,6 @@ class Folder(ImageDataset):
         min_depth: float = 1e-3,
         max_depth: float = 10.0,
     ):
-        self.provides = ("mask", "depth") if classes is not None else ("depth",)
         if "mask" in targets and classes is None:
             raise ValueError("Folder: masks need their classes: set data.args.classes to the names, or to how many there are")
         super().__init__(root_folder(root, "Folder"), split, targets, transform)
