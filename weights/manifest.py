@@ -11,7 +11,7 @@ OURS = ("by_hand", "file_name", "sha256", "published", "measured", "note", "clas
 
 @functools.cache
 def read() -> dict:
-    """The whole manifest: family -> {license, source, paper, defaults, models}."""
+    """The whole manifest: family -> {license, source, paper, defaults, models, files}."""
     return yaml.safe_load(resources.files("weights").joinpath("manifest.yaml").read_text())
 
 
@@ -34,18 +34,25 @@ def default_cfgs(family: str) -> dict:
 
 
 def find(name: str, tag: str | None = None) -> dict:
-    """Everything the manifest says of checkpoint `name`.`tag` (first tag unless given), its family's fields included.
+    """Everything the manifest says of checkpoint `name`.`tag` (first tag unless given) or of the further file `name`.
 
-    Empty if the manifest does not know the model or the tag.
+    Its family's fields are included. Empty if the manifest does not know the name or the tag.
     """
     for family, entry in read().items():
+        shared = {"family": family, "license": entry["license"], "source": entry["source"], "paper": entry["paper"]}
         tags = entry["models"].get(name, {})
         if fields := tags.get(tag or next(iter(tags), None)):
-            shared = {"family": family, "license": entry["license"], "source": entry["source"], "paper": entry["paper"]}
             return shared | entry["defaults"] | fields | {"name": name, "tag": tag or next(iter(tags))}
+        if tag is None and (fields := entry.get("files", {}).get(name)):
+            return shared | fields | {"name": name, "tag": None}
     return {}
 
 
 def checkpoints() -> list[dict]:
-    """Every checkpoint of the manifest as `find` gives it, in the manifest's order."""
+    """Every checkpoint of a model as `find` gives it, in the manifest's order."""
     return [find(name, tag) for entry in read().values() for name, tags in entry["models"].items() for tag in tags]
+
+
+def files() -> list[dict]:
+    """Every further published file (dense predictors, detectors, unnamed variants) as `find` gives it."""
+    return [find(name) for entry in read().values() for name in entry.get("files", {})]

@@ -6,6 +6,7 @@ import pytest
 import timm
 
 import backbones
+import weights
 from weights import manifest
 from weights.fetch import file_name
 
@@ -23,9 +24,8 @@ def test_every_checkpoint_belongs_to_a_model():
     assert all(timm.is_model(entry["name"]) for entry in ALL.values())
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_a_checkpoint_states_where_it_is_and_under_which_terms(name):
-    entry = ENTRIES[name]
+@pytest.mark.parametrize("entry", [*ENTRIES.values(), *manifest.files()], ids=lambda entry: f"{entry['name']}.{entry['tag']}")
+def test_a_checkpoint_states_where_it_is_and_under_which_terms(entry):
     assert ("url" in entry) != ("by_hand" in entry)
     assert entry["license"] in ("mit", "apache-2.0")
     assert re.fullmatch(r"github\.com/[\w.-]+/[\w.-]+ @ [0-9a-f]{7,}", entry["source"])
@@ -49,9 +49,6 @@ def test_a_checkpoint_states_its_score_and_preprocessing(name):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_timm_sees_the_checkpoint(name):
     entry, cfg = ENTRIES[name], timm.get_pretrained_cfg(name)
-    if entry.get("note") == "timm's model":
-        assert cfg.url == entry["url"]
-        return
     assert cfg.url == entry.get("url", entry.get("by_hand"))
     assert cfg.license == entry["license"] and cfg.has_weights
     assert tuple(cfg.input_size) == tuple(entry["input_size"]) and cfg.crop_pct == entry["crop_pct"]
@@ -61,9 +58,23 @@ def test_timm_sees_the_checkpoint(name):
 
 def test_two_checkpoints_share_a_file_name_only_if_they_are_one_file():
     files = {}
-    for entry in ENTRIES.values():
+    for entry in [*ENTRIES.values(), *manifest.files()]:
         files.setdefault(file_name(entry), set()).add(entry.get("url", entry.get("by_hand")))
     assert not {name: places for name, places in files.items() if len(places) > 1}
+
+
+def test_further_files_name_their_backbone_and_head():
+    from heads import HEADS
+
+    for entry in manifest.files():
+        assert timm.is_model(entry["backbone"]) and entry.get("head", "fpn") in HEADS and entry["published"]
+    assert manifest.find("upernet_swin_t")["published"]["miou"] == 44.51
+    assert weights.fetch.__globals__["file_name"](manifest.find("upernet_nat_mini")) == "nat_mini_upernet.pth"
+
+
+def test_known_hashes_are_those_of_the_published_files():
+    known = {entry["name"]: entry["sha256"][:8] for entry in [*ENTRIES.values(), *manifest.files()] if "sha256" in entry}
+    assert known == {"pit_ti": "73aec1d2", "pit_b": "03adf857", "dinov2_vits14_reg4": "f4331770"}
 
 
 def test_the_first_tag_is_the_default():

@@ -1,0 +1,36 @@
+"""timm's own tests/test_models.py on our names; it is not part of this repository.
+
+Fetch it from the release of timm that is installed and name it in TIMM_TEST_MODELS:
+    TIMM_TEST_MODELS=pytorch-image-models/tests/test_models.py pytest tests/test_timm_suite.py -m slow
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = os.environ.get("TIMM_TEST_MODELS")
+# torchscript: timm is leaving torch.jit, and our converters and attention are not written in its subset of Python.
+# load_pretrained, features_pretrained: need every published file. test_model_inference: timm's test_* models only.
+SKIPPED = "torchscript or load_pretrained or features_pretrained or test_model_inference"
+ALLOWED = {"sparsifiner": "backward"}  # its mask is a choice: no gradient reaches the predictor outside its own training
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FILE is None, reason="TIMM_TEST_MODELS does not name timm's tests/test_models.py")
+def test_timms_own_tests_pass_on_our_models(tmp_path):
+    shutil.copy(FILE, tmp_path / "test_models.py")
+    markers = "base cfg torchscript features fxforward fxbackward timeout(seconds)"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n" + "".join(f"    {m}: timm's\n" for m in markers.split()))
+    chosen = os.environ.get("TIMM_TEST_ONLY", "")
+    chosen = f" and ({chosen})" if chosen else ""
+    deselected = " or ".join(f"({family} and {test})" for family, test in ALLOWED.items())
+    arguments = ["-q", "-p", "timm_names", "-k", f"not ({SKIPPED} or {deselected}){chosen}", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *arguments, "test_models.py"]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
