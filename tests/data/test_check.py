@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from train.data import DATASETS
-from train.data.check import refuse, run
+from train.data.check import check, refuse, run
 
 GENERATOR = np.random.default_rng(0)
 
@@ -188,6 +188,30 @@ def test_the_task_is_asked(tmp_path):
 
     report = run(datasets(pairs(tmp_path, mask=lambda split, i: stripes([0, 1])), classes=2), Picky())
     assert findings(report, "error") == ["does not fit the task: wants 7 classes"] * 2
+
+
+CONFIG = """
+task: {name: segmentation, num_classes: 3}
+model: {backbone: nat_mini, head: linear}
+data: {name: folder, root: ROOT, size: [32, 32], args: {classes: [cat, dog, cow]}}
+optim: {steps: 1}
+"""
+
+
+def test_a_configuration_is_checked_and_the_exit_status_says_so(tmp_path, capsys):
+    from train import config
+
+    root = pairs(tmp_path / "d", mask=lambda split, i: stripes([0, 1, 2]))
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("ROOT", str(root)))
+    settings = config.load(str(tmp_path / "c.yaml"), [])
+    assert check(settings, count=2, out=tmp_path / "out") == 0
+    assert "train: 3 samples, 2 of them looked at" in capsys.readouterr().out
+    (root / "masks/val/0.png").write_bytes(b"")
+    assert check(settings) == 1
+    assert "ERROR   val: cannot be read" in capsys.readouterr().out
+    settings.data.root = str(tmp_path / "nowhere")
+    assert check(settings) == 1
+    assert f"data.root is {tmp_path}/nowhere, which is not a folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["scenes", "digits"])

@@ -6,6 +6,7 @@ know.
 """
 
 import json
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -426,6 +427,12 @@ def refuse(datasets: list[ImageDataset], count: int = 8) -> None:
             raise ValueError(f"{type(dataset).__name__}, {errors[0].split}: {errors[0].text}. `zoo data-check` tells more")
 
 
+def progress(done: int, total: int) -> None:
+    """A counter that overwrites itself, for a terminal."""
+    end = "\n" if done == total else ""
+    print(f"\rread {done} of {total} samples", end=end, file=sys.stderr, flush=True)
+
+
 def check(config: "Config", count: int | None = None, out: str | Path | None = None) -> int:
     """`zoo data-check`: prints the report of a configuration's data; 0 if training may start, 1 if not."""
     import inspect
@@ -444,7 +451,7 @@ def check(config: "Config", count: int | None = None, out: str | Path | None = N
             print(f"ERROR   {split}: {error}")
     if not datasets:
         return 1
-    report = run(datasets, task, out, count)
+    report = run(datasets, task, out, count, progress if sys.stderr.isatty() else None)
     print("\n".join(report.lines))
     if out is not None:
         print(f"pictures and numbers: {Path(out) / 'data_check.png'}, data_check.json, data_check.txt")
