@@ -4,9 +4,9 @@ Paper:  Pan et al. 2022, "Less is More: Pay Less Attention in Vision Transformer
 Source: github.com/ziplab/LIT @ 742e961 (Apache-2.0). Released weights load through weights/convert/lit.py.
 The authors' LIT-Ti and their LIT-S/M/B are two networks: `LITTi` (absolute positions, class token) and `LIT` (relative
 position bias, mean over positions).
-Differs from the source: any image size, by the rules of the authors' dense-prediction code. `LIT` pads images with zeros at the
-right and bottom to multiples of 4 and resizes its bias tables bicubically to the map; `LITTi` drops the up to 3 pixels that fill
-no patch and resizes its position embeddings bilinearly, comparing rows and columns (the source compares token counts and
+Differs from the source: any image size, by the rules of the authors' dense-prediction code. `LIT` pads images with zeros at
+the right and bottom to multiples of 4 and resizes its bias tables bicubically to the map; `LITTi` drops the up to 3 pixels that
+fill no patch and resizes its position embeddings bilinearly, comparing rows and columns (the source compares token counts and
 crashes on 448x448). Merging drops the last row or column of an odd map.
 
 Shapes: B batch, H W map height and width, N = H * W, C channels, h heads, d = C // h.
@@ -131,18 +131,13 @@ class LIT(StagedBackbone):
         feature_norms: bool | Sequence[int] = False,
     ):
         super().__init__()
-        rates = drop_path_rates(drop_path_rate, depths)
-        sizes = self.sizes(img_size)
+        rates, sizes = drop_path_rates(drop_path_rate, depths), self.sizes(img_size)
+        block = partial(Block, mlp_ratio=mlp_ratio, drop=proj_drop_rate, eps=1e-5, qkv_bias=qkv_bias)
         self.patch_embed = patches(in_chans, dims[0], pad=True)
         self.stages = nn.ModuleList(
             Stage(
                 DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
-                [
-                    Block(
-                        dim, heads[i] if i > 1 else 0, mlp_ratio, proj_drop_rate, rate, 1e-5, qkv_bias=qkv_bias, size=sizes[i]
-                    )
-                    for rate in rates[i]
-                ],
+                [block(dim, heads[i] if i > 1 else 0, drop_path=rate, size=sizes[i]) for rate in rates[i]],
             )
             for i, dim in enumerate(dims)
         )

@@ -27,8 +27,8 @@ class HiLo(nn.Module):
     """Attention split by heads (paper, section 3.2): high frequencies within windows, low ones against the averages of windows.
 
     Of `heads` heads the first int(heads * alpha) are Lo-Fi (the product is cut, not rounded), the rest Hi-Fi; with window 1 all
-    are Lo-Fi and nothing is pooled, which is ordinary attention. A map that windows do not divide is padded with zeros that take
-    part as keys, without a mask. qkv_bias: of queries, keys and values; the two output projections always have one.
+    are Lo-Fi and nothing is pooled, which is ordinary attention. A map that windows do not divide is padded with zeros that
+    take part as keys, without a mask. qkv_bias: of queries, keys and values; the two output projections always have one.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + DP(HiLo(norm1 x)) where there is attention (heads > 0), then x + DP(MLP(norm2 x)). No positions: the MLP sees them."""
+    """x + DP(HiLo(norm1 x)) where there is attention (heads > 0), then x + DP(MLP(norm2 x)). The MLP tells positions apart."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, drop_path: float, **attention):
         super().__init__()
@@ -140,9 +140,7 @@ class LITv2(StagedBackbone):
     ):
         super().__init__()
         if len(windows) != 2 or min(windows) < 1:
-            raise ValueError(
-                f"windows must be two sides of at least 1, of the third and the fourth stage, got {tuple(windows)}"
-            )
+            raise ValueError(f"windows must be two sides, of the third and fourth stage, at least 1, got {tuple(windows)}")
         rates, hilo = drop_path_rates(drop_path_rate, depths), {"alpha": alpha, "qkv_bias": qkv_bias}
         self.patch_embed = PatchEmbed(
             None, 4, in_chans, dims[0], norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True

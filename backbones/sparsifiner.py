@@ -4,11 +4,11 @@ Paper:  Wei et al. 2023, "Sparsifiner: Learning Sparse Instance-Dependent Attent
         https://arxiv.org/abs/2303.13755
 Source: github.com/lim142857/Sparsifiner @ 9a11e26 (MIT). Names of parameters are the authors'; they published no weights.
 Differs from the source: any image size (position embedding and predictors are resampled over the token grid, images padded with
-zeros to whole patches); tokens that pruning drops are removed, which gives the authors' logits without their work; the column
-budget lives in no module, so that one call does not change the next.
+zeros to whole patches); tokens that pruning drops are removed, which gives the authors' logits without their work; the
+column budget lives in no module, so that one call does not change the next.
 
-About speed: this attention is computed densely and masked, as in the source. Predicting and choosing the keys is work that dense
-attention does not have, and choosing the top quarter alone costs more on a CPU than the attention it would save, so a
+About speed: this attention is computed densely and masked, as in the source. Predicting and choosing the keys is work that
+dense attention does not have, and choosing the top quarter alone costs more on a CPU than the attention it would save, so a
 Sparsifiner is slower than the DeiT it came from. What it tells is which connections matter. Token pruning does save time.
 
 Shapes: B batch, N tokens with the class token first, C channels, h heads, d head width, r reduced tokens.
@@ -78,7 +78,7 @@ class MaskPredictor(nn.Module):
     grid: (rows, columns) of patches for which the weights are made; keep_rate: share of the N keys kept per query, rounded up;
     reduce_n, reduce_c: N and d divided by these (down) give the sizes of the estimate; share_proj: one matrix both reduces the
     keys and holds the basis; basis_threshold: basis entries not above it are zero; coef_top: how many coefficients remain, or
-    None, then those above coef_threshold do; score_threshold: keys that score higher are kept, whatever their number; None
+    0, then those above coef_threshold do; score_threshold: keys that score higher are kept, whatever their number; None
     keeps keep_rate of them.
     """
 
@@ -92,7 +92,7 @@ class MaskPredictor(nn.Module):
         reduce_c: int = 2,
         share_proj: bool = False,
         basis_threshold: float = 0.02,
-        coef_top: int | None = 8,
+        coef_top: int = 8,
         coef_threshold: float = 0.0,
         score_threshold: float | None = None,
     ):
@@ -144,7 +144,7 @@ class MaskPredictor(nn.Module):
 
     def strongest(self, coef: Tensor) -> Tensor:
         """Coefficients with the weak ones zero, not renormalised."""
-        if self.coef_top is None:
+        if not self.coef_top:
             return coef * (coef > self.coef_threshold) if self.coef_threshold > 0 else coef
         values, index = coef.topk(min(self.coef_top, coef.shape[-1]), dim=-1)
         return torch.zeros_like(coef).scatter(-1, index, values)
@@ -240,7 +240,7 @@ def restore(x: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
 
 
 def used(x: Tensor, module: nn.Module) -> Tensor:
-    """x; each parameter of `module` gets a zero gradient instead of none, so that DistributedDataParallel does not wait for it."""
+    """x; each parameter of `module` gets a zero gradient instead of none, which DistributedDataParallel would wait for."""
     return x + 0 * sum(parameter.sum() for parameter in module.parameters())
 
 
@@ -389,8 +389,8 @@ def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tupl
 class Sparsifiner(VisionTransformer):
     """timm's ViT with predicted attention masks.
 
-    keep_rate: share of keys kept per query, one number or one per block; None builds no predictors: the dense network from which
-    training starts and which is its teacher. token_keep_rate: share of patch tokens left after each block, one number per block
+    keep_rate: share of keys kept per query, one number or one per block; dense: build no predictors, which is the network from
+    which training starts and its teacher. token_keep_rate: share of patch tokens left after each block, one number per block
     (a block prunes if its share is lower than the one before), or the share that the second, third and last quarter of the
     blocks each keep of what the one before kept; 1 prunes nothing. lvvit: LV-ViT instead of DeiT (convolutional stem, branches
     halved, no qkv bias, and at inference half the strongest auxiliary logits of the patches added; it cannot prune tokens).
@@ -414,13 +414,14 @@ class Sparsifiner(VisionTransformer):
         heads: int = 6,
         mlp_ratio: float = 4.0,
         lvvit: bool = False,
-        keep_rate: float | Sequence[float] | None = 0.25,
+        keep_rate: float | Sequence[float] = 0.25,
+        dense: bool = False,
         token_keep_rate: float | Sequence[float] = 1.0,
         reduce_n: int = 6,
         reduce_c: int = 2,
         share_proj: bool = False,
         basis_threshold: float = 0.02,
-        coef_top: int | None = 8,
+        coef_top: int = 8,
         coef_threshold: float = 0.0,
         score_threshold: float | None = None,
         drop_rate: float = 0.0,
@@ -447,8 +448,8 @@ class Sparsifiner(VisionTransformer):
         tokens = token_shares(token_keep_rate, depth)
         if lvvit and min(tokens) < 1:
             raise ValueError("the authors' LV-ViT cannot prune tokens: its logits need all of them; leave token_keep_rate at 1")
-        if keep_rate is None and min(tokens) < 1:
-            raise ValueError("token_keep_rate needs predictors: give a keep_rate (1 masks nothing)")
+        if dense and min(tokens) < 1:
+            raise ValueError("a dense network prunes no tokens: leave token_keep_rate at 1, or mask nothing with keep_rate 1")
         predictor = {
             "grid": self.patch_embed.grid_size,
             "reduce_n": reduce_n,
@@ -467,7 +468,7 @@ class Sparsifiner(VisionTransformer):
                     mlp_ratio,
                     qkv_bias=not lvvit,
                     eps=eps,
-                    predictor=None if keep_rate is None else predictor | {"keep_rate": rates[i]},
+                    predictor=None if dense else predictor | {"keep_rate": rates[i]},
                     token_keep_rate=tokens[i] if tokens[i] < ([1.0] + tokens)[i] else None,
                     skip=2.0 if lvvit else 1.0,
                     drop=proj_drop_rate,
@@ -546,7 +547,7 @@ class Sparsifiner(VisionTransformer):
         """Logits, features and every attention map and mask, computed over all tokens as in the source.
 
         reconstruct: the first phase of training, where attention is not masked and the scores keep their signs. The attention
-        maps of a model without predictors (keep_rate None) are a teacher's.
+        maps of a dense model are a teacher's.
         """
         (x, grid), alive, blocks = self.embed(x), None, []
         for block in self.blocks:

@@ -73,7 +73,8 @@ def test_every_stored_tensor_is_reproduced(case):
 
 
 def merge_cases() -> list:
-    return [(file, name) for file in golden.cases("lit_op") if isinstance(file, str) for name in golden.load(file)[0]["cases"]]
+    cases = [(file, name) for file in golden.cases("lit_op") if isinstance(file, str) for name in golden.load(file)[0]["cases"]]
+    return cases or [pytest.param("", "", marks=pytest.mark.skip(reason="no fixture lit_op*"))]
 
 
 @pytest.mark.parametrize(
@@ -108,17 +109,22 @@ def test_deformable_merging_and_its_gradients_are_reproduced(file, name):
             torch.testing.assert_close(ours, value, atol=atol * scale, rtol=0, msg=lambda m, key=key: f"{key}: {m}")
 
     if not gradients:
-        pytest.skip("output checked; the stored gradients are not those of the stored grad_output")
+        pytest.skip("output checked; the stored gradients do not follow from the stored output and grad_output")
 
 
 def belongs_together(tensors: dict, train: bool) -> bool:
-    """Whether a fixture's gradient of the BatchNorm's bias follows from its own convolution output and grad_output."""
-    state = golden.state(tensors, "state/norm_layer.")
-    bias = state["bias"].clone().requires_grad_()
-    mean, var = state["running_mean"].clone(), state["running_var"].clone()
-    out = F.batch_norm(tensors["deform_conv_output"], mean, var, state["weight"], bias, training=train)
-    F.gelu(out).flatten(2).mT.backward(tensors["grad_output"])
-    return torch.allclose(bias.grad, tensors["grad_state/norm_layer.bias"], atol=1e-3)
+    """Whether a fixture's gradient of the BatchNorm's bias follows from its own convolution output and grad_output.
+
+    Written out, as torch's CPU batch_norm gives wrong gradients for the layout that the authors' code has with one image in
+    evaluation: the fixture det_odd_map holds such.
+    """
+    state, x = golden.state(tensors, "state/norm_layer."), tensors["deform_conv_output"].double()
+    mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if train else (state["running_mean"], state["running_var"])
+    bias = state["bias"].double().requires_grad_()
+    mean, scale, bias_map = (t.double()[:, None, None] for t in (mean, state["weight"] / (var + 1e-5).sqrt(), bias))
+    out = F.gelu((x - mean) * scale + bias_map).permute(0, 2, 3, 1).flatten(1, 2)
+    (out * tensors["grad_output"]).sum().backward()
+    return torch.allclose(bias.grad.float(), tensors["grad_state/norm_layer.bias"], atol=1e-3)
 
 
 def rename(key: str) -> str:

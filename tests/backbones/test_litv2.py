@@ -187,5 +187,5 @@ def test_wrong_arguments_raise():
     for kwargs, words in [({"alpha": 1.5}, "alpha.*1.5"), ({"windows": (2,)}, "windows"), ({"dims": (8, 8, 18, 16)}, "18")]:
         with pytest.raises(ValueError, match=words):
             tiny(**kwargs)
-    with pytest.raises(TypeError, match="img_size"):  # nothing in this network depends on it
-        timm.create_model("litv2_s", img_size=224)
+    with pytest.raises(TypeError, match="window_size"):
+        timm.create_model("litv2_s", window_size=2)
