@@ -51,7 +51,7 @@ def from_official(info: dict) -> nn.Module:
 def test_every_stored_tensor_is_reproduced(case):
     info, tensors = golden.load(case)
     model = from_official(info).eval()
-    model.load_state_dict(weights.convert_state_dict(golden.state(tensors), model), strict=True)
+    weights.load_checkpoint(model, golden.state(tensors))
     with torch.no_grad():
         final, maps = model.forward_intermediates(tensors["input"])
         got = {f"stage/{i}": x for i, x in enumerate(maps)}

@@ -51,7 +51,7 @@ def from_official(kwargs: dict) -> Swin:
 def test_every_stored_tensor_is_reproduced(case):
     info, tensors = golden.load(case)
     model = from_official(info["kwargs"]).eval()
-    model.load_state_dict(weights.convert_state_dict(golden.state(tensors), model), strict=True)
+    weights.load_checkpoint(model, golden.state(tensors))
     with torch.no_grad():
         final, maps = model.forward_intermediates(tensors["input"])
         if model.dense:
