@@ -200,7 +200,7 @@ class FeatureBackbone(nn.Module):
         largest = max(entry["reduction"] for entry in feature_entries(self.model))
         native = self._native_size()
         height, width = native or (224, 224)
-        for multiple in sorted({1, 4, 8, 16, largest, 2 * largest}):
+        for multiple in sorted({1, 4, 8, 16, *(largest << i for i in range(4))}):
             if self._takes(multiple * (3 * height // (4 * multiple) * 2 + 1), multiple * (width // multiple * 2 + 1)):
                 return multiple, None
         return (1, native) if native is not None and self._takes(*native) else (largest, None)
@@ -252,18 +252,58 @@ def create_backbone(
         hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
         raise ValueError(f"unknown backbone {name!r}: {hint} (the zoo's own models need `import backbones`)")
     size = as_pair(img_size)
-    sized = [] if size is None else [{"img_size": size}]
-    dynamic = [{"dynamic_img_size": True}, {"strict_img_size": False}, {}]
-    attempts = [{**a, **b} for a in [*sized, {}] for b in dynamic]
-    for extra in attempts:
+    shared = {"pretrained": pretrained, "in_chans": in_chans}
+    if size is not None:
         try:
-            model = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, **{**extra, **args})
-            return model, extra.get("img_size")
+            model = _create(name, {**args, "img_size": size}, shared)
+            if runs_at(model, in_chans, size):
+                return model, size
+            reason = "it builds, but does not run"
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            return _create(name, args, shared), None  # the architecture has no size to state
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error)
+        # an architecture that does not do this size may still hold it inside its own, or inside a square
+        model = _create(name, args, shared)
+        native = as_pair((model.pretrained_cfg or {}).get("input_size", ())[1:])
+        if native is not None and size[0] <= native[0] and size[1] <= native[1]:
+            return model, native
+        square = (max(size), max(size))
+        if square != size:
+            return create_backbone(name, pretrained, in_chans, square, args)
+        raise ValueError(f"{name} cannot be built for images of {size[0]} x {size[1]}: {reason}")
+    return _create(name, args, shared), None
+
+
+def runs_at(model: nn.Module, in_chans: int, size: tuple[int, int]) -> bool:
+    """Whether the model's features run at the size it was built for (some constructors take sizes that their code does not)."""
+    if getattr(model, "dynamic_img_size", False) or getattr(model, "dynamic_img_pad", False):
+        return True
+    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    image = torch.empty(1, in_chans, *size, device="meta", dtype=next((p.dtype for p in model.parameters()), None))
+    training = model.training
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model.eval(), state, (image,))
+    except Exception:  # whatever a foreign model raises at a size it cannot take
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+def _create(name: str, args: dict, shared: dict) -> nn.Module:
+    """The model with run-time image sizes, by whichever name its architecture has for them."""
+    for option in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        try:
+            return timm.create_model(name, **shared, **{**option, **args})
         except TypeError as error:
             # an architecture without this option says so before it builds anything
-            if not any(f"'{key}'" in str(error) for key in extra if key not in args):
+            if f"'{next(iter(option))}'" not in str(error):
                 raise
-    raise AssertionError("unreachable: the last attempt adds no option")
+    return timm.create_model(name, **shared, **args)
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -171,8 +172,8 @@ def group_matcher(backbone: FeatureBackbone, coarse: bool) -> dict:
         raise ValueError(f"{backbone.name} has no group_matcher, so no learning rate per layer: set layer_decay to null")
 
     def prefixed(pattern):
-        if isinstance(pattern, str):
-            return r"^backbone\.model\." + pattern.removeprefix("^")
+        if isinstance(pattern, str):  # also of alternatives, "^cls_token|pos_embed", and not of the ^ in [^a]
+            return r"^backbone\.model\.(?:" + re.sub(r"(?<![\[\\])\^", "", pattern) + ")"
         return type(pattern)(prefixed(p) if isinstance(p, (str, tuple, list)) else p for p in pattern)
 
     return {group: prefixed(pattern) for group, pattern in matcher(coarse=coarse).items()}

@@ -1,0 +1,66 @@
+"""Which heads work on a backbone: measured, not assumed."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import HEADS
+from .features import FeatureBackbone
+from .model import build_head, predict
+
+NARROW = {  # arguments that make a head small: only shapes and gradients are checked
+    "linear": {},
+    "fcn": {"width": 16},
+    "fpn": {"width": 16, "head_width": 16},
+    "mask_transformer": {"width": 16, "queries": 4},
+}
+
+
+def row(
+    backbone: str | nn.Module, size: Sequence[int] = (128, 160), heads: Iterable[str] = tuple(HEADS), **backbone_args
+) -> dict[str, str]:
+    """head -> "ok", or the sentence why not: one step forward and backward on two images of `size`, not square on purpose.
+
+    Weights are random and heads narrow. A backbone that cannot be built or cannot take the size fails under every head, with
+    the same sentence.
+    """
+    heads = list(heads)
+    try:
+        features = backbone
+        if not isinstance(backbone, FeatureBackbone):
+            own_size = {} if isinstance(backbone, nn.Module) else {"img_size": tuple(size)}
+            features = FeatureBackbone(backbone, **own_size, **backbone_args)
+        images = torch.randn(2, 3, *size)
+        maps = features.train()(images)
+        # one pass through the backbone serves every head: its way back does not depend on which head asked
+        results = {head: step(features, maps, head, images) for head in heads}
+        torch.autograd.backward(maps, [torch.ones_like(m) for m in maps])
+    except Exception as error:  # whatever a foreign model raises; the sentence is the result
+        return dict.fromkeys(heads, sentence(error))
+    return results
+
+
+def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tensor) -> str:
+    """ "ok", or why this head does not train on these maps."""
+    leaves = [m.detach().requires_grad_() for m in maps]
+    try:
+        neck, module = build_head(head, features, 3, NARROW.get(head, {"width": 16}))
+        out = predict(features, neck, module, leaves, images)
+        if out.shape != (2, 3, *images.shape[-2:]):
+            return f"gives {tuple(out.shape)} for images of {tuple(images.shape)}"
+        out.square().mean().backward()
+    except Exception as error:
+        return sentence(error)
+    if not out.isfinite().all():
+        return "gives values that are not finite"
+    lost = [name for name, p in module.named_parameters() if p.grad is None]
+    if lost or all(leaf.grad is None for leaf in leaves):
+        return f"gives no gradient to {', '.join(lost) or 'the backbone'}"
+    return "ok"
+
+
+def sentence(error: Exception) -> str:
+    """The first line of an error, with its type where it has no words."""
+    text = str(error).strip().partition("\n")[0]
+    return text or f"{type(error).__name__} without words"

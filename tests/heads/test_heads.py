@@ -1,0 +1,302 @@
+"""Heads by themselves: any number of levels, what an argument changes, definitions written out as loops."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
+
+import weights
+from heads import HEADS, DensePredictor, MultiPredictor
+from heads.blocks import BatchNorm2d, Pyramid, resize
+from heads.depth import DepthRule
+from heads.mask_transformer import KMeansLayer
+from heads.sdt import DySample
+
+ARGS = {
+    "linear": {},
+    "fcn": {"width": 8},
+    "fpn": {"width": 8, "head_width": 8},
+    "mask_transformer": {"width": 16, "queries": 4},
+}
+
+
+def maps(levels: int, batch: int = 2) -> list[torch.Tensor]:
+    """Sizes that no stride explains: 13, 6, 3, 1, ... by 15, 7, 3, ..."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, 8 * (i + 1), max(1, 13 >> i), max(1, 15 >> i), generator=generator) for i in range(levels)]
+
+
+@pytest.mark.parametrize("levels", range(1, 7))
+@pytest.mark.parametrize("name", HEADS)
+def test_any_number_of_levels_of_any_size(name, levels):
+    if name == "glpn" and levels == 1:
+        with pytest.raises(ValueError, match="at least 2"):
+            HEADS[name]([8], 3)
+        return
+    torch.manual_seed(0)
+    index = {"index": -1} if name == "fcn" else {}
+    head = HEADS[name]([8 * (i + 1) for i in range(levels)], 3, **ARGS.get(name, {"width": 8}), **index)
+    out = head(maps(levels))
+    assert out.shape[:2] == (2, 3) and out.isfinite().all()
+    out.square().mean().backward()
+    assert [n for n, p in head.named_parameters() if p.grad is None] == []
+    assert head.get_classifier() in list(head.modules())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_one_image_trains(name):
+    """A pooled 1 x 1 map of one image has one value per channel, where batch norm raises by itself."""
+    head = HEADS[name]([8, 16, 24], 2, **ARGS.get(name, {"width": 8}))
+    assert head(maps(3, batch=1)).shape[0] == 1
+
+
+def test_batch_norm_of_a_single_value_uses_its_running_statistics():
+    norm = BatchNorm2d(4).train()
+    norm.running_mean += 1
+    x = torch.randn(1, 4, 1, 1)
+    torch.testing.assert_close(norm(x), (x - 1) / (1 + norm.eps) ** 0.5)
+    assert norm.num_batches_tracked == 0
+    torch.testing.assert_close(norm(x.expand(2, -1, -1, -1)), F.batch_norm(x.expand(2, -1, -1, -1), None, None, training=True))
+
+
+def test_pyramid_quadruples_doubles_keeps_and_halves():
+    pyramid = Pyramid([24, 24, 24, 24])
+    out = pyramid([torch.randn(1, 24, 3, 5)] * 4)
+    assert [tuple(m.shape[-2:]) for m in out] == [(12, 20), (6, 10), (3, 5), (2, 3)]
+    assert [m.shape[1] for m in out] == pyramid.channels
+    assert pyramid([torch.randn(1, 24, 1, 1)])[3].shape[-2:] == (1, 1)
+
+
+def test_fcn_refuses_a_map_that_is_not_there():
+    with pytest.raises(ValueError, match="index is 5; with 2 maps use -2 to 1"):
+        HEADS["fcn"]([8, 8], 2, index=5)
+
+
+# DPT
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"readout": "cls"}, {"fusion": "x2"}, {"predictor": "depths"}, {"factors": (1,)}, {"reassemble": (8,)}]
+)
+def test_dpt_refuses_wrong_arguments_in_words(wrong):
+    with pytest.raises(ValueError, match=f"dpt: {next(iter(wrong))}"):
+        HEADS["dpt"]([8, 8, 8, 8], 1, one_scale=True, **wrong)
+
+
+def test_dpt_readout_without_prefix_tokens_says_so():
+    with pytest.raises(ValueError, match="needs prefix tokens"):
+        HEADS["dpt"]([8, 8], 1, width=8, one_scale=True, readout="project")([torch.randn(1, 8, 4, 4)] * 2)
+    with pytest.raises(ValueError, match="no prefix tokens"):
+        DensePredictor("test_resnet", "dpt", 1, {"one_scale": True, "readout": "add"})
+
+
+def test_dpt_reads_the_class_token_of_a_vit():
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 32, 48)
+    for readout in ("add", "project"):
+        model = DensePredictor("test_vit", "dpt", 1, {"width": 8, "readout": readout}).eval()
+        before = model(images)
+        with torch.no_grad():
+            model.backbone.model.cls_token += 1
+        assert not torch.equal(model(images), before)
+    assert model.backbone.prefix_tokens
+
+
+def test_dpt_sizes():
+    images = [torch.randn(1, 8, 3, 5)] * 4
+    shape = HEADS["dpt"]([8] * 4, 1, width=8, one_scale=True)(images).shape
+    assert shape == (1, 1, 48, 80), "16 pixels a token"
+    shape = HEADS["dpt"]([8] * 4, 1, width=8, one_scale=True, patch_size=14)(images).shape
+    assert shape == (1, 1, 42, 70)
+    shape = HEADS["dpt"]([8] * 4, 5, width=8, one_scale=True, predictor="linear", fusion="double")(images).shape
+    assert shape == (1, 5, 32, 48), "exact doubling of the halved map, whose size was rounded up"
+
+
+# SDT
+
+
+def test_dysample_starts_as_bilinear_doubling():
+    x = torch.randn(2, 8, 5, 7)
+    model = DySample(8, groups=2)
+    torch.nn.init.zeros_(model.offset.weight)
+    torch.testing.assert_close(model(x), F.interpolate(x, scale_factor=2, mode="bilinear"), rtol=1e-5, atol=1e-5)
+
+
+def test_sdt_weighs_its_layers():
+    head = HEADS["sdt"]([8, 8], 1, width=8).eval()
+    x, y = torch.randn(1, 8, 3, 4), torch.randn(1, 8, 3, 4)
+    with torch.no_grad():
+        head.weighted_fusion.layer_weights.copy_(torch.tensor([50.0, -50.0]))  # softmax: the first alone
+    torch.testing.assert_close(head([x, y]), head([x, torch.zeros_like(y)]))
+
+
+# Mask transformer
+
+
+def test_kmeans_gives_every_centre_the_sum_of_its_pixels():
+    torch.manual_seed(0)
+    layer = KMeansLayer(8, 2)
+    centres, pixels = torch.randn(2, 3, 8), torch.randn(2, 8, 4, 5)
+    query, key, value = layer.query(layer.norm_centre(centres)), layer.key(pixels), layer.value(pixels)
+    want = torch.zeros(2, 3, 8)
+    for b in range(2):
+        for i in range(4):
+            for j in range(5):
+                nearest = torch.stack([query[b, n] @ key[b, :, i, j] for n in range(3)]).argmax()
+                want[b, nearest] += value[b, :, i, j]
+    torch.testing.assert_close(layer.kmeans(centres, pixels), layer.update(layer.norm_update(want)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_transformer_mixes_one_output_per_centre():
+    """With one centre every pixel has its output: depth is then one plane, logits one class."""
+    head = HEADS["mask_transformer"]([8, 16], 2, width=16, queries=1)
+    out = head(maps(2))
+    torch.testing.assert_close(out, out[..., :1, :1].expand_as(out))
+
+
+# Depth
+
+
+def test_depth_rules():
+    x = torch.tensor([[-2.0, 3.0]])[..., None, None].transpose(0, 1)  # 2 1 1 1
+    assert DepthRule("relu", min_depth=0.001)(x).flatten().tolist() == pytest.approx([0.001, 3.001])
+    assert DepthRule("relu", signed=True)(x).flatten().tolist() == [-2.0, 3.0]
+    torch.testing.assert_close(DepthRule("sigmoid", max_depth=80.0)(x), 80 * x.sigmoid())
+    torch.testing.assert_close(DepthRule("softplus", min_depth=0.5)(x), 0.5 + F.softplus(x))
+    assert DepthRule("invert", scale=0.5, shift=0.1)(x).flatten().tolist() == pytest.approx([10.0, 1 / 1.6])
+    assert DepthRule("invert")(x).flatten()[0].item() == pytest.approx(1e8), "floored, not infinite"
+
+
+@pytest.mark.parametrize(("name", "middle"), [("bins", 5.5), ("log_bins", 10**0.5)])
+def test_bins_are_an_expectation_inside_the_range(name, middle):
+    rule = DepthRule(name, min_depth=1.0, max_depth=10.0, bins=3)
+    assert rule.channels == 3 and rule.centres(torch.zeros(1)).flatten().tolist() == pytest.approx([1.0, middle, 10.0])
+    one_hot = torch.tensor([-1.0, 1e6, -1.0])[None, :, None, None]
+    assert rule(one_hot).item() == pytest.approx(middle, rel=1e-4)
+    uniform = rule(torch.zeros(1, 3, 1, 1)).item()
+    assert uniform == pytest.approx((1.0 + middle + 10.0) / 3)
+    with pytest.raises(ValueError, match="reads 3 channels, the head gives 1"):
+        rule(torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("wrong", [{"name": "log"}, {"min_depth": 5.0, "max_depth": 5.0}, {"name": "log_bins"}])
+def test_senseless_depth_rules_are_refused(wrong):
+    with pytest.raises(ValueError):
+        DepthRule(**wrong)
+
+
+# Predictors
+
+
+def test_the_auxiliary_output_is_for_training_only():
+    torch.manual_seed(0)
+    model = DensePredictor("test_resnet", "fpn", 4, {"width": 8}, aux_head="fcn", aux_args={"width": 8})
+    images = torch.randn(2, 3, 64, 96)
+    main, aux = model.eval()(images, aux=True)
+    assert main.shape == aux.shape == (2, 4, 64, 96)
+    assert torch.equal(model(images), main)
+    assert DensePredictor("test_resnet", "linear", 4)(images, aux=True).shape == (2, 4, 64, 96)
+    with pytest.raises(TypeError, match="without an aux_head"):
+        DensePredictor("test_resnet", "linear", 4, aux_args={"width": 8})
+
+
+def test_several_heads_share_one_backbone():
+    model = MultiPredictor(
+        "test_vit", {"mask": ("upernet", 5, {"width": 8}), "depth": ("dpt", 1, {"width": 8, "readout": "project"})}
+    )
+    out = model(torch.randn(2, 3, 40, 56))
+    assert {name: tuple(value.shape) for name, value in out.items()} == {"mask": (2, 5, 40, 56), "depth": (2, 1, 40, 56)}
+    sum(value.mean() for value in out.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    with pytest.raises(ValueError, match="needs a head"):
+        MultiPredictor("test_vit", {})
+
+
+def test_layer_decay_groups_the_backbone_by_depth_and_the_head_last():
+    model = DensePredictor("test_vit", "linear", 2)
+    groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    blocks = [scale[id(names[f"backbone.model.blocks.{i}.mlp.fc1.weight"])] for i in (0, 3)]
+    assert scale[id(names["backbone.model.patch_embed.proj.weight"])] < blocks[0] < blocks[1] < 1.0
+    assert scale[id(names["head.predict.weight"])] == 1.0
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay[id(names["backbone.model.pos_embed"])] == 0.0
+
+
+def test_checkpointing_changes_no_number():
+    torch.manual_seed(0)
+    model = DensePredictor("test_vit", "linear", 2).train()
+    images = torch.randn(1, 3, 32, 32)
+    plain = model(images)
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(model(images), plain)
+
+
+def test_a_copy_is_independent():
+    model = DensePredictor("test_vit", "dpt", 1, {"width": 8}).eval()
+    images = torch.randn(1, 3, 32, 48)
+    before, other = model(images), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert torch.equal(model(images), before) and not torch.equal(other(images), before)
+
+
+def test_resize_leaves_a_tensor_of_the_right_size_alone():
+    x = torch.randn(1, 2, 4, 6)
+    assert resize(x, like=torch.zeros(1, 9, 4, 6)) is x and resize(x, like=(8, 3)).shape == (1, 2, 8, 3)
+
+
+def test_export_has_no_data_dependent_control_flow():
+    model = DensePredictor("test_vit", "linear", 3).eval()
+    images = torch.randn(1, 3, 40, 56)
+    program = torch.export.export(model, (images,))
+    torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+# Files
+
+
+def published(classes: int = 4) -> tuple[DensePredictor, dict]:
+    """A predictor and its weights as mmsegmentation would have written them."""
+    torch.manual_seed(0)
+    model = DensePredictor("test_resnet", "upernet", classes, {"width": 8}, aux_head="fcn", aux_args={"width": 8})
+    state = weights.convert.converter(model).to_official(model.state_dict(), model)
+    return model, {"state_dict": {name: value.clone() for name, value in state.items()}, "meta": {}}
+
+
+def test_a_dense_file_fills_backbone_head_and_auxiliary_head():
+    model, file = published()
+    other = DensePredictor("test_resnet", "upernet", 4, {"width": 8}, aux_head="fcn", aux_args={"width": 8})
+    report = weights.load_checkpoint(other, file)
+    assert report.format == "official-dense" and not report.unexpected
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    weights.load_checkpoint(
+        DensePredictor("test_resnet", "upernet", 4, {"width": 8}), file
+    )  # an auxiliary head may be left out
+
+
+def test_a_dense_file_with_another_head_is_refused_or_fills_the_backbone():
+    _, file = published()
+    for head, args in (("segformer", {"width": 8}), ("upernet", {"width": 16})):
+        model = DensePredictor("test_resnet", head, 4, args)
+        with pytest.raises(ValueError, match="strict=False|other shapes"):
+            weights.load_checkpoint(model, file)
+    model = DensePredictor("test_resnet", "segformer", 4, {"width": 8})
+    report = weights.load_checkpoint(model, file, strict=False)
+    assert any(name.startswith("decode_head.") for name in report.unexpected) and report.untouched
+    backbone = {f"backbone.{name}": value for name, value in model.backbone.model.state_dict().items()}
+    assert all(torch.equal(value, file["state_dict"][name]) for name, value in backbone.items())
+
+
+def test_a_classifier_of_another_size_is_dropped_when_asked():
+    _, file = published(classes=4)
+    model = DensePredictor("test_resnet", "upernet", 7, {"width": 8})
+    with pytest.raises(ValueError, match="other shapes"):
+        weights.load_checkpoint(model, file)
+    report = weights.load_checkpoint(model, file, strict=False)
+    assert report.dropped["head.conv_seg.weight"] == ((4, 8, 1, 1), (7, 8, 1, 1))
+    assert torch.equal(model.head.bottleneck.conv.weight, file["state_dict"]["decode_head.bottleneck.conv.weight"])
