@@ -31,8 +31,8 @@ BACKENDS = {  # fastest first
     "reference": reference,
 }
 
-# What each kind of device tries without a name, fastest first. On a CPU NATTEN is left out: its one path there has no backward and
-# takes 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56).
+# What each kind of device tries without a name, fastest first. On a CPU NATTEN is left out: its one path there has no backward
+# and takes 18 to 1000 ms where the tiled path takes 1 to 9 (kernel 7, 14x14 to 56x56).
 AUTOMATIC = {"cuda": ("natten", "triton", "tiled"), "cpu": ("cpp", "tiled")}
 
 

@@ -77,9 +77,9 @@ def library() -> Path:
     digest = hashlib.sha256(repr([*FLAGS, torch.__version__, platform.machine()]).encode())
     for source in SOURCES:
         digest.update(source.read_bytes())
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    # torch's own default; its function for it lives in a module that looks for CUDA, and warns, when it is imported
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     path = root / f"backbones_neighborhood_{digest.hexdigest()[:16]}.so"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)

@@ -58,12 +58,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def tile(kernel: tuple[int, int]) -> dict[str, int]:
-    """Shape of the tiles for a kernel: 64 queries, key chunks of ROWS x BW."""
+def tile(kernel: tuple[int, int], dtype: torch.dtype, dim: int) -> dict[str, int]:
+    """Shape of the tiles: 64 queries and chunks of about 64 keys, ROWS x BW; half of each for float32 tokens above 32 numbers,
+    which would not fit into shared memory."""
+    side = 32 if dtype == torch.float32 and dim > 32 else 64
     # 4 columns of queries for wide kernels keep BW at 16 up to 13 columns; beyond, the window alone decides.
     width = 8 if kernel[1] <= 9 else 4
     columns = 1 << (width + kernel[1] - 2).bit_length()
-    return {"TH": 64 // width, "TW": width, "BW": columns, "ROWS": max(1, 64 // columns)}
+    return {"TH": side // width, "TW": width, "BW": columns, "ROWS": max(1, side // columns)}
 
 
 def launch(q: Tensor) -> dict[str, int]:
@@ -78,7 +80,7 @@ def _arguments(
 ) -> tuple[int, list[int], dict[str, Any]]:
     """(number of tiles in all images, sizes and strides in the kernels' order, compile-time constants)."""
     batch, height, width, heads, dim = q.shape
-    shape = tile((kernel[0], kernel[1]))
+    shape = tile((kernel[0], kernel[1]), q.dtype, dim)
     tiles = batch * heads * dilation[0] * dilation[1]
     for length, step, side in zip((height, width), dilation, (shape["TH"], shape["TW"]), strict=True):
         tiles *= -(-length // (step * side))  # of the longest residue group, ceil(length / step) positions
@@ -135,7 +137,21 @@ def backward(
     )
     flat = {name: value for name, value in constants.items() if name not in ("ROWS", "BW")}
     kernels.dkdv_kernel[(tiles,)](
-        q, k, v, bias, lse, dout, delta, dk, dv, scale, *sizes, **flat, BN=64, HAS_BIAS=has_bias, **launch(q)
+        q,
+        k,
+        v,
+        bias,
+        lse,
+        dout,
+        delta,
+        dk,
+        dv,
+        scale,
+        *sizes,
+        **flat,
+        BN=constants["TH"] * constants["TW"],
+        HAS_BIAS=has_bias,
+        **launch(q),
     )
     if has_bias:
         chunks = -(-(constants["TH"] + kernel[0] - 1) // constants["ROWS"])

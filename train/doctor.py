@@ -1,0 +1,131 @@
+"""`zoo doctor`: what this machine has, and how the zoo's attention runs on it, for a model and an input size."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import timm
+import torch
+from rich.console import Console
+
+import backbones  # noqa: F401  (registers the zoo's models with timm)
+from backbones.ops import neighborhood
+from train.bench import measure, processor, shown, table
+from train.checks import hint
+
+OPTIONAL = (
+    "accelerate",
+    "natten",
+    "triton",
+    "ninja",
+    "onnx",
+    "onnxruntime",
+    "wandb",
+    "h5py",
+    "pyarrow",
+    "webdataset",
+    "mmsegmentation",
+)
+FIRST_LEVEL = ((1, 56, 56, 2, 32), (7, 7), (1, 1), True)  # of nat_tiny at 224: shape, kernel, dilation, has bias
+
+
+def run(model: str | None = None, size: tuple[int, int] | None = None) -> None:
+    """Prints the machine and, for a model at a size (its own by default), every attention backend with its time and error.
+
+    Without a model the attention of nat_tiny's first level is shown. An unknown name is a ValueError with the nearest one.
+    """
+    if model is not None and not timm.is_model(model):
+        raise ValueError(f"unknown model {model!r}; {hint(model, timm.list_models())}")
+    console = Console()
+    console.print(table(system(), "this machine"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    calls = {FIRST_LEVEL: 1} if model is None else calls_of(model, size, device)
+    if not calls:
+        console.print(f"{model} runs on plain torch operators: it has no attention with several backends")
+    elif model is not None:
+        console.print(f"{model} calls neighbourhood attention {sum(calls.values())} times, in {len(calls)} shapes")
+    for (shape, kernel, dilation, has_bias), count in calls.items():
+        _, height, width, heads, dim = shape
+        title = (
+            f"{height}x{width}, {heads} heads of {dim}, kernel {kernel[0]}x{kernel[1]}, dilation {dilation[0]}x{dilation[1]}"
+        )
+        console.print(
+            table(examine(shape, kernel, dilation, has_bias, device), f"{title} ({count} in the model)" if model else title)
+        )
+
+
+def system() -> list[dict[str, str]]:
+    """What the zoo runs on: name and value."""
+    found = {
+        "Python": platform.python_version(),
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
+    }
+    for name in OPTIONAL:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["C++ attention kernel"] = neighborhood.cpp_backend.unavailable() or "compiled"
+    return [{"what": name, "here": value} for name, value in found.items()]
+
+
+def calls_of(name: str, size: tuple[int, int] | None, device: str) -> dict[tuple, int]:
+    """Every neighbourhood attention in one forward of a model: (shape, kernel, dilation, has bias) -> how often."""
+    model = timm.create_model(name).eval().to(device)
+    channels, *own = model.pretrained_cfg["input_size"]
+    found: dict[tuple, int] = {}
+    with recorded(found), torch.no_grad():
+        model(torch.zeros(1, channels, *(size or own), device=device))
+    return found
+
+
+@contextmanager
+def recorded(found: dict[tuple, int]) -> Iterator[None]:
+    """Counts in `found` the calls that are made inside."""
+    choose = neighborhood.choose
+
+    def recording(call: neighborhood.Call, backend: str | None = None) -> str:
+        key = (tuple(call.q.shape), call.kernel, call.dilation, call.bias is not None)
+        found[key] = found.get(key, 0) + 1
+        return choose(call, backend)
+
+    neighborhood.choose = recording
+    try:
+        yield
+    finally:
+        neighborhood.choose = choose
+
+
+def examine(
+    shape: tuple[int, ...], kernel: tuple[int, int], dilation: tuple[int, int], has_bias: bool, device: str, rounds: int = 5
+) -> list[dict[str, str]]:
+    """A row per backend: can it run this call in float32, if not why, its forward time and its largest error."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+    bias = torch.randn(shape[3], *(2 * n - 1 for n in kernel), generator=generator).to(device) if has_bias else None
+
+    def attend(backend: str) -> torch.Tensor:
+        return neighborhood.neighborhood_attention(q, k, v, kernel, dilation, bias, backend=backend)
+
+    with torch.no_grad():
+        reasons = neighborhood.explain(q, k, v, kernel, dilation, bias)
+        able = [name for name, reason in reasons.items() if reason is None]
+        times = measure({name: (lambda name=name: attend(name)) for name in able}, rounds, device)
+        definition = attend("reference")
+        errors = {name: (attend(name) - definition).abs().max().item() for name in able}
+        chosen = neighborhood.choose(neighborhood.check(q, k, v, kernel, dilation, bias))
+    return [
+        {
+            "backend": f"{name} (automatic)" if name == chosen else name,
+            "runs": "yes" if reason is None else reason,
+            "ms (min)": shown(times[name]) if name in times else "-",
+            "largest error": f"{errors[name]:.0e}" if name in errors else "-",
+        }
+        for name, reason in reasons.items()
+    ]
