@@ -298,3 +298,20 @@ def test_unknown_options_are_refused():
     ):
         with pytest.raises(ValueError, match="got"):
             call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [*SEGMENTATION_LOSSES, *DEPTH_LOSSES])
+def test_a_gpu_gives_the_same_loss_and_gradient(name):
+    if name in SEGMENTATION_LOSSES:
+        (pred, target), loss = batch(), SEGMENTATION_LOSSES[name]
+        options = {"class_weight": [1.0, 2.0, 0.5, 1.0, 3.0]} if name in ("cross_entropy", "focal") else {}
+    else:
+        (pred, target), loss, options = depths(), DEPTH_LOSSES[name], {}
+    results = []
+    for device in ("cpu", "cuda"):
+        p = pred.detach().to(device).requires_grad_()
+        value = loss(p, target.to(device), **options)
+        value.backward()
+        results.append((value.detach().cpu(), p.grad.cpu()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)

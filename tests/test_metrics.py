@@ -252,3 +252,23 @@ def test_spec_turns_metres_into_what_the_model_predicts_and_back():
     for wrong in ({"unit": "mm"}, {"divisor": 0}, {"min_depth": 3, "max_depth": 2}):
         with pytest.raises(ValueError, match="got"):
             DepthSpec(**wrong)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_predictions_on_a_gpu_are_counted_wherever_the_sums_live(where):
+    depth = torch.rand(2, 1, 6, 7) * 4 + 0.5
+    pred = depth * (0.7 + 0.6 * torch.rand(depth.shape))
+    mask, guess, scores = torch.randint(4, (2, 6, 7)), torch.randint(4, (2, 6, 7)), torch.randn(2, 9)
+    cases = [
+        (lambda: DepthMetric(DepthSpec(), align="median"), pred, {"depth": depth}),
+        (lambda: DepthMetric(DepthSpec(), align="affine", average="pixel"), pred, {"depth": depth}),
+        (lambda: SegmentationMetric(4), guess, {"mask": mask}),
+        (lambda: ClassificationMetric(), scores, {"label": torch.tensor([3, 1])}),
+    ]
+    for make, prediction, targets in cases:
+        plain, other = make(), make().to(where)
+        plain.update(prediction, targets)
+        other.update(prediction.cuda(), {key: value.cuda() for key, value in targets.items()})
+        assert all(value.device.type == where for value in other.sums.values())
+        assert other.compute() == pytest.approx(plain.compute(), rel=1e-6)

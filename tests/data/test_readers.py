@@ -153,6 +153,21 @@ def test_the_unpickler_knows_four_names(tmp_path, name):
         read_pickle(path)
 
 
+def test_damaged_pickles_never_raise_anything_else(tmp_path):
+    cifar(tmp_path, count=1)
+    whole = (tmp_path / "cifar-10-batches-py" / "test_batch").read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        broken = bytearray(whole)
+        broken[int(generator.integers(200))] = int(generator.integers(256))
+        path = tmp_path / "p"
+        path.write_bytes(broken)
+        try:
+            read_pickle(path)
+        except ValueError as error:
+            assert "not a CIFAR pickle" in str(error)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"hello", pickle.dumps([1, 2]), pickle.dumps({"data": "x"})[:-3]])
 def test_other_files_are_not_cifar(tmp_path, content):
     path = tmp_path / "p"

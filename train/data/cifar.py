@@ -11,14 +11,27 @@ import numpy as np
 from train.data.base import ImageDataset
 from train.data.files import need, root_folder
 
-# What a pickled numpy array is made of. numpy 2 writes numpy._core where numpy 1 wrote numpy.core.
+
+def latin1(value: str, encoding: str) -> bytes:
+    """What bytes are in a pickle that Python 3 wrote with protocol 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the pickle asks for the codec {encoding!r}; only arrays and lists are read")
+    return value.encode("latin1")
+
+
+# What a pickled numpy array is made of, and what stands for it: nothing in the file makes Python import anything.
+# numpy 2 writes numpy._core where numpy 1 wrote numpy.core.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SAFE = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),  # bytes in pickles that Python 3 wrote with protocol 2
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("_codecs", "encode"): latin1,
 }
+
+# What damaged or foreign bytes can make the unpickler and numpy's constructors raise.
+_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError)
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -27,23 +40,14 @@ class ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only arrays and lists are read")
-        return super().find_class(module.replace("numpy._core", "numpy.core") if np.__version__ < "2" else module, name)
+        return _SAFE[module, name]
 
 
 def read_pickle(path: Path) -> dict:
     """The dict of a CIFAR file with text keys. ValueError names the file if it is not one, or holds anything but plain data."""
     try:
         content = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ImportError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: not a CIFAR pickle ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a CIFAR pickle (holds a {type(content).__name__}, not a dict)")
