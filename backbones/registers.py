@@ -432,6 +432,10 @@ class RegisterViT(VisionTransformer):
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         return self.pos_drop(torch.cat([*prefix, x], 1))
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name in ("pos_embed", "cls_token", "reg_token") if getattr(self, name) is not None}
+
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
         """Resize the position embedding itself to images of this size, so that no resize is left for run time."""
         old, table = self.patch_embed.grid_size, self.pos_embed

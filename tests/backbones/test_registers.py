@@ -493,3 +493,20 @@ def test_a_plain_checkpoint_loads_into_a_model_that_has_its_registers_already():
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), add_test_time_registers(plain, {1: [3]})(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("trained", [0, 2])
+def test_registers_that_were_trained_after_all_survive_the_authors_names(trained):
+    model = small(reg_tokens=trained, num_registers=1)
+    assert set(convert.to_official(model.state_dict(), model)) == set(official_names(model, trained))
+    with torch.no_grad():
+        model.reg_token.normal_()
+    official = convert.to_official(model.state_dict(), model)
+    native = weights.convert_state_dict(official, model)
+    assert all(torch.equal(native[key], value) for key, value in model.state_dict().items())
+    assert model.no_weight_decay() == {"pos_embed", "cls_token", "reg_token"}
+
+
+def official_names(model: nn.Module, trained: int) -> list[str]:
+    names = [name for name in model.state_dict() if name != "reg_token"] + ["mask_token"]
+    return names + ["register_tokens"] * (trained > 0)

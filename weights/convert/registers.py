@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from weights.convert import resample_position_embedding
 
+ADDED = "test_time_register_tokens"  # 1 R C, in files of ours whose test-time registers were trained
+
 
 def source_format(keys) -> str:
     """Which program wrote a state dict with these keys; "timm" for timm's models without registers."""
@@ -31,6 +33,8 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     expected = getattr(model, "reg_token", None)
     if expected is not None and "cls_token" in state:
         have = state.get("reg_token", state["cls_token"][:, :0])
+        if ADDED in state:
+            have = state["reg_token"] = torch.cat([have, state.pop(ADDED)], 1)
         count = expected.shape[1] - have.shape[1]
         if 0 < count <= getattr(model, "test_time_registers", 0):
             state["reg_token"] = torch.cat([have, have.new_zeros(1, count, have.shape[2])], 1)
@@ -60,12 +64,19 @@ def square(table: Tensor) -> int:
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' names; the class token's position is zero, as it is in the token, and test-time registers are left out."""
+    """The authors' names; the class token's position is zero, as it is in the token.
+
+    Test-time registers are zeros and left out; if they were trained since, they are kept under a name that the authors lack.
+    """
     state = dict(state_dict)
     registers = state.pop("reg_token", None)
-    trained = 0 if registers is None else registers.shape[1] - getattr(model, "test_time_registers", 0)
-    if trained:
-        state["register_tokens"] = registers[:, :trained]
+    if registers is not None:
+        trained = registers.shape[1] - getattr(model, "test_time_registers", 0)
+        if trained:
+            state["register_tokens"] = registers[:, :trained]
+        added = registers[:, trained:]
+        if not added.is_meta and added.any():
+            state[ADDED] = added
     token = state["cls_token"]
     state["pos_embed"] = torch.cat([torch.zeros_like(token), state["pos_embed"]], 1)
     state["mask_token"] = torch.zeros_like(token[:, 0])
