@@ -1,5 +1,8 @@
 """The benchmark and the doctor: what they report is complete and true; how fast anything is, no test says."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -40,9 +43,18 @@ def test_the_flex_peer_computes_the_same_attention():
 
 
 def test_peak_memory_is_that_of_the_call():
-    rows = bench.bench_memory(96, backends=["reference"])
-    # the definition holds every key and value 49 times
-    assert rows[0]["backend"] == "reference" and float(rows[0]["forward"]) > 49
+    # in a process of its own, whose peak nothing else has set; the definition holds every key and every value 49 times
+    command = "from train.bench import peak_memory; print(peak_memory('reference', 96, 'cpu', False))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, timeout=300)
+    assert 98 < float(done.stdout) < 400
+
+
+def test_memory_rows_name_the_backend_and_what_went_wrong(monkeypatch):
+    results = iter([(0, "1.04", ""), (0, "5.02", ""), (1, "", "Traceback\nMemoryError: no more")])
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], *next(results)))
+    assert bench.bench_memory(96, backends=["tiled"]) == [{"backend": "tiled", "forward": "1.0", "with backward": "5.0"}]
+    with pytest.raises(RuntimeError, match="memory of 'cpp' failed: MemoryError: no more"):
+        bench.bench_memory(96, backends=["cpp"])
 
 
 def test_what_cannot_be_measured_is_named():
