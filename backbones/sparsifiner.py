@@ -383,7 +383,7 @@ class ConvPatchEmbed(PatchEmbed):
 def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tuple[int, int]) -> Tensor:
     """Patches B rows columns C -> tokens B 1+N C, class token first, plus the embedding (1 1+N' C, for the grid `native`)."""
     pos_embed = resample_abs_pos_embed(pos_embed, x.shape[1:3], native)
-    return torch.cat([cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1) + pos_embed
+    return torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1) + pos_embed
 
 
 class Sparsifiner(VisionTransformer):
