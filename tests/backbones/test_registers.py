@@ -510,3 +510,12 @@ def test_registers_that_were_trained_after_all_survive_the_authors_names(trained
 def official_names(model: nn.Module, trained: int) -> list[str]:
     names = [name for name in model.state_dict() if name != "reg_token"] + ["mask_token"]
     return names + ["register_tokens"] * (trained > 0)
+
+
+def test_gated_mlps_have_the_authors_names():
+    model = small(mlp_layer=timm.layers.SwiGLUPacked, act_layer=nn.SiLU)
+    official = convert.to_official(model.state_dict(), model)
+    assert {key.split(".")[3] for key in official if ".mlp." in key} == {"w12", "w3"}
+    native = weights.convert_state_dict(official, model)
+    assert native.keys() == model.state_dict().keys()
+    assert all(torch.equal(native[key], value) for key, value in model.state_dict().items())
