@@ -223,7 +223,9 @@ def test_crops_are_the_published_ones():
     assert crop_rows_columns("nyu", 480, 640) == (slice(45, 471), slice(41, 601))
     with pytest.raises(ValueError, match="480x640"):
         crop_rows_columns("nyu", 240, 320)
-    with pytest.raises(ValueError, match="'eigen', 'garg', 'nyu'"):
+    with pytest.raises(ValueError, match=r"eigen crop is KITTI's.*480x640 \(NYUv2: nyu\)"):
+        crop_rows_columns("eigen", 480, 640)
+    with pytest.raises(ValueError, match="one of nyu, eigen, garg or none, got 'center'"):
         DepthMetric(DepthSpec(), crop="center")
 
 

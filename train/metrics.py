@@ -124,19 +124,31 @@ class SegmentationMetric(Metric):
         }
 
 
+CROPS = {
+    "nyu": "nyu (rows 45:471, columns 41:601)",
+    "eigen": "eigen (KITTI, rows 0.332-0.914, columns 0.036-0.964)",
+    "garg": "garg (KITTI, rows 0.408-0.992, columns 0.036-0.964)",
+}
+
+
 def crop_rows_columns(crop: str, height: int, width: int) -> tuple[slice, slice]:
     """The region of a published depth evaluation: rows and columns of a height x width map.
 
     "nyu": rows 45:471, columns 41:601 of 480x640 (Eigen et al. 2014's NYUv2 crop); "eigen" and "garg": the KITTI crops of
     Eigen et al. 2014 and Garg et al. 2016, given as fractions (117:321 and 143:349, columns 43:1172, of 352x1216).
-    Raises ValueError for an unknown name, and for "nyu" on another size.
+    Raises ValueError for an unknown name, for "nyu" on another size, and for a KITTI crop on maps that are not wide like KITTI's
+    (NYUv2's crop is also called "the Eigen crop").
     """
     if crop == "nyu":
         if (height, width) != (480, 640):
             raise ValueError(f"the nyu crop is defined on 480x640 depth maps, got {height}x{width}")
         return slice(45, 471), slice(41, 601)
-    if crop not in ("eigen", "garg"):
-        raise ValueError(f"crop must be 'eigen', 'garg', 'nyu' or none, got {crop!r}")
+    if crop not in CROPS:
+        raise ValueError(f"crop must be one of {', '.join(CROPS)} or none, got {crop!r}")
+    if width < 2 * height:
+        raise ValueError(
+            f"the {crop} crop is KITTI's, whose maps are 3.5 times as wide as high; got {height}x{width} (NYUv2: nyu)"
+        )
     top, bottom = (0.3324324, 0.91351351) if crop == "eigen" else (0.40810811, 0.99189189)
     return slice(int(top * height), int(bottom * height)), slice(int(0.03594771 * width), int(0.96405229 * width))
 
@@ -165,8 +177,8 @@ class DepthMetric(Metric):
         average: str = "image",
         clamp: bool = False,
     ):
-        if crop is not None:
-            crop_rows_columns(crop, 480, 640)  # rejects an unknown name now, not after an epoch
+        if crop is not None and crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)} or none, got {crop!r}")
         if align not in (None, "median", "affine"):
             raise ValueError(f"align must be 'median', 'affine' or none, got {align!r}")
         if average not in ("image", "pixel"):
@@ -185,7 +197,7 @@ class DepthMetric(Metric):
         self.protocol = ", ".join(
             [
                 f"valid {spec.min_depth:g}-{spec.max_depth:g} m",
-                f"crop {crop or 'none'}",
+                f"crop {CROPS[crop] if crop else 'none'}",
                 f"alignment {align or 'none'}{space}",
                 "mean over images" if average == "image" else "all pixels pooled",
                 "predictions clamped" if clamp else "predictions not clamped",
