@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -65,22 +65,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """timm's optimiser `config.name` over `parameter_groups`.
 
-    Raises ValueError if the optimiser does not take betas or eps that are set.
+    Raises ValueError if betas or eps are set and the optimiser does not take them.
     """
     extra = {key: value for key in ("betas", "eps") if (value := getattr(config, key)) is not None}
-    try:
-        built = create_optimizer_v2(
-            parameter_groups(model, config),
-            config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **extra,
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"optim.name {config.name!r} does not take {' and '.join(extra) or 'these arguments'}: {error}"
-        ) from error
+    about = get_optimizer_info(config.name)
+    for key in extra:
+        if not getattr(about, f"has_{key}"):
+            raise ValueError(f"optim.{key}: the optimiser {config.name!r} takes none; set it to null")
+    groups = parameter_groups(model, config)
+    built = create_optimizer_v2(
+        groups, config.name, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **extra
+    )
     for group in built.param_groups:
         group["lr"] = config.lr * group["lr_scale"]
     return built
@@ -100,7 +95,7 @@ def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, step
     if config.schedule in ("poly", "linear"):
         power = config.power if config.schedule == "poly" else 1.0
         return PolyLRScheduler(built, t_initial=steps, power=power, lr_min=config.min_lr, **shared)
-    at = [round(share * steps) for share in config.decay_at] if config.schedule == "step" else []
+    at = [round(share * steps) + 1 for share in config.decay_at] if config.schedule == "step" else []  # timm counts from 1
     return MultiStepLRScheduler(built, decay_t=at, decay_rate=config.decay_rate, **shared)
 
 

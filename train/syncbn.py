@@ -7,8 +7,21 @@ and gives one process's numbers on any backend.
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class _Total(torch.autograd.Function):
+    """Sum over processes, whose gradient is the sum of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Total.apply(gradient.contiguous())
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -36,9 +49,9 @@ class SyncBatchNorm(_BatchNorm):
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        mean = all_reduce(wide.sum(axes)) / count
+        mean = _Total.apply(wide.sum(axes)) / count
         centred = wide - mean.view(shape)
-        variance = all_reduce((centred * centred).sum(axes)) / count
+        variance = _Total.apply((centred * centred).sum(axes)) / count
         if self.track_running_stats:
             self._track(mean.detach(), variance.detach() * (count / (count - 1)))
         out = centred * (variance + self.eps).rsqrt().view(shape)

@@ -16,7 +16,9 @@ def write(folder, step):
 def test_what_was_saved_is_loaded_without_running_code(tmp_path):
     path = write(tmp_path, 3)
     weights, state = checkpoint.load(path)
-    assert torch.equal(weights["model"]["w"], torch.full((3,), 3.0)) and torch.equal(weights["model"]["also_tied"], torch.ones(2))
+    assert torch.equal(weights["model"]["w"], torch.full((3,), 3.0)) and torch.equal(
+        weights["model"]["also_tied"], torch.ones(2)
+    )
     assert state["progress"] == {"step": 3, "best": None} and state["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
 
 

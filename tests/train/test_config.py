@@ -84,7 +84,7 @@ def test_the_run_folder_follows_the_name():
 def test_differences_are_listed_by_key():
     old, new = config.as_dict(config.load(QUICK)), config.as_dict(config.load(QUICK, ["--optim.lr=0.5", "--data.args.seed=3"]))
     lines = config.difference(old, new)
-    assert lines == [f"data.args.seed: 0 -> 3", f"optim.lr: {old['optim']['lr']} -> 0.5"]
+    assert lines == ["data.args.seed: 0 -> 3", f"optim.lr: {old['optim']['lr']} -> 0.5"]
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path):

@@ -9,7 +9,9 @@ import torch
 from train import loader
 
 
-@pytest.mark.parametrize(("images", "world", "micro"), [(8, 1, None), (8, 2, None), (7, 2, 2), (12, 3, 2), (5, 4, 1), (9, 2, 4)])
+@pytest.mark.parametrize(
+    ("images", "world", "micro"), [(8, 1, None), (8, 2, None), (7, 2, 2), (12, 3, 2), (5, 4, 1), (9, 2, 4)]
+)
 def test_processes_share_the_total_batch_without_overlap(images, world, micro):
     shares = [loader.share(images, world, rank, micro) for rank in range(world)]
     assert sorted(i for offsets in shares for part in offsets for i in part) == list(range(images))

@@ -1,0 +1,144 @@
+"""The zoo command: what it prints, and one sentence with exit code 2 for every mistake."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+from PIL import Image
+
+from train import cli, engine
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "curves", lambda folder: None)
+        patch.setattr(engine, "pictures", lambda *args: None)
+        engine.fit(tiny.make(folder, optim={"steps": 1, "warmup_steps": 0}))
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(folder / "photo.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def zoo(capsys, *arguments):
+    """(exit code, standard output, standard error) of one command."""
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "quikstart"), "did you mean 'quickstart'"),
+        (("train", "quickstart", "--optim.lrr=1"), "did you mean 'lr'"),
+        (("config", "quickstart", "--model.backbone=nat_minii"), "did you mean 'nat_mini'"),
+        (("info", "nat_minii"), "did you mean 'nat_mini'"),
+        (("eval", "nowhere"), "nowhere is not a run folder"),
+        (("predict", "nowhere", "images", "--out", "x"), "nowhere is not a run folder"),
+        (("export", "nat_minii", "x.onnx"), "neither a run folder nor a model; did you mean 'nat_mini'"),
+        (("convert", "nat_mini", "nowhere.pth", "out.safetensors"), "nowhere.pth"),
+    ],
+)
+def test_a_mistake_is_one_sentence_without_a_traceback(capsys, arguments, message):
+    code, out, err = zoo(capsys, *arguments)
+    assert code == 2 and message in err and "Traceback" not in err and out == ""
+    assert err.startswith(f"zoo {arguments[0]}: ")
+
+
+def test_debug_shows_where_an_error_came_from(capsys):
+    with pytest.raises(FileNotFoundError):
+        zoo(capsys, "train", "quikstart", "--debug")
+
+
+@pytest.mark.parametrize("arguments", [("train", "quickstart", "--nonsense"), ("list", "--optim.lr=1"), ("trian", "x")])
+def test_unknown_arguments_end_the_program(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert stop.value.code == 2
+
+
+def test_an_error_inside_a_loader_worker_is_cut_to_its_sentence():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    assert cli.sentence(ValueError(text + "ValueError: a.png: not a readable image")) == "a.png: not a readable image"
+
+
+def test_overrides_may_have_a_space():
+    parser = cli.build_parser()
+    assert cli.overrides(parser, ["--optim.lr", "1e-4", "--data.size=[3, 4]"], True) == [
+        "--optim.lr=1e-4",
+        "--data.size=[3, 4]",
+    ]
+
+
+def test_config_prints_what_runs(capsys):
+    code, out, _ = zoo(capsys, "config", "quickstart", "--optim.lr=1e-4")
+    assert code == 0 and yaml.safe_load(out)["optim"]["lr"] == 1e-4
+
+
+def test_list_filters_by_name_and_licence(capsys):
+    _, out, _ = zoo(capsys, "list", "nat_*")
+    assert "nat_mini" in out and "swin_t" not in out
+    _, out, _ = zoo(capsys, "list", "--license", "mit")
+    assert "nat_mini" in out and "poolformer" not in out
+    _, out, _ = zoo(capsys, "list", "--configs")
+    assert "quickstart" in out.split()
+
+
+def test_info_counts_what_the_paper_states(capsys):
+    _, out, _ = zoo(capsys, "info", "nat_mini")
+    assert "parameters (M): 19.98" in out  # the paper: 20 M parameters, 2.7 GMACs
+    assert 2.65 < float(re.search(r"GMACs at 224x224: (\S+)", out)[1]) < 2.75
+    assert "64 channels, stride 4, 56x56" in out and "license: mit" in out
+
+
+def test_eval_prints_metrics_and_protocol(capsys, run_folder):
+    code, out, _ = zoo(capsys, "eval", run_folder)
+    values = yaml.safe_load(out)
+    assert code == 0 and 0 <= values["miou"] <= 1 and values["samples"] == 7 and "6 classes" in values["protocol"]
+    _, out, _ = zoo(capsys, "eval", run_folder, "--data.args.val_count=3")
+    assert yaml.safe_load(out)["samples"] == 3
+
+
+def test_predict_writes_maps_of_the_images_size_and_replaces_nothing(capsys, run_folder, images, tmp_path):
+    out_folder = tmp_path / "out"
+    code, out, _ = zoo(capsys, "predict", run_folder, images, "--out", out_folder)
+    assert code == 0 and "notes.txt: not an image" in out
+    ids = Image.open(out_folder / "photo_classes.png")
+    assert ids.size == (50, 40) and ids.mode == "L" and np.asarray(ids).max() < 6
+    assert Image.open(out_folder / "photo_overlay.png").size == (50, 40)
+    code, _, err = zoo(capsys, "predict", run_folder, images, "--out", out_folder)
+    assert code == 2 and "photo_classes.png exists" in err
+    assert zoo(capsys, "predict", run_folder, images, "--out", out_folder, "--overwrite")[0] == 0
+
+
+def test_predict_names_an_image_it_cannot_read(capsys, run_folder, images, tmp_path):
+    (images / "broken.png").write_bytes(b"\x89PNG no more")
+    code, _, err = zoo(capsys, "predict", run_folder, images, "--out", tmp_path / "out")
+    assert code == 2 and "broken.png: not a readable image" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = zoo(capsys, "predict", run_folder, tmp_path / "empty", "--out", tmp_path / "out")
+    assert code == 2 and "holds no image" in err
+
+
+def test_export_of_a_run_gives_its_numbers(capsys, run_folder, tmp_path):
+    code, out, _ = zoo(capsys, "export", run_folder, tmp_path / "model.pt2")
+    assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and (tmp_path / "model.pt2").is_file()
+    code, _, err = zoo(capsys, "export", run_folder, tmp_path / "model.tflite")
+    assert code == 2 and "export to .onnx or .pt2" in err
+
+
+def test_export_to_onnx_runs_in_onnxruntime(capsys, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install backbone-zoo[export]")
+    code, out, err = zoo(capsys, "export", "poolformer_s12_gn", tmp_path / "model.onnx", "--size", 64, 64)
+    assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and "random weights" in err
