@@ -136,7 +136,7 @@ def crop_rows_columns(crop: str, height: int, width: int) -> tuple[slice, slice]
 
     "nyu": rows 45:471, columns 41:601 of 480x640 (Eigen et al. 2014's NYUv2 crop); "eigen" and "garg": the KITTI crops of
     Eigen et al. 2014 and Garg et al. 2016, given as fractions (117:321 and 143:349, columns 43:1172, of 352x1216).
-    Raises ValueError for an unknown name, for "nyu" on another size, and for a KITTI crop on maps that are not wide like KITTI's
+    Raises ValueError for an unknown name, for "nyu" on another size, and for a KITTI crop on maps not twice as wide as high
     (NYUv2's crop is also called "the Eigen crop").
     """
     if crop == "nyu":
