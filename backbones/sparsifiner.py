@@ -190,7 +190,8 @@ def resample(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tens
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, may_be_empty: bool) -> Tensor:
     """Attention B h n d under a bool mask. Queries without any key give zeros, not NaN; only asked for if there may be some."""
     if not may_be_empty:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        bias = torch.where(mask, q.new_zeros(()), q.new_full((), -math.inf))  # the kernel's own way from bool costs twice this
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     some = mask.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, scale=scale) * some
 
