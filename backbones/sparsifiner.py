@@ -9,7 +9,8 @@ column budget lives in no module, so that one call does not change the next.
 
 About speed: this attention is computed densely and masked, as in the source. Predicting and choosing the keys is work that
 dense attention does not have, and choosing the top quarter alone costs more on a CPU than the attention it would save, so a
-Sparsifiner is slower than the DeiT it came from. What it tells is which connections matter. Token pruning does save time.
+Sparsifiner is slower than the DeiT it came from (224 pixels, one image, one CPU thread: DeiT-S 90 ms, sparsifiner_deit_s 156
+ms, with token_keep_rate 0.7 113 ms). What it tells is which connections matter.
 
 Shapes: B batch, N tokens with the class token first, C channels, h heads, d head width, r reduced tokens.
 """
