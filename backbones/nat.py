@@ -112,6 +112,8 @@ class FullAttention(nn.Module):
         bias = relative_bias(table, height, width)
         q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=self.scale)
+        if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
+            x = x.clone(memory_format=torch.contiguous_format)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
 
     @torch.no_grad()

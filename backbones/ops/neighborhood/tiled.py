@@ -100,6 +100,8 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
         qt = _tiles(q[:, first * rows.tile : (first + count) * rows.tile], count, rows.tile, columns.tiles, columns.tile)
         bias = _select(_select(mask, rows.pattern[first : first + count], 0), columns.pattern, 1).flatten(0, 2)[None]
         tile = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=call.scale)
+        if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
+            tile = tile.clone(memory_format=torch.contiguous_format)
         tile = tile.unflatten(2, (rows.tile, columns.tile)).unflatten(1, (count, columns.tiles, heads))
         out.append(tile.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2))
     out = out[0] if len(out) == 1 else torch.cat(out, 1)  # B tiles*T tiles*T' heads dim
