@@ -583,7 +583,7 @@ class Sparsifiner(VisionTransformer):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Also the predictors: they get zero gradients outside their own phase, and must not shrink meanwhile."""
-        return super().no_weight_decay() | {name for name, _ in self.named_parameters() if ".mask_predictor." in name}
+        return {"pos_embed", "cls_token"} | {name for name, _ in self.named_parameters() if ".mask_predictor." in name}
 
 
 def per_block(value, depth: int, name: str) -> list:
