@@ -248,6 +248,9 @@ def test_masks_made_under_inference_mode_serve_training():
     out = model.train()(images)
     out.sum().backward()
     assert cached_shift_mask.cache_info().hits > 0
+    hits = cached_shift_mask.cache_info().hits
+    mask = cached_shift_mask(4, 4, 4, 2, torch.device("cpu"), torch.float32)  # of the first stage's 16 x 16 map
+    assert cached_shift_mask.cache_info().hits == hits + 1 and not mask.is_inference()
     torch.testing.assert_close(out, expected)
 
 
