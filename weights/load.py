@@ -184,13 +184,13 @@ def _outside(model: nn.Module, target: nn.Module) -> list[str]:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifier's parameters, e.g. ("head.fc.",), also where it is an Identity."""
-    if not hasattr(model, "get_classifier"):
-        return ("head.",)
-    found = model.get_classifier()
+    """Prefixes of the classifiers' parameters, e.g. ("head.fc.",), also where they are an Identity."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
     found = found if isinstance(found, (tuple, list)) else (found,)
     names = [name for name, module in model.named_modules(remove_duplicate=False) if any(module is layer for layer in found)]
-    return tuple(f"{name}." for name in names) or ("head.",)
+    stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()  # also an auxiliary one
+    names += [stated] if isinstance(stated, str) else stated
+    return tuple(f"{name}." for name in dict.fromkeys(names)) or ("head.",)
 
 
 def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = False) -> dict[str, Tensor]:
