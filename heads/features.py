@@ -4,6 +4,7 @@ timm 1.0.26 and newer give every architecture `forward_intermediates`, which set
 timm says only in part is which image sizes a model takes: where it refuses one, that is measured once, on the meta device.
 """
 
+import copy
 import difflib
 import inspect
 from collections.abc import Sequence
@@ -214,29 +215,20 @@ class FeatureBackbone(nn.Module):
 
     def _on_meta(self, height: int, width: int) -> list:
         """What _intermediates returns for one image, on the meta device: shapes without arithmetic."""
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        state = {f"backbone.model.{name}": tensor.to("meta") for name, tensor in tensors}
-        dtype = next((p.dtype for p in self.model.parameters()), None)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()  # nothing random, no statistics
-        try:
-            with torch.no_grad():
-                image = torch.empty(1, self._in_chans, height, width, device="meta", dtype=dtype)
-                return torch.func.functional_call(_Call(self), state, (image,))
-        finally:
-            for module in training:
-                module.training = True
+        with torch.no_grad():
+            return on_meta(self)._intermediates(meta_image(self.model, self._in_chans, height, width))
 
 
-class _Call(nn.Module):
-    """Lets functional_call reach FeatureBackbone._intermediates, without the padding of forward."""
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose tensors have shapes only; the module itself is not touched."""
+    tensors = [*module.parameters(), *module.buffers()]
+    shapes = [t.detach().to("meta") for t in tensors]
+    memo = {id(t): nn.Parameter(s, False) if isinstance(t, nn.Parameter) else s for t, s in zip(tensors, shapes, strict=True)}
+    return copy.deepcopy(module, memo).eval()  # deepcopy takes what it finds in memo instead of copying weights
 
-    def __init__(self, backbone: FeatureBackbone):
-        super().__init__()
-        self.backbone = backbone
 
-    def forward(self, images: Tensor) -> list:
-        return self.backbone._intermediates(images)
+def meta_image(model: nn.Module, in_chans: int, height: int, width: int) -> Tensor:
+    return torch.empty(1, in_chans, height, width, device="meta", dtype=next((p.dtype for p in model.parameters()), None))
 
 
 def create_backbone(
@@ -281,16 +273,11 @@ def runs_at(model: nn.Module, in_chans: int, size: tuple[int, int]) -> bool:
     """Whether the model's features run at the size it was built for (some constructors take sizes that their code does not)."""
     if getattr(model, "dynamic_img_size", False) or getattr(model, "dynamic_img_pad", False):
         return True
-    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    image = torch.empty(1, in_chans, *size, device="meta", dtype=next((p.dtype for p in model.parameters()), None))
-    training = model.training
     try:
         with torch.no_grad():
-            torch.func.functional_call(model.eval(), state, (image,))
+            on_meta(model)(meta_image(model, in_chans, *size))
     except Exception:  # whatever a foreign model raises at a size it cannot take
         return False
-    finally:
-        model.train(training)
     return True
 
 

@@ -156,7 +156,8 @@ class DySample(nn.Module):
         columns = torch.arange(width, device=x.device, dtype=x.dtype).repeat_interleave(self.scale) + 0.5
         place_x = 2 * (columns + offset[:, 0]) / width - 1  # B groups sH sW
         place_y = 2 * (rows[:, None] + offset[:, 1]) / height - 1
-        grid = torch.stack([place_x, place_y], dim=-1).flatten(0, 1)  # (B groups) sH sW 2
+        # the backward of grid_sample on the CPU crashes the process where a position is NaN, so a diverged model would
+        grid = torch.stack([place_x, place_y], dim=-1).nan_to_num().flatten(0, 1)  # (B groups) sH sW 2
         sampled = F.grid_sample(
             x.reshape(batch * self.groups, -1, height, width),
             grid,

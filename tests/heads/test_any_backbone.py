@@ -187,3 +187,25 @@ def test_wrong_names_are_answered_with_the_nearest():
         FeatureBackbone("test_resnet", out_indices=(7,))
     with pytest.raises(TypeError, match="no forward_intermediates"):
         FeatureBackbone(torch.nn.Conv2d(3, 8, 1))
+
+
+def test_measuring_sizes_leaves_shared_modules_alone():
+    """CoaT uses one module in several blocks; measuring once swapped its weights for shapes and left them there."""
+
+    class Shared(torch.nn.Module):
+        feature_info = [{"num_chs": 4, "reduction": 1, "module": "first"}]
+
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 4, 1)
+            self.second = torch.nn.Sequential(self.first)
+            self.register_buffer("size", torch.zeros(8, 12))
+
+        def forward_intermediates(self, x, **_):
+            return [self.second(x) + self.size]
+
+    backbone = FeatureBackbone(Shared(), img_size=(8, 12))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert backbone(torch.randn(1, 3, 5, 7))[0].shape == (1, 4, 8, 12)  # refused, measured, padded
+    assert backbone.fixed_size == (8, 12) and backbone.training
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())

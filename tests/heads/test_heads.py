@@ -124,6 +124,13 @@ def test_dysample_starts_as_bilinear_doubling():
     torch.testing.assert_close(model(x), F.interpolate(x, scale_factor=2, mode="bilinear"), rtol=1e-5, atol=1e-5)
 
 
+def test_dysample_survives_nan():
+    """grid_sample's backward ends the process on a NaN position; a diverged run should end with a NaN loss instead."""
+    x = torch.full((1, 8, 4, 4), torch.nan, requires_grad=True)
+    DySample(8)(x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_sdt_weighs_its_layers():
     head = HEADS["sdt"]([8, 8], 1, width=8).eval()
     x, y = torch.randn(1, 8, 3, 4), torch.randn(1, 8, 3, 4)
