@@ -118,22 +118,33 @@ class FeatureBackbone(nn.Module):
             raise ValueError(f"{self.name} takes images B {self._in_chans} H W, got shape {tuple(images.shape)}")
         if torch.compiler.is_compiling() or size in self._taken:
             return self._intermediates(self._pad(images))
-        tried = self.padded_size(*size)
+        padded = self._pad(images)
         try:
-            maps = self._intermediates(self._pad(images))
+            maps = self._intermediates(padded)
         except (AssertionError, RuntimeError, ValueError) as error:
-            # timm says nowhere which sizes a model takes: at the first refusal it is measured, then padded to
-            if self._measured or self._takes(*tried):
+            if self._takes(*padded.shape[-2:]):
                 raise  # not the size
-            self._measured = True
-            self.multiple, self.fixed_size = self._measure_sizes()
-            if self.padded_size(*size) == tried:
-                raise ValueError(
-                    f"{self.name} cannot take images of {size[0]} x {size[1]}: larger ones fit ({error})"
-                ) from error
+            self.fit(*size, error)
             maps = self._intermediates(self._pad(images))
         self._taken.add(size)
         return maps
+
+    def fit(self, height: int, width: int, error: Exception | None = None) -> tuple[int, int]:
+        """Settle, on the meta device, to which size images of this size are padded; ValueError if the model cannot take them.
+
+        timm says nowhere which sizes a model takes, so forward does this when the model refuses an image. torch.compile and
+        torch.export trace one path: call it before them where the size is not known to fit. error: what was refused.
+        """
+        tried = self.padded_size(height, width)
+        if error is None and self._takes(*tried):
+            return tried
+        if not self._measured:
+            self._measured = True
+            self.multiple, self.fixed_size = self._measure_sizes()
+        if (size := self.padded_size(height, width)) == tried:
+            reason = f" ({error})" if error else ""
+            raise ValueError(f"{self.name} cannot take images of {height} x {width}: larger ones fit{reason}") from error
+        return size
 
     def _pad(self, images: Tensor) -> Tensor:
         height, width = self.padded_size(*images.shape[-2:])

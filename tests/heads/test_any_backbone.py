@@ -168,6 +168,13 @@ def test_a_size_that_is_too_small_is_explained():
     assert backbone(torch.randn(1, 3, 50, 41))[0].shape == (1, 4, 10, 1)
 
 
+def test_a_size_can_be_settled_before_tracing():
+    backbone = FeatureBackbone("dla34", channels=(8, 8, 8, 16, 16, 16)).eval()
+    assert backbone.fit(64, 90) == (64, 96) == backbone.padded_size(64, 90) and backbone.multiple == 32
+    program = torch.export.export(backbone, (torch.randn(1, 3, 64, 90),))
+    assert [tuple(m.shape[-2:]) for m in program.module()(torch.randn(1, 3, 64, 90))] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
 def test_other_errors_than_the_size_pass_through():
     backbone = FeatureBackbone("test_resnet").double()
     with pytest.raises(RuntimeError, match="(?i)double|dtype|type"):
