@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -44,7 +45,7 @@ KINDS = [
 # The mask of Sparsifiner is a choice, not a product: only its own losses reach the predictor, as in the authors' code.
 WITHOUT_GRADIENT = {"sparsifiner": r"\.mask_predictor\."}
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
-DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13"]
+DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti"]
 
 
 def module_of(name: str) -> str:
@@ -381,6 +382,15 @@ def test_export_keeps_the_batch_free_and_the_size_where_it_can(name, model):
     for batch, size in [(3, (75, 110)), *([(2, (96, 64)), (4, (101, 134))] if 2 in free else [])]:
         other = images(batch, *size)
         torch.testing.assert_close(program.module()(other), model(other), rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_of_the_documentation_names_the_models_with_free_sizes():
+    table = (Path(__file__).resolve().parent.parent / "docs" / "export.md").read_text()
+    rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in table.splitlines() if row.startswith("| ")]
+    free = {name for names, batch, size in rows if size.startswith("free") for name in names.split(", ")}
+    assert all(batch == "free" for names, batch, size in rows if names not in ("models", "---"))
+    assert {name.split("_")[0] for name in free} == {name.split("_")[0] for name in DYNAMIC_SIZE}
+    assert all(any(name.startswith(row) for row in free) for name in DYNAMIC_SIZE)
 
 
 def test_double_precision_is_taken_at_creation(name):
