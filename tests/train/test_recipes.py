@@ -1,0 +1,85 @@
+"""Every shipped configuration builds its model and takes a step; only widths and image size are shrunk."""
+
+from importlib import resources
+
+import pytest
+import timm
+import torch
+
+from train import config, engine, optim
+
+SIZE = 64
+NARROW = {  # backbone file -> arguments that make its models narrow; depths stay
+    "nat": {"embed_dim": 16, "num_heads": [1, 2, 4, 8]},
+    "swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8]},
+    "poolformer": {"dims": [16, 16, 32, 32]},
+    "lit": {"dims": [16, 32, 32, 64], "heads": [1, 2, 2, 4]},
+    "litv2": {"dims": [32, 32, 64, 64], "heads": [2, 2, 4, 4]},
+    "pit": {"base_dims": [16, 16, 16], "heads": [1, 2, 4]},
+    "cvt": {"dims": [16, 32, 32], "heads": [1, 1, 1]},
+    "sparsifiner": {"embed_dim": 32, "num_heads": 2},
+    "vision_transformer": {"embed_dim": 32, "num_heads": 2},
+    "eva": {"embed_dim": 32, "num_heads": 2},
+}
+
+
+def narrow(backbone):
+    """Arguments that make this model narrow."""
+    args = NARROW.get(timm.model_entrypoint(backbone).__module__.rsplit(".", 1)[-1], {})
+    if "isotropic" in backbone or "vitrpb" in backbone:
+        args = {"embed_dim": 32, "num_heads": 1}
+    return args
+
+
+def batch_for(task, loaded):
+    batch = {"image": torch.randn(2, loaded.model.in_chans, SIZE, SIZE), "path": ["a", "b"]}
+    classes = loaded.task.get("num_classes") or loaded.task.get("parts", {}).get("segmentation", {}).get("num_classes")
+    if "label" in task.targets:
+        batch["label"] = torch.tensor([0, classes - 1])
+    if "mask" in task.targets:
+        batch["mask"] = torch.randint(0, classes, (2, SIZE, SIZE))
+    if "depth" in task.targets:
+        batch["depth"] = torch.rand(2, 1, SIZE, SIZE) * 4 + 0.6
+    return batch
+
+
+@pytest.mark.parametrize("name", config.shipped())
+def test_a_shipped_configuration_takes_a_step(name):
+    torch.manual_seed(0)
+    loaded = config.load(name, [f"--data.size=[{SIZE}, {SIZE}]", "--model.pretrained=false", "--model.checkpoint=null"])
+    loaded.model.img_size = (SIZE, SIZE)
+    own = dict(loaded.model.backbone_args)
+    own.pop("img_size", None)
+    loaded.model.backbone_args = {**own, **narrow(loaded.model.backbone)}
+    for args in (loaded.model.head_args, loaded.model.aux_args):
+        if "width" in args:
+            args["width"] = 16
+    if loaded.task.get("teacher") is not None:
+        loaded.task |= {"teacher": "resnet10t", "teacher_pretrained": False, "teacher_checkpoint": None}
+    task = config.build_task(loaded)
+    net = engine.build(loaded, task, say=lambda text: None)
+    optimizer = optim.optimizer(net, loaded.optim)
+    steps = loaded.optim.steps or int(loaded.optim.epochs * 1000)
+    schedule = optim.schedule(optimizer, loaded.optim, steps, 1000)
+    schedule.step_update(steps // 2)
+    engine.train_mode(net)
+    batch = batch_for(task, loaded)
+    before = {key: value.clone() for key, value in net.named_parameters()}
+    loss = task.loss(net, batch)
+    assert loss.shape == task.weight(batch).shape and loss.isfinite().all()
+    loss.sum().backward()
+    optimizer.step()
+    moved = [key for key, value in net.named_parameters() if not torch.equal(value, before[key])]
+    assert moved and all(net.get_parameter(key).requires_grad for key in moved)
+    net.eval()
+    with torch.no_grad():
+        prediction = task.predict(net(batch["image"]), (SIZE, SIZE) if "label" not in batch else None)
+    assert prediction is not None
+
+
+def test_every_header_says_source_result_command_and_time():
+    for name in config.shipped():
+        text = resources.files("configs").joinpath(f"{name}.yaml").read_text()
+        header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+        assert "zoo train" in header or "-m train train" in header, f"{name}: no command"
+        assert "ours" in header.lower() or "reached" in header.lower(), f"{name}: no result, not even 'not yet run'"
