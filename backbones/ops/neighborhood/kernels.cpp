@@ -1,7 +1,8 @@
-// Neighbourhood attention on the CPU: operators, instruction-set dispatch and the division of the work. The arithmetic is in tiles.cpp.
+// Neighbourhood attention on the CPU: operators, instruction-set dispatch and the division of the work. The arithmetic
+// is in tiles.cpp.
 //
-// tiles.cpp is compiled once per instruction set into this one library, and the first call picks by what torch and the processor
-// report, so a cached build is good on another machine.
+// tiles.cpp is compiled once per instruction set into this one library, and the first call picks by what torch and the
+// processor report, so a cached build is good on another machine.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -34,11 +35,12 @@ struct Problem {
     const float* bias;  // [heads, 2 kh - 1, 2 kw - 1] or null
     int64_t strips;     // per residue group
     Map q, k, v, out;
-    float* stats;  // [images, heads, H, W, 2]: the maximum of each query's scores (in log2) and 1 / sum
+    float* stats;          // [images, heads, H, W, 2]: the maximum of each query's scores (in log2) and 1 / sum
     Map dout, dq, dk, dv;  // dk and dv are float32
 };
 
-// ACCUMULATORS: queries whose 16 scores fit into registers together. VECTORS: 16-lane vectors per accumulator set in the weighted sums.
+// ACCUMULATORS: queries whose 16 scores fit into registers together. VECTORS: 16-lane vectors per accumulator set in
+// the weighted sums.
 #define INLINE inline __attribute__((always_inline))
 
 namespace baseline {
@@ -46,7 +48,7 @@ namespace baseline {
 constexpr int64_t ACCUMULATORS = 3, VECTORS = 1;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
-}
+}  // namespace baseline
 
 #if defined(__x86_64__)
 #if defined(__clang__)
@@ -60,7 +62,7 @@ namespace avx2 {
 constexpr int64_t ACCUMULATORS = 6, VECTORS = 1;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
-}
+}  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
@@ -74,7 +76,7 @@ namespace avx512 {
 constexpr int64_t ACCUMULATORS = 16, VECTORS = 2;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
-}
+}  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -87,7 +89,8 @@ struct Kernels {
     void (*backward)(const Problem&, int64_t, int64_t, int64_t, int64_t, float*);
 };
 
-// What torch reports obeys ATEN_CPU_CAPABILITY; the processor's word is asked for too because torch's level says nothing of fma.
+// What torch reports obeys ATEN_CPU_CAPABILITY; the processor's word is asked for too because torch's level says
+// nothing of fma.
 const Kernels& kernels() {
     static const Kernels chosen = [] {
 #if defined(__x86_64__)
@@ -110,21 +113,34 @@ Map map_of(const at::Tensor& t) {
 
 Problem problem_of(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& bias,
-    at::IntArrayRef kernel, at::IntArrayRef dilation, double scale) {
-    TORCH_CHECK(q.dim() == 5 && k.sizes() == q.sizes() && v.sizes() == q.sizes(), "q, k, v must be [B, H, W, heads, dim]");
+    at::IntArrayRef kernel, at::IntArrayRef dilation, double scale
+) {
+    TORCH_CHECK(
+        q.dim() == 5 && k.sizes() == q.sizes() && v.sizes() == q.sizes(), "q, k, v must be [B, H, W, heads, dim]"
+    );
     TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "q must be float32 or bfloat16");
-    TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "k and v must have the dtype of q");
-    TORCH_CHECK(kernel.size() == 2 && dilation.size() == 2 && kernel[0] <= 15 && kernel[1] <= 15, "kernels up to 15 x 15");
+    TORCH_CHECK(
+        k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "k and v must have the dtype of q"
+    );
+    TORCH_CHECK(
+        kernel.size() == 2 && dilation.size() == 2 && kernel[0] <= 15 && kernel[1] <= 15, "kernels up to 15 x 15"
+    );
     Problem p{};
     p.images = q.size(0), p.heads = q.size(3), p.dim = q.size(4);
     p.rows = {q.size(1), kernel[0], dilation[0]}, p.columns = {q.size(2), kernel[1], dilation[1]};
     for (const Axis& axis : {p.rows, p.columns})
-        TORCH_CHECK(axis.kernel % 2 && axis.dilation > 0 && axis.length >= axis.kernel * axis.dilation, "the map is smaller than kernel * dilation");
+        TORCH_CHECK(
+            axis.kernel % 2 && axis.dilation > 0 && axis.length >= axis.kernel * axis.dilation,
+            "the map is smaller than kernel * dilation"
+        );
     p.scale = (float)scale, p.bfloat16 = q.scalar_type() == at::kBFloat16;
     p.q = map_of(q), p.k = map_of(k), p.v = map_of(v);
     if (bias) {
         TORCH_CHECK(bias->is_contiguous() && bias->scalar_type() == at::kFloat, "bias must be contiguous float32");
-        TORCH_CHECK(bias->numel() == p.heads * (2 * kernel[0] - 1) * (2 * kernel[1] - 1), "bias must be [heads, 2 kh - 1, 2 kw - 1]");
+        TORCH_CHECK(
+            bias->numel() == p.heads * (2 * kernel[0] - 1) * (2 * kernel[1] - 1),
+            "bias must be [heads, 2 kh - 1, 2 kw - 1]"
+        );
         p.bias = bias->data_ptr<float>();
     }
     return p;
@@ -132,37 +148,53 @@ Problem problem_of(
 
 std::tuple<at::Tensor, at::Tensor> forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& bias,
-    at::IntArrayRef kernel, at::IntArrayRef dilation, double scale) {
+    at::IntArrayRef kernel, at::IntArrayRef dilation, double scale
+) {
     Problem p = problem_of(q, k, v, bias, kernel, dilation, scale);
     at::Tensor out = at::empty(q.sizes(), q.options());
-    at::Tensor stats = at::empty({p.images, p.heads, p.rows.length, p.columns.length, 2}, q.options().dtype(at::kFloat));
+    at::Tensor stats =
+        at::empty({p.images, p.heads, p.rows.length, p.columns.length, 2}, q.options().dtype(at::kFloat));
     p.out = map_of(out), p.stats = stats.data_ptr<float>();
     // Long strips read each key row once; shorter ones are worth their overlap only to give every thread four tasks.
-    const int64_t groups = p.images * p.heads * p.rows.dilation * p.columns.dilation, shortest = p.rows.length / p.rows.dilation;
-    const int64_t threads = at::get_num_threads(), wanted = threads == 1 || groups == 0 ? 1 : (4 * threads + groups - 1) / groups;
+    const int64_t groups = p.images * p.heads * p.rows.dilation * p.columns.dilation,
+                  shortest = p.rows.length / p.rows.dilation;
+    const int64_t threads = at::get_num_threads(),
+                  wanted = threads == 1 || groups == 0 ? 1 : (4 * threads + groups - 1) / groups;
     p.strips = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, shortest / p.rows.kernel));
     at::parallel_for(0, groups * p.strips, 1, [&](int64_t begin, int64_t end) { kernels().forward(p, begin, end); });
     return {out, stats};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& bias,
-    const at::Tensor& stats, at::IntArrayRef kernel, at::IntArrayRef dilation, double scale) {
+    const at::Tensor& dout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& bias, const at::Tensor& stats, at::IntArrayRef kernel, at::IntArrayRef dilation,
+    double scale
+) {
     Problem p = problem_of(q, k, v, bias, kernel, dilation, scale);
-    TORCH_CHECK(dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type(), "the gradient must have the shape and dtype of q");
+    TORCH_CHECK(
+        dout.sizes() == q.sizes() && dout.scalar_type() == q.scalar_type(),
+        "the gradient must have the shape and dtype of q"
+    );
     const auto wide = q.options().dtype(at::kFloat);
     at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::zeros(q.sizes(), wide), dv = at::zeros(q.sizes(), wide);
     p.stats = stats.data_ptr<float>();
     p.dout = map_of(dout), p.dq = map_of(dq), p.dk = map_of(dk), p.dv = map_of(dv);
     // Strips s and s + 2 share no key row when a strip has at least kh - 1 rows: even strips first, then odd ones.
+    // Their number depends on the shapes alone, and so does the order of every sum; 64 tasks are enough for the threads
+    // of any machine.
     const int64_t least = std::max<int64_t>(8, kernel[0] - 1), shortest = p.rows.length / p.rows.dilation;
-    p.strips = std::max<int64_t>(1, shortest / least);
+    const int64_t groups = std::max<int64_t>(1, p.images * p.heads * p.rows.dilation * p.columns.dilation);
+    p.strips = std::clamp<int64_t>((64 + groups - 1) / groups, 1, std::max<int64_t>(1, shortest / least));
     const int64_t tasks = p.images * p.rows.dilation * p.columns.dilation * ((p.strips + 1) / 2);
-    const int64_t slots = std::clamp<int64_t>(p.heads ? (64 + p.heads - 1) / p.heads : 1, 1, std::max<int64_t>(tasks, 1));
-    at::Tensor partial = bias ? at::zeros({p.heads, slots, 2 * kernel[0] - 1, 2 * kernel[1] - 1}, wide) : at::empty({0}, wide);
+    const int64_t slots =
+        std::clamp<int64_t>(p.heads ? (64 + p.heads - 1) / p.heads : 1, 1, std::max<int64_t>(tasks, 1));
+    at::Tensor partial =
+        bias ? at::zeros({p.heads, slots, 2 * kernel[0] - 1, 2 * kernel[1] - 1}, wide) : at::empty({0}, wide);
     float* sums = bias ? partial.data_ptr<float>() : nullptr;
     for (int64_t colour = 0; colour < std::min<int64_t>(2, p.strips); colour++)
-        at::parallel_for(0, p.heads * slots, 1, [&](int64_t begin, int64_t end) { kernels().backward(p, colour, slots, begin, end, sums); });
+        at::parallel_for(0, p.heads * slots, 1, [&](int64_t begin, int64_t end) {
+            kernels().backward(p, colour, slots, begin, end, sums);
+        });
     at::Tensor dbias = bias ? partial.sum(1) : partial;
     return {dq, dk.to(q.scalar_type()), dv.to(q.scalar_type()), dbias};
 }
@@ -170,10 +202,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(backbones, m) {
-    m.def("neighborhood_cpu(Tensor q, Tensor k, Tensor v, Tensor? bias, int[2] kernel, int[2] dilation, float scale) -> (Tensor, Tensor)");
     m.def(
-        "neighborhood_cpu_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor stats, int[2] kernel, int[2] dilation, "
-        "float scale) -> (Tensor, Tensor, Tensor, Tensor)");
+        "neighborhood_cpu(Tensor q, Tensor k, Tensor v, Tensor? bias, int[2] kernel, int[2] dilation, float scale) -> "
+        "(Tensor, Tensor)"
+    );
+    m.def(
+        "neighborhood_cpu_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor stats, int[2] "
+        "kernel, int[2] dilation, "
+        "float scale) -> (Tensor, Tensor, Tensor, Tensor)"
+    );
 }
 
 TORCH_LIBRARY_IMPL(backbones, CPU, m) {
