@@ -149,20 +149,21 @@ class DySample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        offset = F.pixel_shuffle(self.offsets(x), self.scale)  # B (2 groups) sH sW
+        exact = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has 8 bits: positions would be pixels apart
+        offset = F.pixel_shuffle(self.offsets(x), self.scale).to(exact)  # B (2 groups) sH sW
         offset = offset.view(batch, 2, self.groups, *offset.shape[-2:])
         # the pixel each fine position lies in, its centre at +0.5
-        rows = torch.arange(height, device=x.device, dtype=x.dtype).repeat_interleave(self.scale) + 0.5
-        columns = torch.arange(width, device=x.device, dtype=x.dtype).repeat_interleave(self.scale) + 0.5
+        rows = torch.arange(height, device=x.device, dtype=exact).repeat_interleave(self.scale) + 0.5
+        columns = torch.arange(width, device=x.device, dtype=exact).repeat_interleave(self.scale) + 0.5
         place_x = 2 * (columns + offset[:, 0]) / width - 1  # B groups sH sW
         place_y = 2 * (rows[:, None] + offset[:, 1]) / height - 1
         # the backward of grid_sample on the CPU crashes the process where a position is NaN, so a diverged model would
         grid = torch.stack([place_x, place_y], dim=-1).nan_to_num().flatten(0, 1)  # (B groups) sH sW 2
         sampled = F.grid_sample(
-            x.reshape(batch * self.groups, -1, height, width),
+            x.reshape(batch * self.groups, -1, height, width).to(exact),
             grid,
             mode="bilinear",
             padding_mode="border",
             align_corners=False,
         )
-        return sampled.view(batch, channels, self.scale * height, self.scale * width)
+        return sampled.view(batch, channels, self.scale * height, self.scale * width).to(x.dtype)

@@ -124,6 +124,14 @@ def test_dysample_starts_as_bilinear_doubling():
     torch.testing.assert_close(model(x), F.interpolate(x, scale_factor=2, mode="bilinear"), rtol=1e-5, atol=1e-5)
 
 
+def test_dysample_places_samples_exactly_in_half_precision():
+    model = DySample(8, groups=2)
+    torch.nn.init.zeros_(model.offset.weight)
+    x = torch.arange(300.0).repeat(1, 8, 2, 1) / 300
+    want = F.interpolate(x, scale_factor=2, mode="bilinear")
+    torch.testing.assert_close(model.bfloat16()(x.bfloat16()).float(), want, rtol=0, atol=2**-8)  # half a bfloat16 step of 1
+
+
 def test_dysample_survives_nan():
     """grid_sample's backward ends the process on a NaN position; a diverged run should end with a NaN loss instead."""
     x = torch.full((1, 8, 4, 4), torch.nan, requires_grad=True)

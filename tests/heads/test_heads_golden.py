@@ -68,7 +68,8 @@ def test_upernet(case):
     head = load(HEADS["upernet"](kwargs["in_channels"], kwargs["num_classes"], **args), tensors)
     names = ("lateral_convs.", "psp_modules.", "bottleneck", "fpn_convs.", "fpn_bottleneck")
     places = {f"stage/{name}": module for name, module in head.named_modules() if name.startswith(names)}
-    check(case, info, tensors, places, lambda: head(features(tensors)))
+    maps = [features(tensors)[i] for i in kwargs["in_index"]]
+    check(case, info, tensors, places, lambda: head(maps))
 
 
 @pytest.mark.parametrize("case", golden.cases("upernet_fcn"))
