@@ -63,11 +63,11 @@ def on_meta(name: str) -> nn.Module:
 
 
 def fewer_blocks(name: str) -> dict:
-    """Arguments that leave two blocks to the first stage and one to the others (three to a flat model: each is a feature)."""
+    """Arguments that leave two blocks to the first and last stage, one to the others (three to a flat model, each a feature)."""
     model = on_meta(name)
     arguments = inspect.signature(type(model).__init__).parameters
     if "depths" in arguments:
-        return {"depths": (2, *[1] * (len(model.stages) - 1))}
+        return {"depths": (2, *[1] * (len(model.stages) - 2), 2)}
     return {"depth": 3}
 
 
