@@ -1,4 +1,7 @@
-"""Names and arguments that a user wrote, checked against what there is, with the nearest valid one in the error."""
+"""Names and arguments that a user wrote, checked against what there is, with the nearest valid one in the error.
+
+Also the two errors of a run that are no mistake of the user.
+"""
 
 import difflib
 import inspect
@@ -7,6 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+
+class RunError(RuntimeError):
+    """Something the machine did not allow (memory, disk, a killed worker), as a sentence that says what to change."""
+
+
+class NonFiniteLoss(RunError):
+    """The loss, or the gradient, of a step is NaN or infinite."""
 
 
 def known(where: str, name: Any, names: Iterable[str]) -> None:

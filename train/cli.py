@@ -11,23 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ERRORS = (ValueError, TypeError, OSError, ImportError)  # raised with a sentence for the user; others are our bugs
+from train.checks import RunError
+
+ERRORS = (ValueError, TypeError, OSError, ImportError, RunError)  # raised with a sentence for the user; others are our bugs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")) and "LOCAL_WORLD_SIZE" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     args.overrides = overrides(parser, rest, getattr(args, "takes_overrides", False))
-    from train.engine import RunError
-    from train.log import NonFiniteLoss
-
     try:
         return args.run(args) or 0
-    except (*ERRORS, RunError, NonFiniteLoss) as error:
+    except ERRORS as error:
         if args.debug:
             raise
         where = f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -119,7 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("bench", bench, "Measure speed.")
     sub.add_argument("what", help="what to measure: a model name, or ops")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images or, for ops, of the only map")
+    sub.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes, for models")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    sub.add_argument("--inference", action="store_true", help="leave out training steps")
 
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
@@ -253,7 +253,8 @@ def export(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     from train import bench
 
-    bench.run(args.what, size=tuple(args.size) if args.size else None)
+    size = tuple(args.size) if args.size else None
+    bench.run(args.what, size, args.batches, device=args.device, training=not args.inference)
 
 
 def doctor(args: argparse.Namespace) -> int | None:

@@ -33,6 +33,7 @@ from torch.utils.data import Dataset
 import weights
 from train import checkpoint, loader, optim, syncbn, visualize
 from train import config as configuration
+from train.checks import RunError
 from train.config import Config, InferConfig
 from train.data import DATASETS
 from train.inference import Predictor
@@ -43,10 +44,6 @@ from train.transforms import Seeded, build_transform
 
 RUN_FILES = ("config.yaml", "log.csv", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors", "last.safetensors")
 RUN_FILES += ("summary.json", "curves.png", "predictions.png")
-
-
-class RunError(RuntimeError):
-    """Something the machine did not allow (memory, disk, a killed worker), as a sentence that says what to change."""
 
 
 @dataclass
@@ -72,6 +69,11 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
         open_folder(folder, config, resume, accept_changes)
     accelerator.wait_for_everyone()
 
+    if config.run.trackers:
+        flat = {
+            f"{name}.{key}": str(value) for name, part in configuration.as_dict(config).items() for key, value in part.items()
+        }
+        accelerator.init_trackers("backbone-zoo", flat)
     loader.seed_all(config.run.seed)
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
@@ -200,8 +202,6 @@ def start(config: Config) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if run.trackers:
-        accelerator.init_trackers("backbone-zoo", configuration.as_dict(config))
     return accelerator
 
 

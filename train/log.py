@@ -22,12 +22,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from train import checkpoint
+from train.checks import NonFiniteLoss
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb")
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss, or the gradient, of a step is NaN or infinite."""
 
 
 class Log:

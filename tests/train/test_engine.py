@@ -234,6 +234,11 @@ def test_compile_and_drop_path_are_passed_on(tmp_path):
     assert max(getattr(module, "drop_prob", 0.0) or 0.0 for module in net.modules()) == pytest.approx(0.5)
 
 
+def test_trackers_of_accelerate_get_the_same_numbers(tmp_path):
+    engine.fit(tiny.make(tmp_path / "run", run={"trackers": ["tensorboard"]}, optim={"steps": 1, "warmup_steps": 0}))
+    assert list((tmp_path / "run" / "backbone-zoo").glob("events.*"))
+
+
 def test_weights_of_another_run_are_loaded(finished, tmp_path):
     folder, _ = finished
     resolved = tiny.make(tmp_path, model={"checkpoint": str(folder)})
