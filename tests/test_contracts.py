@@ -63,7 +63,7 @@ def on_meta(name: str) -> nn.Module:
 
 
 def fewer_blocks(name: str) -> dict:
-    """Arguments that leave two blocks to the first and last stage, one to the others (three to a flat model, each a feature)."""
+    """Arguments that leave two blocks to the first and last stage, one to the others; three to a flat model (features)."""
     model = on_meta(name)
     arguments = inspect.signature(type(model).__init__).parameters
     if "depths" in arguments:
@@ -339,8 +339,9 @@ def test_state_dict_makes_the_round_trip_to_the_authors_and_back(name, tmp_path)
 
 
 def test_drop_path_is_random_in_training_only(name):
-    model = noisy(create(name, drop_path_rate=0.9))
-    image = images(4)
+    torch.manual_seed(0)
+    model = noisy(create(name, drop_path_rate=0.5))
+    image = images(6)
     with torch.no_grad():
         assert torch.equal(model(image), model(image))
         model.train()
