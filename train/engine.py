@@ -168,6 +168,8 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
                 log.say(f"stopped by a signal after step {state.step}; the run is saved and goes on with --resume")
                 break
 
+        if not metrics and state.step == steps:  # resumed after its last step
+            metrics = evaluate(task, products, val_set, accelerator, config)
         summary = {"step": state.step, "steps": steps, "best": {}, "best_step": state.best_step, "last": metrics}
         summary |= {"stopped": state.step < steps, "seconds": round(time.perf_counter() - began, 1)}
         if accelerator.is_main_process and state.step == steps:

@@ -146,6 +146,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, finish
     engine.fit(configuration, resume=True)
     said = capsys.readouterr().out
     assert "step_00000006 is damaged" in said and "going on from step 4" in said
+    again = engine.fit(configuration, resume=True)  # nothing is left to do, and nothing is lost
+    assert again["last"] == finished[1]["last"] and again["best"] == finished[1]["best"]
     ours, theirs = (load_file(path / "last.safetensors") for path in (tmp_path / "run", folder))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
