@@ -47,7 +47,8 @@ def run(
     """Measures `what` ("ops" or the name of a model) and prints a table.
 
     size: (H, W) of the images or, for ops, of the only map; batches: for models; device: "cpu" or "cuda", by default the GPU
-    where there is one; training: also forward + backward (ops) or a training step (models); memory: for ops, also the peak.
+    where there is one; training: also forward + backward (ops) or a training step (models); memory: for ops, also the peak
+    (on CUDA and on Linux).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()
@@ -57,7 +58,7 @@ def run(
             cases = ((1, size, 2, 1),)
         console.print(machine(device))
         console.print(table(bench_ops(cases, rounds, device, training), "neighbourhood attention, kernel 7, head dim 32"))
-        if memory:
+        if memory and (device == "cuda" or sys.platform == "linux"):
             console.print(table(bench_memory(256, device), "peak memory beyond the inputs, 256x256, 2 heads, in sizes of q"))
     elif timm.is_model(what):
         console.print(machine(device))
@@ -296,13 +297,19 @@ def peak_memory(backend: str, side: int, device: str, backward: bool) -> float:
             call((q, k, v))
             after = torch.cuda.max_memory_allocated()
         else:
-            import resource
-
-            unit = 1 if sys.platform == "darwin" else 1024
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            before = peak_resident()
             call((q, k, v))
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            after = peak_resident()
     return (after - before) / (q.numel() * q.element_size())
+
+
+def peak_resident() -> int:
+    """Bytes that this process has had in memory at most. getrusage would also count the process that started it."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("this system's /proc/self/status has no VmHWM line, so peak memory cannot be measured")
 
 
 # Models
