@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("info", info, "What a model is: parameters, multiply-adds, feature maps, licence.")
     sub.add_argument("model")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the model's own")
+    sub.add_argument("--heads", action="store_true", help="also try a training step under every dense head (at 128 x 160)")
 
     sub = command("train", train, "Train a configuration.", keys=True, formatter_class=_Help)
     sub.add_argument("config", help="shipped name (zoo list --configs) or path of a YAML file")
@@ -179,7 +180,12 @@ def list_models(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     from train import describe
 
-    print_pairs(describe.info(args.model, tuple(args.size) if args.size else None))
+    size = {"size": tuple(args.size)} if args.size else {}
+    print_pairs(describe.info(args.model, **size))
+    if args.heads:
+        from heads import matrix
+
+        print_pairs({f"under {head}": result for head, result in matrix.row(args.model, **size).items()})
 
 
 def train(args: argparse.Namespace) -> None:

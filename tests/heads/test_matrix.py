@@ -118,3 +118,11 @@ def test_the_document_counts_and_explains():
     text = document({"timm: a": ("a_1", results), "timm: b": ("b_1", results | {"dpt": "too small"})}, 1)
     assert "**1 of 2**" in text and "- b_1 (dpt): too small" in text
     assert text.count("| yes") == 2 * len(HEADS) - 1
+
+
+def test_the_command_prints_a_models_row(capsys):
+    from train.cli import main
+
+    main(["info", "test_resnet", "--size", "64", "96", "--heads"])
+    printed = capsys.readouterr().out
+    assert all(f"under {head}: ok" in printed for head in HEADS)
