@@ -235,6 +235,13 @@ void load_tile(const Row<T>& row, int64_t p0, int64_t count, int64_t dim, int64_
     if (count < LANES) std::memset(tile + count * padded, 0, (LANES - count) * padded * sizeof(float));
 }
 
+// Asks for tokens that are needed one row later: rows lie far apart in memory, where the processor does not look by itself.
+template <typename T>
+void prefetch(const Row<T>& row, int64_t p0, int64_t count, int64_t dim) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(row.token(p0 + i) + d);
+}
+
 inline void transpose_tile(const float* tile, int64_t padded, float* out) {
     for (int64_t d = 0; d < padded; d += LANES) transpose16(tile + d, padded, out + d * LANES);
 }
@@ -422,6 +429,11 @@ void forward_strip(
                     s.v + slot
                 );
             }
+            if (loaded < rows.size) {
+                prefetch(Row<T>(p.k, image, head, rows, loaded, columns), block.c0, block.lanes, p.dim);
+                prefetch(Row<T>(p.v, image, head, rows, loaded, columns), block.c0, block.lanes, p.dim);
+            }
+            if (y + 1 < y1) prefetch(Row<T>(p.q, image, head, rows, y + 1, columns), block.x0, block.count, p.dim);
             load_tile(Row<T>(p.q, image, head, rows, y, columns), block.x0, block.count, p.dim, s.padded, scale, s.q);
             transpose_tile(s.q, s.padded, s.qt);
             score(p, s, rows, block, y);
@@ -504,6 +516,14 @@ void backward_strip(
                     s.spare
                 );
                 transpose_tile(s.spare, s.padded, s.vt + slot);
+            }
+            if (loaded < rows.size) {
+                prefetch(Row<T>(p.k, image, head, rows, loaded, columns), block.c0, block.lanes, p.dim);
+                prefetch(Row<T>(p.v, image, head, rows, loaded, columns), block.c0, block.lanes, p.dim);
+            }
+            if (y + 1 < y1) {
+                prefetch(Row<T>(p.q, image, head, rows, y + 1, columns), block.x0, block.count, p.dim);
+                prefetch(Row<T>(p.dout, image, head, rows, y + 1, columns), block.x0, block.count, p.dim);
             }
             load_tile(Row<T>(p.q, image, head, rows, y, columns), block.x0, block.count, p.dim, s.padded, scale, s.q);
             transpose_tile(s.q, s.padded, s.qt);
