@@ -1,0 +1,47 @@
+"""What the README tells a user to type works."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from train import config
+from train.cli import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+LINES = [line.strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_screen_holds_two_commands_and_the_gate_reads_them():
+    block = re.search(r"<!-- commands -->\n```bash\n(.*?)```\n<!-- end commands -->", README, re.DOTALL)
+    run, test = block[1].splitlines()
+    assert README[: block.start()].count("\n") < 25
+    assert run == "pip install -e . && zoo train quickstart"
+    assert test.startswith('pip install -e ".[test]" && ') and test.split(" && ")[-1].startswith("pytest")
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_extras_that_commands_name_exist():
+    extras = set(metadata.metadata("backbone-zoo").get_all("Provides-Extra"))
+    named = {name for line in LINES for group in re.findall(r"\.\[([\w,]+)\]", line) for name in group.split(",")}
+    assert named and named <= extras
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if re.search(r"(^|&& |-m train )(zoo )?train ", line)])
+def test_a_training_command_names_a_shipped_configuration(line):
+    words = line.split()
+    name = next(after for word, after in zip(words, words[1:]) if word == "train" and after != "train")
+    assert name in config.shipped()
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("zoo ")])
+def test_a_command_of_the_readme_parses(line):
+    build_parser().parse_known_args(line.split()[1:])
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_the_code_of_the_readme_runs(code):
+    exec(compile(code.replace("pretrained=True", "pretrained=False"), "README.md", "exec"), {})
