@@ -9,8 +9,9 @@ import contextlib
 import contextvars
 import importlib.util
 import math
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 import torch
@@ -31,6 +32,15 @@ def convert_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """
     model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
     return to_native(split(unwrap(state_dict), model)[0], model)
+
+
+def rename(key: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+    """The first rule (regular expression, replacement) that matches rewrites the key; a key that none matches stays."""
+    for pattern, replacement in rules:
+        new, count = re.subn(pattern, replacement, key)
+        if count:
+            return new
+    return key
 
 
 def unwrap(checkpoint: dict) -> dict[str, Tensor]:

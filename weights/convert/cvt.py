@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor, nn
 
+from weights.convert import rename
+
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^stage0\.patch_embed\.", "patch_embed."),
     (r"^stage(\d+)\.patch_embed\.", r"stages.\1.downsample."),
@@ -54,12 +56,3 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from weights.convert import resample_bias_table, resample_position_embedding
+from weights.convert import rename, resample_bias_table, resample_position_embedding
 
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     # LIT-S/M/B
@@ -79,12 +79,3 @@ def resample(value: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     rules = NATIVE_TI if "stages.0.pos_embed" in state_dict else NATIVE
     return {rename(key, rules): value for key, value in state_dict.items()}
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor, nn
 
+from weights.convert import rename
+
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^layers\.(\d)\.downsample\.dconv\.conv_offset\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.offset."),
     (r"^layers\.(\d)\.downsample\.dconv\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv."),
@@ -38,12 +40,3 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from weights.convert import resample_bias_table
+from weights.convert import rename, resample_bias_table
 
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
@@ -101,12 +101,3 @@ def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, part in parts.items():
         official[rename(key, HUGGINGFACE)] = torch.cat([part[name] for name in ("query", "key", "value")])
     return official
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from weights.convert import resample_position_embedding
+from weights.convert import rename, resample_position_embedding
 
 FOREIGN = [  # authors' or timm's name -> ours, as regular expressions
     (r"^patch_embed\.conv\.", "patch_embed."),
@@ -42,12 +42,3 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

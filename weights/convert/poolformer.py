@@ -4,6 +4,8 @@ import re
 
 from torch import Tensor, nn
 
+from weights.convert import rename
+
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^patch_embed\.proj\.", "patch_embed."),
     (r"^network\.([0246])\.(\d+)\.layer_scale_(\d)$", lambda m: f"stages.{int(m[1]) // 2}.blocks.{m[2]}.scale{m[3]}.gamma"),
@@ -43,12 +45,3 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key

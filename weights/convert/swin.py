@@ -6,7 +6,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from weights.convert import resample_bias_table, resample_position_embedding
+from weights.convert import rename, resample_bias_table, resample_position_embedding
 
 COMMON = [  # equal in the authors' files and timm's
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
@@ -87,12 +87,3 @@ def position_map(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         sides = tuple(grid) if tokens == grid[0] * grid[1] else None
         embedding = resample_position_embedding(embedding, grid, old_grid=sides).mT.unflatten(2, tuple(grid))
     return resample_position_embedding(embedding, grid)
-
-
-def rename(key: str, rules) -> str:
-    """The first rule that matches rewrites the key."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key
