@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = overrides(parser, rest, getattr(args, "takes_overrides", False))
     try:
         return args.run(args) or 0
+    except BrokenPipeError:  # the reader, e.g. head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ERRORS as error:
         if args.debug:
             raise

@@ -8,6 +8,7 @@ spells.
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -219,6 +220,17 @@ class Config:
 SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.name != "task"}
 
 
+class Yaml(yaml.SafeLoader):
+    """PyYAML's safe loader with the booleans of YAML 1.2, true and false: `no` stays the text that run.precision takes."""
+
+
+Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def shipped() -> list[str]:
     """Names of the configurations in the package: quickstart, cifar10/nat_mini, ..."""
     folder = resources.files("configs")
@@ -241,7 +253,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
     else:
         raise FileNotFoundError(f"no configuration {name!r}: neither a file nor {hint(name, shipped())}")
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, Yaml) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -283,7 +295,7 @@ def override(values: dict[str, Any], text: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ValueError(f"cannot set {key!r}: {part!r} is {values!r}, which has no keys")
-    values[parts[-1]] = yaml.safe_load(value)
+    values[parts[-1]] = yaml.load(value, Yaml)
 
 
 def resolve(values: Mapping[str, Any]) -> Config:

@@ -65,19 +65,19 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     accelerator = start(config)
     say = accelerator.print
     folder = Path(config.run.dir)
+    check_folder(folder, config, resume, accept_changes)
+    loader.seed_all(config.run.seed)
+    task = configuration.build_task(config)
+    train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
+    net = build(config, task, say).to(accelerator.device)
+    accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
     if accelerator.is_main_process:
-        open_folder(folder, config, resume, accept_changes)
-    accelerator.wait_for_everyone()
-
+        open_folder(folder, config, resume)  # after what can fail: a wrong path or argument leaves nothing behind
     if config.run.trackers:
         flat = {
             f"{name}.{key}": str(value) for name, part in configuration.as_dict(config).items() for key, value in part.items()
         }
         accelerator.init_trackers("backbone-zoo", flat)
-    loader.seed_all(config.run.seed)
-    task = configuration.build_task(config)
-    train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
-    net = build(config, task, say).to(accelerator.device)
     average = optim.averaged(net, config.optim)
     if config.run.sync_batchnorm and accelerator.num_processes > 1:
         syncbn.synchronise(net)
@@ -207,13 +207,13 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_folder(folder: Path, config: Config, resume: bool, accept_changes: bool) -> None:
-    """Creates the run folder with its config.yaml, or makes sure that it may be used.
+def in_use(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
-    Raises FileExistsError for a folder in use, ValueError with the differences if a resumed run's config has changed.
-    """
-    saved = folder / "config.yaml"
-    used = folder.is_dir() and any(folder.iterdir())
+
+def check_folder(folder: Path, config: Config, resume: bool, accept_changes: bool) -> None:
+    """Raises FileExistsError for a folder in use, ValueError with the differences if a resumed run's config has changed."""
+    saved, used = folder / "config.yaml", in_use(folder)
     if used and resume:
         if not saved.is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
@@ -229,14 +229,18 @@ def open_folder(folder: Path, config: Config, resume: bool, accept_changes: bool
         raise FileExistsError(
             f"{folder} exists; choose another --run.dir, go on with --resume, or replace it with --run.overwrite=true"
         )
-    elif used:
-        if not saved.is_file():
-            raise FileExistsError(f"{folder} holds no run (no config.yaml) and is not overwritten; choose another run.dir")
+    elif used and not saved.is_file():
+        raise FileExistsError(f"{folder} holds no run (no config.yaml) and is not overwritten; choose another run.dir")
+
+
+def open_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Makes the run folder, without the files of the run that it replaces, and writes its config.yaml."""
+    if in_use(folder) and not resume:
         for name in RUN_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(saved, lambda temporary: temporary.write_text(configuration.as_yaml(config)))
+    checkpoint.write(folder / "config.yaml", lambda temporary: temporary.write_text(configuration.as_yaml(config)))
 
 
 def dataset(config: Config, task: Task, split: str) -> Dataset:

@@ -109,3 +109,13 @@ def test_help_lists_every_key_with_its_meaning():
             for key in content:
                 assert f"--{section}.{key}" in text, f"{section}.{key}"
     assert "images per optimiser step over all processes" in " ".join(text.split())
+
+
+def test_no_is_a_precision_and_not_a_boolean(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("task: {name: segmentation, num_classes: 6}\noptim: {steps: 1}\nrun: {precision: no, compile: false}\n")
+    loaded = config.load(str(path))
+    assert (loaded.run.precision, loaded.run.compile) == ("no", False)
+    assert config.load(str(path), ["--run.precision=no", "--run.compile=true"]).run.compile is True
+    with pytest.raises(ValueError, match=r"run\.precision: 'fp8' is not one of no, bf16, fp16"):
+        config.load(str(path), ["--run.precision=fp8"])

@@ -67,6 +67,13 @@ def test_an_existing_run_is_never_replaced_silently(finished, tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    for broken in ({"data": {"args": {"count": 0}}}, {"model": {"backbone_args": {"embed_dimm": 8}}}):
+        with pytest.raises((TypeError, ValueError)):
+            engine.fit(tiny.make(tmp_path / "run", **broken))
+        assert not (tmp_path / "run").exists()
+
+
 def test_overwrite_starts_anew(tmp_path):
     short = {"steps": 1, "warmup_steps": 0}
     engine.fit(tiny.make(tmp_path / "run", optim=short))
