@@ -65,6 +65,11 @@ def test_imagenet_labels_are_the_official_index():
     assert data[0]["image"].shape[0] == 3
 
 
+def test_imagenet_trains_on_a_folder_of_another_name():
+    train = DATASETS["imagenet"](root("imagenet_mini"), "train", ("label",), train_folder="val")
+    assert len(train) == 200 and len(train.classes) == 1000
+
+
 def test_tiny_imagenet_has_fifty_classes_and_grey_files():
     train, val = pair("tiny_imagenet", "tiny_imagenet_mini", ("label",))
     assert (len(train), len(val), len(train.classes)) == (2000, 500, 50)

@@ -13,16 +13,26 @@ class ClassFolder(ImageDataset):
     """root holds `train/<class>/...` and `val/<class>/...`, images at any depth below the class folder.
 
     Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
+    train_folder, val_folder: other names of the two; the same one twice trains and evaluates on the same images.
     Raises ValueError for a validation class that training does not have.
     """
 
     provides = ("label",)
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        targets: tuple[str, ...],
+        transform: Callable | None = None,
+        train_folder: str = "train",
+        val_folder: str = "val",
+    ):
         name = type(self).__name__
         super().__init__(root_folder(root, name), split, targets, transform)
-        base = need(self.root / split, f"the {split} folder of class folders", name)
-        index = self.index()
+        self.train = self.root / train_folder
+        base = need(self.train if split == "train" else self.root / val_folder, f"the {split} folder of class folders", name)
+        index = self.index(base)
         self.samples: list[tuple[Path, int]] = []
         for path, wnid in self.labelled(base):
             if wnid not in index:
@@ -31,9 +41,9 @@ class ClassFolder(ImageDataset):
         if not self.samples:
             raise FileNotFoundError(f"{name}: looked for <class>/*.jpg below {base}: no class folder holds an image")
 
-    def index(self) -> dict[str, int]:
-        """Folder name -> class id; sets `classes`."""
-        source = self.root / "train" if (self.root / "train").is_dir() else self.root / self.split
+    def index(self, base: Path) -> dict[str, int]:
+        """Folder name -> class id; sets `classes`. base: the split's folder."""
+        source = self.train if self.train.is_dir() else base
         names = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
         self.classes = names
         return {name: i for i, name in enumerate(names)}
@@ -58,7 +68,7 @@ class ClassFolder(ImageDataset):
 class ImageNet(ClassFolder):
     """ImageNet-1k: `train/<wnid>/*`, `val/<wnid>/*`. A wnid always has its official id 0..999, whatever folders there are."""
 
-    def index(self) -> dict[str, int]:
+    def index(self, base: Path) -> dict[str, int]:
         info = ImageNetInfo("imagenet-1k")
         self.classes = [info.index_to_description(i).split(",")[0] for i in range(info.num_classes())]
         return {wnid: i for i, wnid in enumerate(info.label_names())}
@@ -79,7 +89,7 @@ class TinyImageNet(ClassFolder):
     Class ids follow the sorted wnids of wnids.txt.
     """
 
-    def index(self) -> dict[str, int]:
+    def index(self, base: Path) -> dict[str, int]:
         wnids = sorted(need(self.root / "wnids.txt", "the class list", "TinyImageNet").read_text().split())
         words = dict(line.split("\t", 1) for line in self._lines("words.txt") if "\t" in line)
         self.classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
