@@ -5,6 +5,7 @@ A mistake of the user ends with one sentence and exit code 2; --debug shows wher
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ ERRORS = (ValueError, TypeError, OSError, ImportError, RunError)  # raised with 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("backbones").setLevel(logging.INFO)  # says so when it compiles its kernel, half a minute of silence
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
     args.overrides = overrides(parser, rest, getattr(args, "takes_overrides", False))
