@@ -568,6 +568,7 @@ class Sparsifiner(VisionTransformer):
         self.aux_head = nn.Linear(embed_dim, num_classes) if lvvit and num_classes else nn.Identity() if lvvit else None
         if self.aux_head is not None:
             init_linear(self.aux_head)
+        self.training_phase: str | None = None
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images B 3 H W -> tokens B N C with positions, and (rows, columns) of the patches."""
@@ -579,7 +580,10 @@ class Sparsifiner(VisionTransformer):
             return checkpoint(block, x, grid, kept, use_reentrant=False)
         return block(x, grid, kept)
 
-    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B num_classes
+    def forward(self, x: Tensor) -> Tensor | Details:  # B 3 H W -> B num_classes
+        """Logits; during `set_training_phase`, while training, the details that its losses need."""
+        if self.training and self.training_phase is not None:
+            return self.details(x, reconstruct=self.training_phase == "attn_recon")
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B N C
@@ -637,7 +641,10 @@ class Sparsifiner(VisionTransformer):
         """
         (x, grid), alive, blocks = self.embed(x), None, []
         for block in self.blocks:
-            x, details, alive = block.detailed(x, grid, alive, reconstruct)
+            if self.grad_checkpointing and self.training:
+                x, details, alive = checkpoint(block.detailed, x, grid, alive, reconstruct, use_reentrant=False)
+            else:
+                x, details, alive = block.detailed(x, grid, alive, reconstruct)
             blocks.append(details)
         x = self.norm(x)
         return Details(self.forward_head(x), x[:, 1:] if self.aux_head is None else self.aux_head(x[:, 1:]), blocks)
@@ -647,6 +654,17 @@ class Sparsifiner(VisionTransformer):
         if phase not in ("attn_recon", "cls_distill"):
             raise ValueError(f"phase must be 'attn_recon' or 'cls_distill', got {phase!r}")
         return [p for name, p in self.named_parameters() if (".mask_predictor." in name) == (phase == "attn_recon")]
+
+    @torch.jit.ignore
+    def set_training_phase(self, phase: str | None) -> None:
+        """Let only `phase_parameters` train, and `forward` return `details` while training; None undoes both."""
+        trained = list(self.parameters()) if phase is None else self.phase_parameters(phase)
+        if not trained:
+            raise ValueError("a dense Sparsifiner has no predictors to train; build it without dense=True")
+        self.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        self.training_phase = phase
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifier (and auxiliary one); 0 classes give pooled features, (0, '') the tokens."""

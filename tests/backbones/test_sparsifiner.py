@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 import backbones  # noqa: F401
 import weights
 from backbones.sparsifiner import DISTILLATION, RECONSTRUCTION, Block, MaskPredictor, Sparsifiner, loss_terms, restore, take
+from train.tasks import TASKS
 from weights.convert import sparsifiner as convert
 
 TINY = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "heads": 3, "mlp_ratio": 2, "num_classes": 5}
@@ -161,6 +162,26 @@ def test_losses_and_gradients_of_both_training_phases_are_reproduced(case):
     compare(got, {k: v for k, v in tensors.items() if k == "output" or k.startswith(("stage/", "grad/"))}, info)
     recipe = RECONSTRUCTION if cfg["LOSS.USE_ATTN_RECON"] else DISTILLATION
     assert recipe == {name: factor for name, factor in factors.items() if factor}
+
+
+@pytest.mark.parametrize("case", golden.cases("sparsifiner_train"))
+def test_the_training_task_has_the_authors_loss_and_the_gradients_of_its_phase(case, monkeypatch):
+    info, tensors = golden.load(case)
+    phase = "attn_recon" if info["cfg"]["LOSS.USE_ATTN_RECON"] else "cls_distill"
+    task = TASKS["sparsifiner"](num_classes=info["kwargs"]["num_classes"], phase=phase)
+    student = model_from_official(info, info["kwargs"]).train()
+    task.teacher = model_from_official(info, info["teacher_kwargs"], teacher=True).eval()
+    weights.load_checkpoint(student, golden.state(tensors))
+    weights.load_checkpoint(task.teacher, golden.state(tensors, "teacher_state/"))
+    student.set_training_phase(phase)
+    monkeypatch.setattr(task, "soft", lambda label: tensors["input/target"])
+    images = tensors["input"]
+    loss = task.loss(student, {"image": images, "label": torch.zeros(len(images), dtype=torch.long)})
+    loss = loss * (len(images) if phase == "attn_recon" else 1)  # theirs is a sum over the images
+    loss.backward()
+    got = {"output": loss} | {f"grad/{key}": p.grad for key, p in student.named_parameters() if p.grad is not None}
+    assert len(got) == 1 + len(student.phase_parameters(phase))
+    compare(got, {key: tensors[key] for key in got}, info)
 
 
 @pytest.mark.parametrize("variant", golden.variants("sparsifiner"))

@@ -5,12 +5,14 @@ from train.tasks.classification import Classification
 from train.tasks.depth import Depth
 from train.tasks.multitask import MultiTask
 from train.tasks.segmentation import Segmentation
+from train.tasks.sparsifiner import SparsifinerPhase
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "depth": Depth,
     "multitask": MultiTask,
+    "sparsifiner": SparsifinerPhase,
 }
 
 __all__ = ["TASKS", "Task"]
