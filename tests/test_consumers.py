@@ -1,9 +1,7 @@
 """Our models inside the libraries that take timm names: segmentation_models_pytorch and mmsegmentation."""
 
-import importlib.machinery
+import importlib
 import importlib.util
-import sys
-import types
 
 import pytest
 import timm
@@ -61,29 +59,15 @@ def test_smp_takes_three_stages_at_depth_four(smp):
     assert [tuple(m.shape[2:]) for m in maps] == [(64, 96), (32, 48), (16, 24), (8, 12), (4, 6)]
 
 
-class _Anything(types.ModuleType):
-    """Stands in for mmcv.ops, the compiled part of mmcv, which TIMMBackbone does not use."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (torch.nn.Module,), {})
-
-
 @pytest.fixture(scope="module")
 def timm_backbone():
     """mmsegmentation's TIMMBackbone, with mmcv-lite if need be."""
-    if importlib.util.find_spec("mmseg") is None:
-        pytest.skip("mmsegmentation is not installed: pip install 'backbone-zoo[mmseg]'")
-    pytest.importorskip("mmcv", reason="mmcv is incomplete: pip install 'backbone-zoo[mmseg]'")
-    if importlib.util.find_spec("mmcv._ext") is None:
-        stub = _Anything("mmcv.ops")
-        stub.__spec__, stub.__path__ = importlib.machinery.ModuleSpec("mmcv.ops", None), []
-        sys.modules["mmcv.ops"] = sys.modules["mmcv.ops.point_sample"] = stub
+    missing = [name for name in ("mmseg", "mmengine", "mmcv", "ftfy", "regex") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed: pip install 'backbone-zoo[mmseg]'")
+    importlib.import_module("heads.mmseg")  # stands in for compiled mmcv, and registers what mmsegmentation has
     from mmseg.registry import MODELS
-    from mmseg.utils import register_all_modules
 
-    register_all_modules()
     return lambda **cfg: MODELS.build({"type": "TIMMBackbone"} | cfg)
 
 
