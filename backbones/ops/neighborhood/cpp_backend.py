@@ -90,6 +90,7 @@ def library() -> Path:
 
 
 def _compile(path: Path) -> None:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of missing CUDA, which C++ does not need
     from torch.utils import cpp_extension
 
     _logger.info("compiling the neighbourhood attention kernel, once for this machine (about half a minute)")
