@@ -124,7 +124,10 @@ def backward(
     dilation: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dbias); dbias is float32, and empty without a bias. dout is contiguous."""
+    """(dq, dk, dv, dbias); dbias is float32, and empty without a bias."""
+    # here: a traced backward may drop such calls outside and pass an expanded gradient
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    bias = None if bias is None else bias.contiguous()
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     dbias = q.new_zeros((0,) if bias is None else bias.shape, dtype=torch.float32)
     batch, delta = q.shape[0], torch.empty_like(lse)
