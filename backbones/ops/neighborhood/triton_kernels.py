@@ -190,6 +190,7 @@ def dkdv_kernel(
     for first in range(0, height * width, BN):
         n = first + tl.arange(0, BN)
         some = n < height * width
+        n = tl.minimum(n, height * width - 1)  # past the end, a visible pair would look beyond the bias table
         qy = qy0 + n // width
         qx = qx0 + n % width
         py_q, px_q = _pixel(qy, qx, ry, rx, DH, DW)
