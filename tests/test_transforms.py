@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as vision
 
-from train.transforms import AugmentConfig, Seeded, build_transform, pick_nearest, seeded
+from train.transforms import AugmentConfig, Seeded, build_transform, pick_nearest, seeded, timm_policy
 
 
 @pytest.fixture(autouse=True)
@@ -245,3 +246,22 @@ def test_seeding_leaves_the_generators_as_they_were():
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == expected
     with seeded(1, 2, 3):
         assert (random.random(), np.random.rand(), float(torch.rand(()))) == inside != expected
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "v0", "v0r", "original", "originalr", "3a"])
+def test_every_magnitude_of_a_policy_gives_an_image(policy):
+    """Magnitude 10 posterises to 0 bits, which Pillow 13 refuses and timm asks for: black, as Pillow gave it before."""
+    change = timm_policy(policy, (124, 116, 104), 24)
+    pairs = getattr(change, "policy", None) or [change.ops]
+    image = vision.to_pil_image(torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8))
+    seen = set()
+    for operation in {id(op): op for pair in pairs for op in pair}.values():
+        operation.prob = 1.0
+        changed = operation(image)
+        assert changed.size == image.size and changed.mode == "RGB"
+        if operation.name.startswith("Posterize"):
+            (bits,) = operation.level_fn(operation.magnitude, operation.hparams)
+            seen.add(bits)
+            assert (changed.getextrema() == ((0, 0),) * 3) == (bits == 0)
+    assert seen if policy != "3a" else not seen
+    assert 0 in seen or policy not in ("rand-m10-n4-inc1", "v0")

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -287,10 +288,24 @@ def timm_policy(text: str, fill: Sequence[int], side: int):
     options = {"translate_const": int(side * 0.45), "img_mean": tuple(fill)}  # timm's own numbers
     kind = text.split("-")[0]
     if kind == "rand":
-        return rand_augment_transform(text, options)
-    if kind in ("original", "originalr", "v0", "v0r", "3a"):
-        return auto_augment_transform(text, options)
-    raise ValueError(f"augment.auto_augment must start with rand, original, originalr, v0, v0r or 3a, got {text!r}")
+        policy = rand_augment_transform(text, options)
+        operations = policy.ops
+    elif kind in ("original", "originalr", "v0", "v0r", "3a"):
+        policy = auto_augment_transform(text, options)
+        operations = [operation for pair in policy.policy for operation in pair]
+    else:
+        raise ValueError(f"augment.auto_augment must start with rand, original, originalr, v0, v0r or 3a, got {text!r}")
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+    return policy
+
+
+def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """The highest `bits` of every value. None of them is black: magnitude 10 asks for that, and Pillow 13 refuses it."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 class Seeded(Dataset):
