@@ -42,8 +42,10 @@ class ConvNormAct(nn.Module):
         self.bn = BatchNorm2d(out_channels)
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:  # B C H W -> B C' H W
-        return self.act(self.bn(self.conv(x)))
+    def forward(self, x: Tensor | Sequence[Tensor], align_corners: bool = False) -> Tensor:  # B C H W -> B C' H W
+        """A list of maps means `fuse(x, align_corners)`, for less work and memory."""
+        x = self.conv(x) if isinstance(x, Tensor) else conv_over(self.conv, x, align_corners)
+        return self.act(self.bn(x))
 
 
 class Pyramid(nn.Module):
@@ -87,6 +89,42 @@ def top_down(maps: Sequence[Tensor], align_corners: bool = False, mode: str = "b
     for fine in reversed(maps[:-1]):
         sums.insert(0, fine + resize(sums[0], like=fine, align_corners=align_corners, mode=mode))
     return sums
+
+
+def conv_over(conv: nn.Conv2d, maps: Sequence[Tensor], align_corners: bool = False) -> Tensor:
+    """conv(fuse(maps)) for a convolution without stride, padded to keep the size: B K H_0 W_0.
+
+    A resize is linear and treats all channels alike, so it can follow the products of each tap of the kernel instead of
+    preceding them: a map of half the size then costs a quarter of the multiply-adds. The resize of the taps, their shift to
+    their place in the kernel (zeros come in at the border, as the padding does) and their sum are two matrix products.
+    """
+    size, (high, wide) = tuple(maps[0].shape[-2:]), conv.kernel_size
+    weights = conv.weight.split([m.shape[1] for m in maps], dim=1)
+    same = [i for i, m in enumerate(maps) if tuple(m.shape[-2:]) == size]
+    x = torch.cat([maps[i] for i in same], dim=1) if len(same) > 1 else maps[0]
+    out = F.conv2d(x, torch.cat([weights[i] for i in same], dim=1), conv.bias, padding=conv.padding)
+    tall, columns = [], []  # taps at the new height, and what brings them to the new width
+    for i in range(len(maps)):
+        if i in same:
+            continue
+        taps = F.conv2d(maps[i], weights[i].permute(3, 0, 2, 1).flatten(0, 2)[..., None, None])  # B (wide K high) h w
+        if high == wide == 1:
+            out += resize(taps, size, align_corners)
+            continue
+        rows = shifted_resize(maps[i].shape[-2], size[0], high, align_corners, taps)  # high h H
+        taps = rows.permute(2, 0, 1).flatten(1) @ taps.unflatten(1, (wide, -1, high)).flatten(3, 4)  # B wide K H w
+        tall += taps.unbind(1)
+        columns.append(shifted_resize(maps[i].shape[-1], size[1], wide, align_corners, taps).flatten(0, 1))  # (wide w) W
+    if tall:
+        out += torch.cat(tall, dim=-1) @ torch.cat(columns)  # one product for all maps: a sum that half precision rounds once
+    return out
+
+
+def shifted_resize(old: int, new: int, kernel: int, align_corners: bool, like: Tensor) -> Tensor:
+    """kernel x old x new: the weight of each old pixel in the new one that a tap of a centred kernel reads, 0 outside."""
+    weights = F.interpolate(torch.eye(old, device=like.device)[None], size=new, mode="linear", align_corners=align_corners)[0]
+    weights = F.pad(weights, (kernel // 2, kernel // 2)).to(like.dtype)
+    return torch.stack([weights[:, i : i + new] for i in range(kernel)])
 
 
 def fuse(maps: Sequence[Tensor], align_corners: bool = False) -> Tensor:

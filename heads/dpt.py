@@ -166,7 +166,7 @@ class Reassemble(nn.Module):
 
 
 class Fusion(nn.Module):
-    """RefineNet-style fusion (figure 1 right): path + unit(skip), unit, resize with aligned corners, 1x1 convolution."""
+    """RefineNet-style fusion (figure 1 right): path + unit(skip), unit, 1x1 convolution, resize with aligned corners."""
 
     def __init__(self, width: int, norm: bool, bias: bool, skip: bool, double: bool):
         super().__init__()
@@ -179,9 +179,8 @@ class Fusion(nn.Module):
         """like: the next finer map, whose size the result takes unless it is doubled exactly; None doubles."""
         if skip is not None:
             path = path + self.unit1(resize(skip, like=path))
-        path = self.unit2(path)
-        path = resize_double(path) if self.double or like is None else resize(path, like=like, align_corners=True)
-        return self.out(path)
+        path = self.out(self.unit2(path))  # published code resizes first: the same map from four times the work
+        return resize_double(path) if self.double or like is None else resize(path, like=like, align_corners=True)
 
 
 class ResidualUnit(nn.Module):
@@ -196,7 +195,7 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn1(self.conv1(F.relu(x)))
-        return x + self.bn2(self.conv2(F.relu(y)))
+        return x + self.bn2(self.conv2(F.relu(y, inplace=True)))
 
 
 class Project(nn.Module):

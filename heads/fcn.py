@@ -11,7 +11,9 @@ class FCN(nn.Module):
     """`depth` 3x3 convolutions with batch norm and ReLU on the map `index`, then a 1x1 classifier.
 
     channels: of each map, finest first; index: which map is read (negative counts from the coarsest; the published auxiliary
-    heads read the third of four, -2). Parameter names are those of mmsegmentation's FCNHead (`convs.0.conv`, `conv_seg`).
+    heads read the third of four, -2); concat_input: one more such convolution, over the map and the result of the others (in
+    mmsegmentation on in the main head of its FCN baselines, off in auxiliary heads). Parameter names are those of its FCNHead
+    (`convs.0.conv`, `conv_cat.conv`, `conv_seg`).
     """
 
     family = "heads"
@@ -24,6 +26,7 @@ class FCN(nn.Module):
         width: int = 256,
         depth: int = 1,
         index: int = -2,
+        concat_input: bool = False,
         dropout: float = 0.1,
     ):
         super().__init__()
@@ -32,6 +35,7 @@ class FCN(nn.Module):
         self.index = index
         sizes = [channels[index], *[width] * depth]
         self.convs = nn.Sequential(*(ConvNormAct(a, b, 3) for a, b in zip(sizes, sizes[1:], strict=False)))
+        self.conv_cat = ConvNormAct(channels[index] + sizes[-1], sizes[-1], 3) if concat_input else None
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(sizes[-1], out_channels, 1)
 
@@ -39,4 +43,7 @@ class FCN(nn.Module):
         return self.conv_seg
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_index W_index
-        return self.conv_seg(self.dropout(self.convs(maps[self.index])))
+        x = self.convs(maps[self.index])
+        if self.conv_cat is not None:
+            x = self.conv_cat([maps[self.index], x])
+        return self.conv_seg(self.dropout(x))

@@ -11,6 +11,8 @@ class FPN(nn.Module):
     """Feature pyramid, then per level 3x3 convolutions that double the size until the finest, summed, 1x1 classifier.
 
     channels: of each map, finest first, any number of levels; width: of the pyramid; head_width: of the scale heads.
+    smooth: a 3x3 convolution on every sum of the pyramid, as published; without it about half of the work is gone
+        (segmentation_models_pytorch's FPN).
     Parameter names are those of mmsegmentation's FPN neck and FPNHead (`lateral_convs.0.conv`, `scale_heads.1.0.conv`).
     """
 
@@ -18,11 +20,17 @@ class FPN(nn.Module):
     pyramid = True
 
     def __init__(
-        self, channels: Sequence[int], out_channels: int, width: int = 256, head_width: int = 128, dropout: float = 0.1
+        self,
+        channels: Sequence[int],
+        out_channels: int,
+        width: int = 256,
+        head_width: int = 128,
+        smooth: bool = True,
+        dropout: float = 0.1,
     ):
         super().__init__()
         self.lateral_convs = nn.ModuleList(Conv(c, width, 1) for c in channels)
-        self.fpn_convs = nn.ModuleList(Conv(width, width, 3) for _ in channels)
+        self.fpn_convs = nn.ModuleList(Conv(width, width, 3) if smooth else nn.Identity() for _ in channels)
         # Level i is i doublings away from the finest; the finest gets one convolution and no doubling. Odd places hold the
         # resizing in the published checkpoints, so the convolutions sit at 0, 2, 4.
         self.scale_heads = nn.ModuleList()

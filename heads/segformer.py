@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .blocks import ConvNormAct, fuse
+from .blocks import ConvNormAct
 
 
 class SegFormer(nn.Module):
@@ -29,4 +29,4 @@ class SegFormer(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:  # [B C_i H_i W_i] -> B K H_0 W_0
         maps = [conv(m) for conv, m in zip(self.convs, maps, strict=True)]
-        return self.conv_seg(self.dropout(self.fusion_conv(fuse(maps))))
+        return self.conv_seg(self.dropout(self.fusion_conv(maps)))

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ConvNormAct, fuse, resize, top_down
+from .blocks import ConvNormAct, top_down
 
 
 class UPerNet(nn.Module):
@@ -40,12 +39,12 @@ class UPerNet(nn.Module):
         self.conv_seg = nn.Conv2d(width, out_channels, 1)
 
     def pool(self, coarsest: Tensor) -> Tensor:  # B C h w -> B width h w
-        """Averages over 1, 4, 9 and 36 bins, each projected and resized back (Zhao et al. 2017, section 3.2)."""
+        """Averages over 1, 4, 9 and 36 bins, each projected, resized back, mixed with the map (Zhao et al. 2017, s. 3.2)."""
         pools = [
-            resize(project(F.adaptive_avg_pool2d(coarsest, bins)), like=coarsest, align_corners=self.align_corners)
+            project(F.adaptive_avg_pool2d(coarsest, bins))
             for bins, project in zip(self.pool_scales, self.psp_modules, strict=True)
         ]
-        return self.bottleneck(torch.cat([coarsest, *pools], dim=1))
+        return self.bottleneck([coarsest, *pools], self.align_corners)
 
     def get_classifier(self) -> nn.Module:
         return self.conv_seg
@@ -54,4 +53,4 @@ class UPerNet(nn.Module):
         laterals = [lateral(m) for lateral, m in zip(self.lateral_convs, maps[:-1], strict=True)]
         sums = top_down([*laterals, self.pool(maps[-1])], self.align_corners)
         levels = [conv(x) for conv, x in zip(self.fpn_convs, sums[:-1], strict=True)] + sums[-1:]
-        return self.conv_seg(self.dropout(self.fpn_bottleneck(fuse(levels, self.align_corners))))
+        return self.conv_seg(self.dropout(self.fpn_bottleneck(levels, self.align_corners)))

@@ -9,7 +9,7 @@ from timm.optim import param_groups_layer_decay
 
 import weights
 from heads import HEADS, DensePredictor, MultiPredictor
-from heads.blocks import BatchNorm2d, Pyramid, resize
+from heads.blocks import BatchNorm2d, Pyramid, conv_over, fuse, resize
 from heads.depth import DepthRule
 from heads.mask_transformer import KMeansLayer
 from heads.sdt import DySample
@@ -67,6 +67,46 @@ def test_pyramid_quadruples_doubles_keeps_and_halves():
     assert [tuple(m.shape[-2:]) for m in out] == [(12, 20), (6, 10), (3, 5), (2, 3)]
     assert [m.shape[1] for m in out] == pyramid.channels
     assert pyramid([torch.randn(1, 24, 1, 1)])[3].shape[-2:] == (1, 1)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_conv_over_maps_is_the_convolution_of_the_resized_maps(kernel, align_corners):
+    """Outputs and gradients; also of a map as large as the first, of a larger one, and of one of a single pixel."""
+    torch.manual_seed(0)
+    sizes = [(5, 13, 15), (7, 6, 7), (3, 13, 15), (4, 3, 4), (2, 1, 1), (3, 14, 17)]
+    inputs = [torch.randn(2, *size, requires_grad=True) for size in sizes]
+    conv = torch.nn.Conv2d(24, 6, kernel, padding=kernel // 2)
+    leaves = [*inputs, *conv.parameters()]
+    got, want = conv_over(conv, inputs, align_corners), conv(fuse(inputs, align_corners))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # 1e-6 seen
+    grad = torch.randn_like(want)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad)):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)  # 4e-5 seen, on sums of 390 products
+
+
+def test_conv_over_maps_in_half_precision_is_as_close_as_the_convolution_itself():
+    torch.manual_seed(0)
+    inputs, conv = [torch.randn(1, 8, 12, 16), torch.randn(1, 8, 6, 8)], torch.nn.Conv2d(16, 4, 3, padding=1)
+    want = conv(fuse(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = conv_over(conv, inputs), conv(fuse(inputs))
+    assert got.dtype == plain.dtype == torch.bfloat16
+    assert (got - want).abs().max() < 2 * (plain - want).abs().max()
+
+
+def test_fcn_concatenates_its_input_under_the_published_name():
+    head = HEADS["fcn"]([8, 16], 3, width=4, depth=2, index=0, concat_input=True).eval()
+    assert {"conv_cat.conv.weight", "conv_cat.bn.weight"} <= head.state_dict().keys()
+    x = torch.randn(1, 8, 5, 6)
+    want = head.conv_seg(head.conv_cat(torch.cat([x, head.convs(x)], dim=1)))
+    torch.testing.assert_close(head([x, None]), want)
+
+
+def test_fpn_without_smoothing_convolutions_has_only_laterals_in_its_pyramid():
+    head = HEADS["fpn"]([8, 16], 3, width=8, head_width=8, smooth=False).eval()
+    assert not [name for name in head.state_dict() if name.startswith("fpn_convs")]
+    assert head(maps(2)).shape == (2, 3, 13, 15)
 
 
 def test_fcn_refuses_a_map_that_is_not_there():
