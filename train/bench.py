@@ -1,4 +1,4 @@
-"""Speed, measured so that a busy machine does not lie: `zoo bench ops`, `zoo bench MODEL`.
+"""Speed, measured so that a busy machine does not lie: `zoo bench ops`, `zoo bench heads`, `zoo bench MODEL`.
 
 On a CPU: one thread, process CPU time (user + system, without the waiting for other programs), the variants interleaved
 A B C A B C in one process, median and minimum of the rounds. On CUDA: events around each run, interleaved too. Attention is
@@ -44,14 +44,14 @@ def run(
     training: bool = True,
     memory: bool = True,
 ) -> None:
-    """Measures `what` ("ops" or the name of a model) and prints a table.
+    """Measures `what` ("ops", "heads" or the name of a model) and prints a table.
 
     size: (H, W) of the images or, for ops, of the only map; batches: for models; device: "cpu" or "cuda", by default the GPU
-    where there is one; training: also forward + backward (ops) or a training step (models); memory: for ops, also the peak
-    (on CUDA and on Linux).
+    where there is one; training: also forward + backward (ops, heads) or a training step (models); memory: for ops and heads,
+    also the peak (on CUDA and on Linux).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for a whole row
     if what == "ops":
         cases = OPS_CUDA if device == "cuda" else OPS
         if size is not None:
@@ -60,12 +60,19 @@ def run(
         console.print(table(bench_ops(cases, rounds, device, training), "neighbourhood attention, kernel 7, head dim 32"))
         if memory and (device == "cuda" or sys.platform == "linux"):
             console.print(table(bench_memory(256, device), "peak memory beyond the inputs, 256x256, 2 heads, in sizes of q"))
+    elif what == "heads":
+        from train.bench_heads import bench_heads
+
+        console.print(machine(device))
+        rows = bench_heads(size or (512, 512), rounds, device, training, memory)
+        console.print(table(rows, "dense heads: time, peak memory in MB, share of the model's forward time"))
     elif timm.is_model(what):
         console.print(machine(device))
         rows = bench_model(what, size or (224, 224), batches, rounds, device, training)
         console.print(table(rows, f"{what}, and {PEER} for comparison"))
     else:
-        raise ValueError(f"nothing to measure is called {what!r}: 'ops' or a model; {hint(what, ['ops', *timm.list_models()])}")
+        names = ["ops", "heads", *timm.list_models()]
+        raise ValueError(f"nothing to measure is called {what!r}: 'ops', 'heads' or a model; {hint(what, names)}")
 
 
 def machine(device: str) -> str:

@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
 
     sub = command("bench", bench, "Measure speed.")
-    sub.add_argument("what", help="what to measure: a model name, or ops")
+    sub.add_argument("what", help="what to measure: a model name, ops or heads")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images or, for ops, of the only map")
     sub.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes, for models")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
