@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint_seq, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ def check_size(x: Tensor, minimum: int) -> Tensor:
             f"images of {x.shape[-2]}x{x.shape[-1]} are too small: this model needs at least {minimum} pixels a side"
         )
     return x
+
+
+def check_img_size(img_size: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """(height, width) of a side or a pair, pixels; ValueError if one is shorter than `minimum`."""
+    height, width = to_2tuple(img_size)
+    if min(height, width) < minimum:
+        raise ValueError(f"img_size {img_size} is too small: this model needs at least {minimum} pixels a side")
+    return height, width
 
 
 class Stage(nn.Module):
@@ -196,10 +204,10 @@ def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device
     fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
     img_size: side or (height, width); a family that builds no size in runs any, so there it is only checked.
     """
+    if (img_size := kwargs.get("img_size")) is not None:
+        check_img_size(img_size, cls.min_size)
     if "img_size" not in inspect.signature(cls).parameters:
-        size = kwargs.pop("img_size", None) or cls.min_size
-        if (size if isinstance(size, int) else min(size)) < cls.min_size:
-            raise ValueError(f"img_size {size} is too small: {name} needs at least {cls.min_size} pixels a side")
+        kwargs.pop("img_size", None)
     feature_cfg = {"out_indices": cls.default_out_indices, "feature_cls": "getter"}
     source = contextlib.nullcontext()
     if pretrained:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -29,6 +30,31 @@ def pad_to_multiple(x: Tensor, multiple: int, nhwc: bool = False) -> Tensor:
     if torch.compiler.is_exporting() or bottom or right:  # an exported program may keep the sizes open
         x = F.pad(x, (0, 0, 0, right, 0, bottom) if nhwc else (0, right, 0, bottom))
     return x
+
+
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The first `height` rows and `width` columns of B H W C."""
+    if torch.compiler.is_exporting():  # a slice of open size would need a proof that it lies inside
+        x = x.index_select(1, torch.arange(height, device=x.device))
+        return x.index_select(2, torch.arange(width, device=x.device))
+    return x[:, :height, :width]
+
+
+class Block(nn.Module):
+    """x + DP(attn(norm1 x)) where there is attention, then x + DP(mlp(norm2 x)); tokens in any layout, channels last."""
+
+    def __init__(self, dim: int, attn: nn.Module | None, mlp: nn.Module, drop_path: float, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = None if attn is None else nn.LayerNorm(dim, eps=eps)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):

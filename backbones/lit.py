@@ -13,17 +13,15 @@ Shapes: B batch, H W map height and width, N = H * W, C channels, h heads, d = C
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, to_2tuple
-from timm.models import checkpoint_seq, register_model, register_notrace_function
-from timm.models._features import feature_take_indices
+from timm.layers import Mlp, PatchEmbed
+from timm.models import register_model, register_notrace_function
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, check_size, init_linear
-from backbones.layers import DeformableMerge, drop_path_rates
+from backbones.base import Stage, StagedBackbone, build, check_img_size, init_linear
+from backbones.layers import Block, DeformableMerge, drop_path_rates
 from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -84,23 +82,6 @@ class Attention(nn.Module):
         self.bias_table, self.size = nn.Parameter(table, self.bias_table.requires_grad), size
 
 
-class Block(nn.Module):
-    """x + DP(attn(norm1 x)) where there is attention (heads > 0), then x + DP(MLP(norm2 x))."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, drop_path: float, eps: float, **attention):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps) if heads else None
-        self.attn = Attention(dim, heads, **attention) if heads else None
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
 class LIT(StagedBackbone):
     """LIT-S/M/B.
 
@@ -132,13 +113,14 @@ class LIT(StagedBackbone):
     ):
         super().__init__()
         rates, sizes = drop_path_rates(drop_path_rate, depths), self.sizes(img_size)
-        block = partial(Block, mlp_ratio=mlp_ratio, drop=proj_drop_rate, eps=1e-5, qkv_bias=qkv_bias)
+
+        def block(i: int, rate: float) -> Block:
+            attn = Attention(dims[i], heads[i], qkv_bias, sizes[i]) if i > 1 else None
+            return Block(dims[i], attn, Mlp(dims[i], int(dims[i] * mlp_ratio), drop=proj_drop_rate), rate)
+
         self.patch_embed = patches(in_chans, dims[0], pad=True)
         self.stages = nn.ModuleList(
-            Stage(
-                DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
-                [block(dim, heads[i] if i > 1 else 0, drop_path=rate, size=sizes[i]) for rate in rates[i]],
-            )
+            Stage(DeformableMerge(dims[i - 1], dim) if i else nn.Identity(), [block(i, rate) for rate in rates[i]])
             for i, dim in enumerate(dims)
         )
         self.norm = nn.LayerNorm(dims[-1])
@@ -147,10 +129,10 @@ class LIT(StagedBackbone):
         self.finish(dims, [4, 8, 16, 32], num_classes, global_pool, drop_rate, norms)
         self.apply(init_linear)
 
-    @staticmethod
-    def sizes(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+    @classmethod
+    def sizes(cls, img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Maps of the four stages for an image of this size."""
-        height, width = to_2tuple(img_size)
+        height, width = check_img_size(img_size, cls.min_size)
         return map_sizes(-(-height // 4), -(-width // 4))
 
     @torch.jit.ignore
@@ -184,6 +166,9 @@ def positions(embedding: Tensor, native: tuple[int, int], height: int, width: in
     return resize(image, (height, width), "bilinear").permute(0, 2, 3, 1)
 
 
+MapAndToken = tuple[Tensor, Tensor]  # B H W C, B 1 C
+
+
 class TiStage(Stage):
     """A stage of LIT-Ti: downsampling, position embedding, blocks; the last stage may hold the class token.
 
@@ -199,26 +184,28 @@ class TiStage(Stage):
         if class_token:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:  # B 2H 2W D -> B H W C
-        x = self.downsample(x)
-        x = x + positions(self.pos_embed, self.size, x.shape[1], x.shape[2])
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-
-    def with_class_token(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """B 2H 2W D -> class token B 1 C and map B H W C."""
+    def forward(self, x: Tensor) -> Tensor | MapAndToken:  # B 2H 2W D -> B H W C, with a class token (B H W C, B 1 C)
         x = self.downsample(x)
         size = x.shape[1:3]
-        x = (x + positions(self.pos_embed, self.size, x.shape[1], x.shape[2])).flatten(1, 2)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([cls_token, x], 1)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return x[:, :1], x[:, 1:].unflatten(1, size)
+        x = x + positions(self.pos_embed, self.size, size[0], size[1])
+        if self.cls_token is None:
+            return self.run_blocks(x)
+        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = self.run_blocks(torch.cat([token, x.flatten(1, 2)], 1))
+        return x[:, 1:].unflatten(1, size), x[:, :1]
 
     def resize(self, size: tuple[int, int]) -> None:
         """Make `size` the native map of the position embedding."""
         tokens = self.pos_embed.shape[1] - self.size[0] * self.size[1]
         embedding = resample_position_embedding(self.pos_embed.detach(), size, tokens, self.size, "bilinear")
         self.pos_embed, self.size = nn.Parameter(embedding, self.pos_embed.requires_grad), size
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm of a map, and of a class token if there is one."""
+
+    def forward(self, x: Tensor | MapAndToken) -> Tensor | MapAndToken:
+        return (super().forward(x[0]), super().forward(x[1])) if isinstance(x, tuple) else super().forward(x)
 
 
 class LITTi(StagedBackbone):
@@ -252,12 +239,16 @@ class LITTi(StagedBackbone):
     ):
         super().__init__()
         rates = drop_path_rates(drop_path_rate, depths)
-        block = partial(Block, drop=proj_drop_rate, eps=1e-6, qkv_bias=qkv_bias)
+
+        def block(i: int, rate: float) -> Block:
+            attn = Attention(dims[i], heads[i], qkv_bias) if i > 1 else None
+            return Block(dims[i], attn, Mlp(dims[i], int(dims[i] * mlp_ratios[i]), drop=proj_drop_rate), rate, eps=1e-6)
+
         self.patch_embed = patches(in_chans, dims[0], pad=False)
         self.stages = nn.ModuleList(
             TiStage(
                 DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
-                [block(dim, heads[i] if i > 1 else 0, mlp_ratios[i], drop_path=rate) for rate in rates[i]],
+                [block(i, rate) for rate in rates[i]],
                 dim,
                 size,
                 tokens=int(i == 3),
@@ -265,7 +256,7 @@ class LITTi(StagedBackbone):
             )
             for i, (dim, size) in enumerate(zip(dims, self.sizes(img_size)))
         )
-        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.norm = FinalNorm(dims[-1], eps=1e-6)
         self.num_classes, self.num_features, self.head_hidden_size = num_classes, dims[-1], dims[-1]
         self.class_token = class_token
         self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
@@ -274,55 +265,19 @@ class LITTi(StagedBackbone):
         self.reset_classifier(num_classes, ("token" if class_token else "avg") if global_pool is None else global_pool)
         self.apply(init_linear)
 
-    @staticmethod
-    def sizes(img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+    @classmethod
+    def sizes(cls, img_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """Maps of the four stages for an image of this size."""
-        height, width = to_2tuple(img_size)
+        height, width = check_img_size(img_size, cls.min_size)
         return map_sizes(height // 4, width // 4)
 
-    def forward(self, x: Tensor) -> Tensor:  # here, not inherited, as FX keeps only functions of this file from being traced
-        return self.forward_head(self.forward_features(x))
+    def feature(self, x: Tensor | MapAndToken, index: int, norm: bool) -> Tensor:
+        """The class token is in none of the maps."""
+        return super().feature(x[0] if isinstance(x, tuple) else x, index, norm)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B 1+N C, without class token B C H/32 W/32
-        """Normalised tokens of the last stage, the class token first; without one, the map."""
-        x = self.patch_embed(check_size(x, self.min_size))
-        for stage in self.stages[:-1]:
-            x = stage(x)
-        return self.final(*self.last_stage(x))
-
-    def last_stage(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Third stage's output -> class token B 1 C (None without one) and map B H W C of the last stage."""
-        return self.stages[-1].with_class_token(x) if self.class_token else (None, self.stages[-1](x))
-
-    def final(self, token: Tensor | None, x: Tensor) -> Tensor:
-        """Normalised: class token and map B H W C -> tokens B 1+N C, or map B C H W where there is no class token."""
-        return self.to_nchw(self.norm(x)) if token is None else self.norm(torch.cat([token, x.flatten(1, 2)], 1))
-
-    @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As in `StagedBackbone`; the class token is in none of the maps."""
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        x, token, maps = self.patch_embed(check_size(x, self.min_size)), None, []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            if i == 3:
-                token, x = self.last_stage(x)
-            else:
-                x = stage(x)
-            if i in take:
-                maps.append(self.feature(x, i, norm))
-        if intermediates_only:
-            return maps
-        return self.final(token, x) if i == 3 else self.to_nchw(x), maps
+    def output(self, x: Tensor | MapAndToken) -> Tensor:
+        """Tokens B 1+N C, the class token first; a map alone as B C H W."""
+        return torch.cat([x[1], x[0].flatten(1, 2)], 1) if isinstance(x, tuple) else self.to_nchw(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Output of `forward_features` -> B num_classes, or B C when pre_logits (or without a classifier)."""

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import PatchEmbed
 from timm.models import register_model
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build, init_linear
-from backbones.layers import DeformableMerge, drop_path_rates, pad_to_multiple
+from backbones.layers import Block, DeformableMerge, crop, drop_path_rates, pad_to_multiple
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("litv2")
@@ -66,7 +66,7 @@ class HiLo(nn.Module):
         # Written out: windows have 4 or 16 tokens, too few for the fused kernel to pay for its calls.
         out = (q @ k.mT * self.scale).softmax(-1) @ v
         out = out.unflatten(4, (w, w)).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return self.h_proj(out[:, :height, :width])
+        return self.h_proj(crop(out, height, width))
 
     def lo(self, x: Tensor, padded: Tensor) -> Tensor:  # B H W C, B H' W' C -> B H W h*d
         """Attention of every position with the averages of all windows of the padded map."""
@@ -80,7 +80,10 @@ class HiLo(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """Linear, 3x3 depth-wise convolution (zero padding, no residual), exact GELU, linear."""
+    """Linear, 3x3 depth-wise convolution (zero padding, no residual), exact GELU, linear.
+
+    Its zero padding is all that tells positions apart.
+    """
 
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
@@ -92,23 +95,6 @@ class ConvMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views: the convolution runs channels-last
         return self.drop(self.fc2(self.drop(F.gelu(x))))
-
-
-class Block(nn.Module):
-    """x + DP(HiLo(norm1 x)) where there is attention (heads > 0), then x + DP(MLP(norm2 x)). The MLP tells positions apart."""
-
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, drop: float, drop_path: float, **attention):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim) if heads else None
-        self.attn = HiLo(dim, heads, **attention) if heads else None
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        if self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class LITv2(StagedBackbone):
@@ -141,20 +127,17 @@ class LITv2(StagedBackbone):
         super().__init__()
         if len(windows) != 2 or min(windows) < 1:
             raise ValueError(f"windows must be two sides, of the third and fourth stage, at least 1, got {tuple(windows)}")
-        rates, hilo = drop_path_rates(drop_path_rate, depths), {"alpha": alpha, "qkv_bias": qkv_bias}
+        rates = drop_path_rates(drop_path_rate, depths)
+
+        def block(i: int, rate: float) -> Block:
+            attn = HiLo(dims[i], heads[i], windows[i - 2], alpha, qkv_bias) if i > 1 else None
+            return Block(dims[i], attn, ConvMlp(dims[i], int(dims[i] * mlp_ratio), proj_drop_rate), rate)
+
         self.patch_embed = PatchEmbed(
             None, 4, in_chans, dims[0], norm_layer=nn.LayerNorm, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True
         )
         self.stages = nn.ModuleList(
-            Stage(
-                DeformableMerge(dims[i - 1], dim) if i else nn.Identity(),
-                [
-                    Block(dim, heads[i], mlp_ratio, proj_drop_rate, rate, window=windows[i - 2], **hilo)
-                    if i > 1
-                    else Block(dim, 0, mlp_ratio, proj_drop_rate, rate)
-                    for rate in rates[i]
-                ],
-            )
+            Stage(DeformableMerge(dims[i - 1], dim) if i else nn.Identity(), [block(i, rate) for rate in rates[i]])
             for i, dim in enumerate(dims)
         )
         self.norm = nn.LayerNorm(dims[-1])

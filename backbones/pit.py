@@ -14,12 +14,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models import register_model, register_notrace_function
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build
+from backbones.base import Stage, StagedBackbone, build, check_img_size
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("pit")
@@ -128,6 +127,7 @@ class PiT(StagedBackbone):
     """
 
     family = "pit"
+    min_size = 1  # of a model: its patch_size
     default_out_indices = (0, 1, 2)
 
     def __init__(
@@ -180,10 +180,7 @@ class PiT(StagedBackbone):
 
     def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the first stage's map for images of this size, pixels."""
-        sides = to_2tuple(img_size)
-        if min(sides) < self.patch_size:
-            raise ValueError(f"img_size {img_size} is too small: this model needs at least {self.patch_size} pixels a side")
-        return tuple((side - self.patch_size) // self.stride + 1 for side in sides)
+        return tuple((side - self.patch_size) // self.stride + 1 for side in check_img_size(img_size, self.min_size))
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the position embedding itself to images of this size, so that no resize is left for run time."""

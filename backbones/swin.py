@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from timm.models import register_model, register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build, init_linear
-from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, pad_to_multiple, relative_bias
+from backbones.layers import Block, PatchEmbed, PatchMerging, crop, drop_path_rates, pad_to_multiple, relative_bias
 from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -111,14 +111,6 @@ class WindowAttention(nn.Module):
         return f"window={self.window}, shifted={self.shifted}"
 
 
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The first `height` rows and `width` columns of B H W C."""
-    if torch.compiler.is_exporting():  # a slice of open size would need a proof that it lies inside
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        return x.index_select(2, torch.arange(width, device=x.device))
-    return x[:, :height, :width]
-
-
 def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """What a rolled map of rows x columns windows adds to the scores, n L L.
 
@@ -139,21 +131,6 @@ def cached_shift_mask(rows: int, columns: int, window: int, shift: int, device: 
     """shift_mask, kept for the next block and image; made outside inference mode, as training may meet it again."""
     with torch.inference_mode(False), torch.no_grad():
         return shift_mask(rows, columns, window, shift, device, dtype)
-
-
-class Block(nn.Module):
-    """x + DP(attention(norm1 x)), then x + DP(MLP(norm2 x))."""
-
-    def __init__(self, attn: WindowAttention, dim: int, mlp_ratio: float, drop: float, drop_path: float):
-        super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-5), attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @register_notrace_module  # the map's size decides whether the embedding is resized
@@ -229,7 +206,7 @@ class Swin(StagedBackbone):
             for j, rate in enumerate(rates[i]):
                 window = self.window(i)
                 attn = WindowAttention(dim, num_heads[i], window[0], j % 2 == 1, window[1], qkv_bias, qk_scale, proj_drop_rate)
-                blocks.append(Block(attn, dim, mlp_ratio, proj_drop_rate, rate))
+                blocks.append(Block(dim, attn, Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate), rate))
             self.stages.append(Stage(PatchMerging(dims[i - 1]) if i else nn.Identity(), blocks))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
         norms = [nn.LayerNorm(dim, eps=1e-5) for dim in dims] if feature_norms else None

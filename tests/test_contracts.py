@@ -45,7 +45,7 @@ KINDS = [
 # The mask of Sparsifiner is a choice, not a product: only its own losses reach the predictor, as in the authors' code.
 WITHOUT_GRADIENT = {"sparsifiner": r"\.mask_predictor\."}
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
-DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti"]
+DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s"]
 
 
 def module_of(name: str) -> str:
@@ -297,6 +297,8 @@ def test_the_smallest_image_runs_and_a_smaller_one_is_named(name, model):
     if least > 1:
         with pytest.raises(ValueError, match=rf"{least - 1}x{least}.*at least {least} pixels"):
             model(images(1, least - 1, least))
+        with pytest.raises(ValueError, match=rf"{least - 1}.*at least {least} pixels"):
+            create(name, img_size=least - 1)
 
 
 def test_set_input_size_moves_the_native_size(name, model):

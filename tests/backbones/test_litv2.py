@@ -9,7 +9,8 @@ from torch import nn
 
 import backbones
 import weights
-from backbones.litv2 import Block, ConvMlp, HiLo, LITv2
+from backbones.layers import Block
+from backbones.litv2 import ConvMlp, HiLo, LITv2
 from weights.convert import litv2 as convert
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "heads": (1, 1, 4, 2), "alpha": 0.5, "num_classes": 5}
