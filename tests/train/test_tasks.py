@@ -19,6 +19,7 @@ TASK_ARGUMENTS = [
     {"name": "classification", "num_classes": 4, "binary": True},
     SEGMENTATION,
     {**SEGMENTATION, "class_weights": [1.0, 2.0, 0.5, 3.0]},
+    {**SEGMENTATION, "class_weights": [1.0, 2.0, 0.5, 3.0], "losses": {"cross_entropy": {"average": "all"}, "focal": {}}},
     {**SEGMENTATION, "losses": {"cross_entropy": {"label_smoothing": 0.1}, "focal": {"factor": 0.5, "gamma": 1.0}}},
     {"name": "depth", "max_depth": 10.0, "min_depth": 0.1},
     {"name": "depth", "max_depth": 10.0, "over": "batch", "losses": {"l1": {}}},

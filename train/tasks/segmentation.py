@@ -64,9 +64,15 @@ class Segmentation(DenseTask):
         return loss if auxiliary is None else loss + self.aux_weight * self.losses(auxiliary, batch["mask"])
 
     def weight(self, batch: dict[str, Any]) -> Tensor:
-        pixels = valid_weight(batch["mask"], self.ignore_index)
-        weighted = valid_weight(batch["mask"], self.ignore_index, self.class_weights)
-        return torch.stack([weighted if name == "cross_entropy" else pixels for name in self.losses.terms])
+        return torch.stack([self._divisor(name, batch["mask"]) for name in self.losses.terms])
+
+    def _divisor(self, name: str, mask: Tensor) -> Tensor:
+        """What a loss divides its sum over the pixels by; for those that are no such mean, the valid pixels."""
+        if name != "cross_entropy":
+            return valid_weight(mask, self.ignore_index)
+        if self.losses.terms[name][1].keywords["average"] == "all":
+            return torch.tensor(float(mask.numel()), device=mask.device)
+        return valid_weight(mask, self.ignore_index, self.class_weights)
 
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B K H W scores -> B H W class ids."""
