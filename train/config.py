@@ -26,7 +26,7 @@ from heads import HEADS
 from train.checks import arguments, hint, known
 from train.data import DATASETS
 from train.tasks import TASKS, Task
-from train.transforms import AugmentConfig, check_augment
+from train.transforms import AugmentConfig, EvalResize, check_augment, check_eval_resize
 
 
 @dataclass
@@ -70,6 +70,8 @@ class DataConfig:
         name: a name of train.data.DATASETS.
         root: folder of the dataset; null for generated and embedded ones.
         size: height and width of the network's input.
+        eval_resize: of dense tasks, the images of evaluation and prediction: null = resized to size; native = as they are; [short
+            side, largest long side] = resized, ratio kept ([512, 2048] is the usual one of ADE20K). Sizes then differ: eval_batch 1.
         workers: loader processes per training process.
         eval_batch: images per process and evaluation step.
         repeats: times each image is drawn in a row, augmented differently; a pass then shows 1/repeats of the images.
@@ -81,6 +83,7 @@ class DataConfig:
     name: str = "scenes"
     root: str | None = None
     size: tuple[int, int] = (96, 128)
+    eval_resize: EvalResize = None
     workers: int = 0
     eval_batch: int = 16
     repeats: int = 1
@@ -155,6 +158,7 @@ class RunConfig:
         overwrite: replace an existing run folder.
         seed: of weights, sample order, augmentation and dropout.
         precision: no = float32; bf16 and fp16 are autocast.
+        parallel: what several processes share: ddp = each has the whole model; fsdp = each a slice of it (torch's FSDP2).
         compile: torch.compile the model.
         channels_last: memory format of images and convolutions.
         grad_checkpointing: recompute activations in the backward pass.
@@ -171,6 +175,7 @@ class RunConfig:
     overwrite: bool = False
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     channels_last: bool = False
     grad_checkpointing: bool = False
@@ -321,6 +326,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     task = build_task(config)
     dense = any(target in ("mask", "depth") for target in task.targets)
     check_augment(config.augment, dense, data.size, data.mean, data.std)
+    check_eval_resize(data.eval_resize, dense)
     if task.average is None and config.infer != InferConfig():
         raise ValueError(f"infer: {config.task['name']} runs whole images once; leave this section out")
     if config.infer.mode == "slide" and config.infer.window is None:
@@ -383,6 +389,10 @@ def _check_numbers(config: Config) -> None:
         for key in keys:
             if getattr(section, key) < 0:
                 raise ValueError(f"{name}.{key} must not be negative, got {getattr(section, key)}")
+    if run.parallel == "fsdp" and run.channels_last:
+        raise ValueError("run.parallel fsdp splits contiguous tensors only: set run.channels_last=false, or run.parallel=ddp")
+    if run.parallel == "fsdp" and run.precision == "fp16":
+        raise ValueError("run.parallel fsdp goes with run.precision bf16 or no: fp16 would need its loss scale on every slice")
     for key in ("layer_decay", "ema_decay"):
         value = getattr(optim, key)
         if value is not None and not 0 < value <= 1:

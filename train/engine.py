@@ -31,16 +31,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import weights
-from train import checkpoint, loader, optim, syncbn, visualize
+from train import checkpoint, loader, optim, sharding, syncbn, visualize
 from train import config as configuration
 from train.checks import RunError
 from train.config import Config, InferConfig
 from train.data import DATASETS
+from train.data.check import refuse
 from train.inference import Predictor
 from train.log import Log, curves
 from train.tasks import Task
 from train.tasks.base import Names
-from train.transforms import Seeded, build_transform
+from train.transforms import Seeded, build_transform, describe_evaluation
 
 RUN_FILES = ("config.yaml", "log.csv", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors", "last.safetensors")
 RUN_FILES += ("summary.json", "curves.png", "predictions.png")
@@ -69,6 +70,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     loader.seed_all(config.run.seed)
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
+    refuse([train_set.dataset, val_set])
     net = build(config, task, say).to(accelerator.device)
     accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
     if accelerator.is_main_process:
@@ -81,16 +83,24 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     average = optim.averaged(net, config.optim)
     if config.run.sync_batchnorm and accelerator.num_processes > 1:
         syncbn.synchronise(net)
+    sharded = config.run.parallel == "fsdp" and accelerator.num_processes > 1
+    if sharded:
+        sharding.shard(net, accelerator.device)
+        if average:
+            sharding.shard(average.module, accelerator.device)
+            average.foreach = False  # split parameters and plain buffers do not mix in one call
     if config.run.compile:
         net.compile()
     optimizer = optim.optimizer(net, config.optim)
-    world, rank, images = accelerator.num_processes, accelerator.process_index, config.optim.global_batch
+    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    images = config.optim.global_batch
     pass_steps = len(train_set) / images
     steps = config.optim.steps or math.ceil(config.optim.epochs * pass_steps)
     eval_every = config.run.eval_every or max(1, steps // 10)
     save_every = config.run.save_every or eval_every
     schedule = optim.schedule(optimizer, config.optim, steps, pass_steps)
-    model, optimizer = accelerator.prepare(net, optimizer)
+    optimizer = accelerator.prepare(optimizer)
+    model = net if sharded else accelerator.prepare(net)  # DDP
     parameters = [p for p in net.parameters() if p.requires_grad]
     products = average.module if average else net  # what is evaluated and saved as the result
     parts = Parts(net, average, optimizer, schedule, accelerator.scaler)
@@ -108,7 +118,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
         config.run.log_every,
         images,
         pass_steps,
-        accelerator.is_main_process,
+        main,
         lambda x: accelerator.reduce(x, "sum"),
         accelerator.log if config.run.trackers else None,
         scaled=config.run.precision == "fp16",
@@ -140,6 +150,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
                     accelerator.backward(loss * world)  # gradients are averaged over processes; the loss is a sum
                 losses.append(loss.detach())
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.clip_norm or math.inf)  # before clipping
+            grad_norm = sharding.whole(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             if average:
@@ -157,13 +168,12 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
                 metrics = evaluate(task, products, val_set, accelerator, config)
                 better = improved(state, metrics, task.best)
                 log.evaluation(state.step, metrics, time.perf_counter() - clock, "  best so far" if better else "")
-                if better and accelerator.is_main_process:
-                    save_product(folder / "model.safetensors", products, config, state.step, metrics, names)
+                if better:
+                    save_product(folder / "model.safetensors", products, config, state.step, metrics, names, main)
                 train_mode(model)
             if state.step % save_every == 0 or last or stopped:
                 log.flush()
-                if accelerator.is_main_process:
-                    save(folder, parts, state)
+                save(folder, parts, state, main)
             if stopped and not last:
                 log.say(f"stopped by a signal after step {state.step}; the run is saved and goes on with --resume")
                 break
@@ -172,7 +182,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
             metrics = evaluate(task, products, val_set, accelerator, config)
         summary = {"step": state.step, "steps": steps, "best": {}, "best_step": state.best_step, "last": metrics}
         summary |= {"stopped": state.step < steps, "seconds": round(time.perf_counter() - began, 1)}
-        if accelerator.is_main_process and state.step == steps:
+        if state.step == steps:
             finish(folder, config, task, products, val_set, accelerator, summary, log)
         accelerator.wait_for_everyone()
     if config.run.trackers:
@@ -254,7 +264,9 @@ def dataset(config: Config, task: Task, split: str) -> Dataset:
     if not len(plain):
         raise ValueError(f"{data.name} has no {split} samples")
     size, mean, std = tuple(data.size), tuple(data.mean), tuple(data.std)
-    transform = build_transform(train, task.targets, size, mean, std, config.augment, plain.ignore_index)
+    transform = build_transform(
+        train, task.targets, size, mean, std, config.augment, plain.ignore_index, config.data.eval_resize
+    )
     if train:
         return Seeded(plain, transform, config.run.seed)
     plain.transform = transform
@@ -374,7 +386,10 @@ def inference(task: Task, model: nn.Module, config: Config) -> Any:
 def protocol(task: Task, config: Config) -> str:
     """How a metric was made, in words."""
     run = inference(task, nn.Identity(), config)
-    return task.metric().protocol + (f"; {run.protocol}" if isinstance(run, Predictor) else "")
+    parts = [task.metric().protocol, run.protocol if isinstance(run, Predictor) else ""]
+    if task.average is not None:  # classification's crop is in its metric's words
+        parts.insert(1, describe_evaluation(tuple(config.data.size), config.data.eval_resize))
+    return "; ".join(filter(None, parts))
 
 
 def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str = "model.safetensors") -> dict[str, Any]:
@@ -471,18 +486,21 @@ class Parts:
     scaler: Any
 
 
-def save(folder: Path, parts: Parts, state: State) -> None:
-    """One checkpoint. Random numbers and the place in the data need no state: they are functions of seed and step."""
-    tensors = {"model": parts.net.state_dict()}
+def save(folder: Path, parts: Parts, state: State, main: bool) -> None:
+    """One checkpoint, written by the main process; all of them gather what is split. Random numbers and the place in the data
+    need no state: they are functions of seed and step.
+    """
+    tensors = {"model": sharding.whole(parts.net.state_dict())}
     if parts.average:
-        tensors["averaged"] = parts.average.module.state_dict()
+        tensors["averaged"] = sharding.whole(parts.average.module.state_dict())
     rest = {
         "progress": dataclasses.asdict(state),
-        "optimizer": parts.optimizer.state_dict(),
+        "optimizer": sharding.whole(parts.optimizer.state_dict()),
         "schedule": {key: value for key, value in parts.schedule.state_dict().items() if plain_value(value)},
         "scaler": parts.scaler.state_dict() if parts.scaler else {},
     }
-    checkpoint.save(folder / "checkpoints", state.step, tensors, rest)
+    if main:
+        checkpoint.save(folder / "checkpoints", state.step, tensors, rest)
 
 
 def plain_value(value: Any) -> bool:
@@ -499,10 +517,10 @@ def restore(folder: Path, parts: Parts, say: Any) -> State:
         say(f"no checkpoint in {folder} yet: starting at step 0")
         return State()
     tensors, rest = checkpoint.load(path)
-    parts.net.load_state_dict(tensors["model"])
+    sharding.load_model(parts.net, tensors["model"])
     if parts.average:
-        parts.average.module.load_state_dict(tensors.get("averaged", tensors["model"]))
-    parts.optimizer.load_state_dict(rest["optimizer"])
+        sharding.load_model(parts.average.module, tensors.get("averaged", tensors["model"]))
+    sharding.load_optimizer(parts.optimizer, rest["optimizer"])
     parts.schedule.load_state_dict(rest["schedule"])
     if parts.scaler and rest["scaler"]:
         parts.scaler.load_state_dict(rest["scaler"])
@@ -511,23 +529,33 @@ def restore(folder: Path, parts: Parts, say: Any) -> State:
     return state
 
 
-def save_product(path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float], names: Names) -> None:
-    """Weights as a result: safetensors with config, metrics and class names in its header."""
+def save_product(
+    path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float], names: Names, main: bool
+) -> None:
+    """Weights as a result: safetensors with config, metrics and class names in its header, written by the main process."""
     about = {"metrics": metrics, "config": configuration.as_dict(config), "names": dataclasses.asdict(names)}
     about = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
-    checkpoint.save_weights(path, model.state_dict(), about)
+    tensors = sharding.whole(model.state_dict())
+    if main:
+        checkpoint.save_weights(path, tensors, about)
 
 
 def finish(
     folder: Path, config: Config, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, summary: dict, log: Log
 ) -> None:
-    """Last weights, summary, curves, pictures of the best weights, and the table."""
-    save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], Names.of(data))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    """Last weights, summary, curves, pictures of the best weights, and the table, from the main process.
+
+    Every process calls it, because a model may be split over them.
+    """
+    main, names = accelerator.is_main_process, Names.of(data)
+    save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], names, main)
+    accelerator.wait_for_everyone()  # the best weights may have been written a moment ago
+    sharding.load_model(model, load_file(folder / "model.safetensors"))
     with safe_open(folder / "model.safetensors", "pt") as file:
         summary["best"] = json.loads(file.metadata()["metrics"])
-    checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=1)))
-    curves(folder)
+    if main:
+        checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=1)))
+        curves(folder)
     pictures(folder / "predictions.png", task, model, data, accelerator, config)
     rows = [
         (f"{name} (best, step {summary['best_step']} / last)", f"{value:.4f} / {summary['last'].get(name, math.nan):.4f}")
@@ -539,7 +567,7 @@ def finish(
 
 @torch.no_grad()
 def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config) -> None:
-    """Image, truth and prediction of a few evenly spaced samples side by side."""
+    """Image, truth and prediction of a few evenly spaced samples side by side; every process runs the model, one writes."""
     model.eval()
     names = Names.of(data)
     chosen = [i * len(data) // 6 for i in range(min(6, len(data)))]
@@ -551,4 +579,5 @@ def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerato
         prediction = task.measure(task.metric(), output, batch)
         image = visualize.to_rgb(batch["image"][0], config.data.mean, config.data.std)
         rows.append(task.picture(image, batch, prediction, names))
-    visualize.save_predictions(path, rows, **task.legend(names))
+    if accelerator.is_main_process:
+        visualize.save_predictions(path, rows, **task.legend(names))

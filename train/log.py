@@ -157,6 +157,8 @@ class Log:
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns at the end of a run."""
         table = Table(title=title, show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # a path must stay whole
         for row in rows:
             table.add_row(*row)
         self.console.print(table)

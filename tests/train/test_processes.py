@@ -4,37 +4,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from train import engine, log
+from train import checkpoint, config, engine, log
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-NO_PICTURES = (
-    "import sys; from train import engine; engine.curves = engine.pictures = lambda *a: None; from train.cli import main; "
-)
+NORM_FREE = {**tiny.VALUES["model"], "head": "dpt", "head_args": {"width": 8}}  # batch norm sees how a batch is cut
 
 
-def command(*arguments: str, processes: int = 1) -> list[str]:
-    """The zoo command in a fresh interpreter, or in several under torchrun."""
-    if processes == 1:
-        return [sys.executable, "-c", NO_PICTURES + "sys.exit(main())", *arguments]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*torchrun, "-m", "train", *arguments]
-
-
-def run(*arguments: str, processes: int = 1) -> str:
-    done = subprocess.run(
-        command(*arguments, processes=processes), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+def torchrun(*arguments: str, options: tuple[str, ...] = ()) -> str:
+    """Output of the zoo command under torchrun with two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    done = subprocess.run([*launch, "-m", "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def write(path: Path, **changes) -> str:
@@ -43,53 +33,90 @@ def write(path: Path, **changes) -> str:
 
 
 @pytest.mark.parametrize("micro", [None, 1], ids=["whole", "accumulated"])
-def test_two_processes_give_the_losses_of_one(tmp_path, micro):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_of_one(tmp_path, parallel, micro):
     """20 steps of float32, batch norm in the head (synchronised) unless micro-batches cut the batch otherwise."""
-    head = {"head": "dpt", "head_args": {"width": 8}} if micro else {"head": "linear"}  # DPT has no batch norm
-    model = {**tiny.VALUES["model"], **head}
-    optim = {"steps": 20, "global_batch": 4, "micro_batch": micro, "ema_decay": None, "lr": 3e-4}
-    changes = {"model": model, "optim": optim, "run": {"eval_every": 20, "save_every": 20}}
-    path = write(tmp_path / "run.yaml", **changes)
-    engine.fit(tiny.make(tmp_path / "one", **changes))
-    said = run("train", path, f"--run.dir={tmp_path / 'two'}", processes=2)
+    optim = {"steps": 20, "global_batch": 4, "micro_batch": micro, "lr": 3e-4}
+    changes = {"optim": optim, "run": {"eval_every": 20, "save_every": 10}}
+    if micro:
+        changes["model"] = NORM_FREE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "pictures", lambda *args: None)
+        engine.fit(tiny.make(tmp_path / "one", **changes))
+    changes["run"] |= {"parallel": parallel}
+    said = processes.fit(2, tmp_path / "two", changes)
     assert f"total batch 4 = 2 processes x {2 if micro else 1} micro-batch" in said
     assert said.count("step 20/20  evaluation") == 1, "only the main process writes"
     one, two = (log.read(tmp_path / name / "log.csv") for name in ("one", "two"))
     assert two["step"] == one["step"] == list(range(1, 21))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    if micro is None:  # 7 samples in batches of 3 do not divide; the same weights must score the same to the last digit
-        alone = engine.evaluate_run(tmp_path / "two")
-        together = yaml.safe_load(run("eval", str(tmp_path / "two"), processes=2))
-        assert together == yaml.safe_load(
-            "\n".join(f"{k}: {v:.6g}" if isinstance(v, float) else f"{k}: {v}" for k, v in alone.items())
-        )
+    ours, theirs = (load_file(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, workers):
-    changes = {"optim": {"steps": 40}, "run": {"save_every": 4, "eval_every": 20}, "data": {"workers": workers}}
-    path = write(tmp_path / "run.yaml", **changes)
-    engine.fit(tiny.make(tmp_path / "whole", **changes))
+def test_torchrun_trains_and_evaluates_like_one_process(tmp_path):
+    """7 samples in batches of 3 do not divide; the same weights must score the same to the last digit."""
+    path = write(tmp_path / "run.yaml", optim={"steps": 3, "warmup_steps": 0})
+    torchrun("train", path, f"--run.dir={tmp_path / 'two'}")
+    alone = engine.evaluate_run(tmp_path / "two")
+    shown = torchrun("eval", str(tmp_path / "two"))
+    for name, value in alone.items():
+        assert f"{name}: {value:.6g}\n" if isinstance(value, float) else f"{name}: {value}\n" in shown
+
+
+KILLED = [(1, 0, "ddp"), (1, 2, "ddp"), (2, 0, "fsdp"), (2, 1, "ddp")]
+
+
+@pytest.mark.parametrize(("world", "workers", "parallel"), KILLED, ids=lambda value: str(value))
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, world, workers, parallel):
+    changes = {
+        "optim": {"steps": 16},
+        "run": {"save_every": 4, "eval_every": 8, "parallel": parallel},
+        "data": {"workers": workers},
+        "model": {**tiny.VALUES["model"], "backbone_args": {**tiny.VALUES["model"]["backbone_args"], "drop_path_rate": 0.3}},
+    }
+    processes.fit(world, tmp_path / "whole", changes)
     folder = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("train", path, f"--run.dir={folder}"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while len(log.read(folder / "log.csv").get("step", [])) < 10 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it must have been killed in the middle"
-    engine.fit(tiny.make(folder, **changes), resume=True)
+    found = processes.start(world, folder, changes)
+    processes.wait_for_step(found, folder, 6)
+    for process in found:
+        process.kill()
+    for process in found:
+        process.join(60)
+    assert [process.exitcode for process in found] == [-signal.SIGKILL] * world, "they must have been killed in the middle"
+    assert "going on from step" in processes.fit(world, folder, changes, resume=True)
     for name in ("last.safetensors", "model.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(tmp_path / "whole" / name)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
-    assert log.read(folder / "log.csv")["loss"] == log.read(tmp_path / "whole" / "log.csv")["loss"]
+        assert same(load_file(folder / name), load_file(tmp_path / "whole" / name)), name
+    for column in ("step", "epoch", "loss", "lr", "grad_norm"):
+        assert log.read(folder / "log.csv")[column] == log.read(tmp_path / "whole" / "log.csv")[column]
     assert (folder / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
-    states = [
-        torch.load(next((p / "checkpoints").glob("*40")) / "state.pt", weights_only=True) for p in (folder, tmp_path / "whole")
-    ]
-    assert same(*states)
+    (weights, state), (other_weights, other_state) = (
+        checkpoint.load(checkpoint.latest(path / "checkpoints")) for path in (folder, tmp_path / "whole")
+    )
+    assert set(weights) == {"model", "averaged"} and same(weights, other_weights)
+    assert set(state) >= {"progress", "optimizer", "schedule", "scaler"} and same(state, other_state)
+
+
+def test_what_fsdp_saved_goes_on_in_one_process(tmp_path):
+    """Checkpoints hold whole tensors: the second half in one process gives the losses of a run that had one from the start."""
+    changes = {"optim": {"steps": 8, "lr": 3e-4}, "run": {"save_every": 4, "eval_every": 8}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "pictures", lambda *args: None)
+        engine.fit(tiny.make(tmp_path / "one", **changes))
+        split = {**changes, "run": {**changes["run"], "parallel": "fsdp"}}
+        processes.fit(2, tmp_path / "two", split)
+        last = checkpoint.steps(tmp_path / "two" / "checkpoints")[-1]
+        (last / "state.pt").unlink()  # so that the one of step 4 is the newest
+        engine.fit(tiny.make(tmp_path / "two", **changes), resume=True, accept_changes=True)
+    one, two = (log.read(tmp_path / name / "log.csv")["loss"] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-5) and len(two) == 8
+
+
+def test_fsdp_refuses_what_it_cannot_do():
+    for key, value, message in (("channels_last", True, "contiguous"), ("precision", "fp16", "bf16 or no")):
+        with pytest.raises(ValueError, match=message):
+            config.resolve(tiny.values(run={"parallel": "fsdp", key: value}))
 
 
 def same(a, b) -> bool:
