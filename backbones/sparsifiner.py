@@ -214,6 +214,12 @@ class MaskPredictor(nn.Module):
         self.proj_back_n = nn.Parameter(back, self.proj_back_n.requires_grad)
         self.grid = tuple(grid)
 
+    def set_rank(self, rank: int) -> None:
+        """Room for matrices with another number of reduced tokens; nothing is kept of the old ones."""
+        shared = self.proj_back_n is self.proj_n
+        self.proj_n = nn.Parameter(self.proj_n.new_empty(len(self.proj_n), rank), self.proj_n.requires_grad)
+        self.proj_back_n = self.proj_n if shared else nn.Parameter(torch.empty_like(self.proj_n), self.proj_n.requires_grad)
+
 
 def resample(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """N r over the class token and a grid of patches -> the same over another grid, bicubic, antialiased."""
@@ -611,16 +617,16 @@ class Sparsifiner(VisionTransformer):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """Outputs of blocks as maps B C rows columns ("NCHW") or patch tokens ("NLC"); dropped tokens are zero.
+        """Outputs of blocks as maps B C rows columns ("NCHW") or patch tokens ("NLC"), as `indices` orders them.
 
-        indices: last n blocks (int), block numbers (negative from the end), or all (None); return_prefix_tokens: pairs with the
-        class token, B 1 C; norm: final norm on each; stop_early: do not run blocks after the last one asked for. Before them,
-        unless intermediates_only, the output of `forward_features`.
+        Dropped tokens are zero. indices: last n blocks (int), block numbers (negative from the end), or all (None);
+        return_prefix_tokens: pairs with the class token, B 1 C; norm: final norm on each; stop_early: do not run blocks after
+        the last one asked for. Before them, unless intermediates_only, the output of `forward_features`.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, last = feature_take_indices(len(self.blocks), indices)
-        (x, grid), kept, outputs = self.embed(x), None, []
+        (x, grid), kept, found = self.embed(x), None, {}
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x, kept = self.step(block, x, grid, kept)
             if i in take_indices:
@@ -629,7 +635,8 @@ class Sparsifiner(VisionTransformer):
                 patches = out[:, 1:]
                 if output_fmt == "NCHW":
                     patches = patches.mT.unflatten(2, grid).contiguous()
-                outputs.append((patches, out[:, :1]) if return_prefix_tokens else patches)
+                found[i] = (patches, out[:, :1]) if return_prefix_tokens else patches
+        outputs = [found[i] for i in take_indices]
         return outputs if intermediates_only else (self.norm(restore(x, kept, grid)), outputs)
 
     @torch.jit.ignore
@@ -681,6 +688,18 @@ class Sparsifiner(VisionTransformer):
         for block in self.blocks:
             if block.attn.mask_predictor is not None:
                 block.attn.mask_predictor.resize(self.patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def adapt(self, state: dict[str, Tensor]) -> None:
+        """Make room for the weights in `state` (our names), before they are loaded.
+
+        Their number of reduced tokens is kept, whatever reduce_n and img_size made of it here: reduced tokens have no order in
+        which they could be resampled.
+        """
+        for name, module in self.named_modules():
+            rank = state[f"{name}.proj_n"].shape[1] if f"{name}.proj_n" in state else None
+            if isinstance(module, MaskPredictor) and rank not in (None, module.proj_n.shape[1]):
+                module.set_rank(rank)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

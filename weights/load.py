@@ -95,6 +95,9 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     classifier = classifier_names(target)
 
     _check_anything_fits(report, native, wanted)
+    if hasattr(target, "adapt"):
+        target.adapt(native)
+        wanted = target.state_dict()
     for name in [name for name in native if name in wanted and native[name].shape != wanted[name].shape]:
         report.dropped[name] = tuple(native.pop(name).shape), tuple(wanted[name].shape)
     report.missing = [name for name in wanted if name not in native and name not in report.dropped]
@@ -207,6 +210,8 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
     classifier = classifier_names(model)  # timm's part: dropped when the number of classes differs, else compared strictly
     report.missing = [name for name in wanted if name not in native and not name.startswith(classifier)]
     _check_missing(report, classifier, len(wanted), strict=True)
+    if hasattr(model, "adapt"):
+        model.adapt(native)
     return native
 
 

@@ -326,15 +326,31 @@ def test_set_input_size_resamples_once_and_changes_no_output():
     assert shared(x).shape == (1, 5)
 
 
-def test_weights_of_another_size_load_when_the_reduced_counts_agree():
-    small = tiny(reduce_n=26)  # one reduced token for 26
-    large = tiny(img_size=56, reduce_n=50)  # and one for 50
+@pytest.mark.parametrize("size", [56, (48, 72)])
+def test_weights_of_another_size_load_and_keep_their_reduced_tokens(size):
+    small, large = tiny(), tiny(img_size=size)
+    count = small.blocks[0].attn.mask_predictor.proj_n.shape[1]
+    assert large.blocks[0].attn.mask_predictor.proj_n.shape[1] != count
     report = weights.load_checkpoint(large, small.state_dict())
-    assert len(report.resized) >= 1
-    x = torch.randn(1, 3, 56, 56)
+    assert "blocks.0.attn.mask_predictor.proj_back_n" in report.resized
+    x = torch.randn(1, 3, *((size, size) if isinstance(size, int) else size))
     torch.testing.assert_close(large(x), small(x), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="set_input_size"):
-        weights.load_checkpoint(tiny(img_size=56), small.state_dict())
+    again = tiny(img_size=size)
+    assert not weights.load_checkpoint(again, large.state_dict()).resized
+    assert torch.equal(again(x), large(x))
+    with pytest.raises(ValueError, match="share_proj"):
+        weights.load_checkpoint(tiny(img_size=size, share_proj=True), tiny(share_proj=True).state_dict())
+
+
+def test_pretrained_weights_load_into_another_size(tmp_path):
+    names = {"img_size": 32, "embed_dim": 24, "depth": 2, "heads": 3}
+    source = timm.create_model("sparsifiner_deit_s", **names, num_classes=5).eval()
+    torch.save({"model": source.state_dict()}, tmp_path / "file.pth")
+    overlay = {"file": str(tmp_path / "file.pth"), "num_classes": 5}
+    args = names | {"img_size": 64, "num_classes": 5, "pretrained_cfg_overlay": overlay}
+    loaded = timm.create_model("sparsifiner_deit_s", pretrained=True, **args).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), source(x), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- the two networks

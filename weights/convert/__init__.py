@@ -113,7 +113,7 @@ def recording() -> Iterator[dict[int, tuple]]:
         _resized.reset(token)
 
 
-def _note(new: Tensor, old: Tensor) -> Tensor:
+def note(new: Tensor, old: Tensor) -> Tensor:
     """new, remembered as a resampling of old if somebody is `recording`."""
     if _resized.get() is not None:
         _resized.get()[id(new)] = tuple(old.shape)
@@ -142,7 +142,7 @@ def resample_bias_table(
     if images.shape[-2:] == tuple(shape):
         return table
     images = _resize(images[None], shape, mode, antialias=False)[0]
-    return _note(images.flatten(1).T.contiguous() if flat else images, table)
+    return note(images.flatten(1).T.contiguous() if flat else images, table)
 
 
 def resample_position_embedding(
@@ -162,7 +162,7 @@ def resample_position_embedding(
     if embedding.ndim == 4:
         if embedding.shape[-2:] == tuple(grid):
             return embedding
-        return _note(_resize(embedding, grid, mode, antialias), embedding)
+        return note(_resize(embedding, grid, mode, antialias), embedding)
     if embedding.ndim != 3:
         raise ValueError(f"a position embedding has 3 or 4 dimensions, got shape {tuple(embedding.shape)}")
     prefix, tokens = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
@@ -172,7 +172,7 @@ def resample_position_embedding(
     if (rows, columns) == tuple(grid):
         return embedding
     image = tokens.mT.reshape(1, -1, rows, columns)
-    return _note(torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1), embedding)
+    return note(torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1), embedding)
 
 
 def square(count: int, what: str) -> tuple[int, int]:
