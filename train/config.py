@@ -70,11 +70,12 @@ class DataConfig:
         name: a name of train.data.DATASETS.
         root: folder of the dataset; null for generated and embedded ones.
         size: height and width of the network's input.
-        eval_resize: of dense tasks, the images of evaluation and prediction: null = resized to size; native = as they are; [short
-            side, largest long side] = resized, ratio kept ([512, 2048] is the usual one of ADE20K). Sizes then differ: eval_batch 1.
+        eval_resize: images of evaluation and prediction, dense tasks: null = resized to size; native = as they are;
+            [short side, largest long side] = resized, ratio kept (ADE20K: usually [512, 2048]), which needs eval_batch 1.
         workers: loader processes per training process.
         eval_batch: images per process and evaluation step.
         repeats: times each image is drawn in a row, augmented differently; a pass then shows 1/repeats of the images.
+        skip_unreadable: share of a split's files that may be damaged and are skipped and counted; 0 = the first is an error.
         args: arguments of the dataset class.
         mean: of the input normalisation; null = the backbone's own.
         std: of the input normalisation; null = the backbone's own.
@@ -87,6 +88,7 @@ class DataConfig:
     workers: int = 0
     eval_batch: int = 16
     repeats: int = 1
+    skip_unreadable: float = 0.0
     args: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -327,6 +329,8 @@ def resolve(values: Mapping[str, Any]) -> Config:
     dense = any(target in ("mask", "depth") for target in task.targets)
     check_augment(config.augment, dense, data.size, data.mean, data.std)
     check_eval_resize(data.eval_resize, dense)
+    if isinstance(data.eval_resize, tuple) and data.eval_batch > 1:
+        raise ValueError(f"data.eval_batch must be 1 with eval_resize {list(data.eval_resize)}: images then differ in size")
     if task.average is None and config.infer != InferConfig():
         raise ValueError(f"infer: {config.task['name']} runs whole images once; leave this section out")
     if config.infer.mode == "slide" and config.infer.window is None:
@@ -393,6 +397,8 @@ def _check_numbers(config: Config) -> None:
         raise ValueError("run.parallel fsdp splits contiguous tensors only: set run.channels_last=false, or run.parallel=ddp")
     if run.parallel == "fsdp" and run.precision == "fp16":
         raise ValueError("run.parallel fsdp goes with run.precision bf16 or no: fp16 would need its loss scale on every slice")
+    if not 0 <= data.skip_unreadable < 1:
+        raise ValueError(f"data.skip_unreadable is a share of the files in [0, 1), got {data.skip_unreadable}")
     for key in ("layer_decay", "ema_decay"):
         value = getattr(optim, key)
         if value is not None and not 0 < value <= 1:

@@ -35,6 +35,7 @@ from train import checkpoint, loader, optim, sharding, syncbn, visualize
 from train import config as configuration
 from train.checks import RunError
 from train.config import Config, InferConfig
+from train.damaged import Damaged
 from train.data import DATASETS
 from train.data.check import refuse
 from train.inference import Predictor
@@ -70,6 +71,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     loader.seed_all(config.run.seed)
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
+    damaged = Damaged(config.data.skip_unreadable, {"train": train_set.dataset, "val": val_set})
     refuse([train_set.dataset, val_set])
     net = build(config, task, say).to(accelerator.device)
     accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
@@ -106,6 +108,8 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     parts = Parts(net, average, optimizer, schedule, accelerator.scaler)
     names = Names.of(val_set)
     state = restore(folder, parts, say) if resume else State()
+    if resume:
+        damaged.load(folder / "unreadable.txt")
 
     offsets = loader.share(images, world, rank, config.optim.micro_batch)
     order = loader.Order(len(train_set), config.run.seed, config.data.repeats)
@@ -160,12 +164,16 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
             log.step(state.step, sum(losses), grad_norm, max(group["lr"] for group in optimizer.param_groups), files, waited)
 
             last = state.step == steps
+            damaged.note("train", micro)
+            if last or state.step % config.run.log_every == 0:
+                damaged.agree(accelerator, log)
             stopped = stop.agreed(accelerator, last or state.step % config.run.log_every == 0)
             if state.step % eval_every == 0 or last:
                 log.flush()
                 same_buffers(net, products)
                 clock = time.perf_counter()
-                metrics = evaluate(task, products, val_set, accelerator, config)
+                metrics = evaluate(task, products, val_set, accelerator, config, damaged)
+                damaged.agree(accelerator, log)
                 better = improved(state, metrics, task.best)
                 log.evaluation(state.step, metrics, time.perf_counter() - clock, "  best so far" if better else "")
                 if better:
@@ -182,6 +190,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
             metrics = evaluate(task, products, val_set, accelerator, config)
         summary = {"step": state.step, "steps": steps, "best": {}, "best_step": state.best_step, "last": metrics}
         summary |= {"stopped": state.step < steps, "seconds": round(time.perf_counter() - began, 1)}
+        summary |= {"unreadable": damaged.counts()} if damaged.share else {}
         if state.step == steps:
             finish(folder, config, task, products, val_set, accelerator, summary, log)
         accelerator.wait_for_everyone()
@@ -246,7 +255,7 @@ def check_folder(folder: Path, config: Config, resume: bool, accept_changes: boo
 def open_folder(folder: Path, config: Config, resume: bool) -> None:
     """Makes the run folder, without the files of the run that it replaces, and writes its config.yaml."""
     if in_use(folder) and not resume:
-        for name in RUN_FILES:
+        for name in (*RUN_FILES, "unreadable.txt"):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,9 +340,11 @@ def same_buffers(*modules: nn.Module) -> None:
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config) -> dict[str, float]:
+def evaluate(
+    task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config, damaged: Damaged | None = None
+) -> dict[str, float]:
     """The task's metrics over a dataset, each sample counted once whatever the number of processes. Leaves the model in eval
-    mode.
+    mode. damaged: is told which files were left out.
     """
     model.eval()
     metric = task.metric()
@@ -349,6 +360,8 @@ def evaluate(task: Task, model: nn.Module, data: Dataset, accelerator: Accelerat
         accelerator.device.type == "cuda",
     )
     for counts, batch in batches:
+        if damaged is not None:
+            damaged.note("val", [batch])
         batch = on_device(batch, config, accelerator.device)
         with accelerator.autocast():
             output = run(batch["image"])
@@ -398,8 +411,11 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
     accelerator = start(config)
     config, task, model, _ = open_run(folder, overrides, weights)
     data = dataset(config, task, "val")
-    metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config)
-    return {**metrics, "samples": len(data), "protocol": protocol(task, config)}
+    damaged = Damaged(config.data.skip_unreadable, {"val": data})
+    metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config, damaged)
+    damaged.agree(accelerator)
+    skipped = {"unreadable": damaged.counts()["val"]} if damaged.share else {}
+    return {**metrics, "samples": len(data), **skipped, "protocol": protocol(task, config)}
 
 
 def improved(state: State, metrics: dict[str, float], best: tuple[str, str]) -> bool:

@@ -81,15 +81,29 @@ def evaluation_batches(
     """(counts, batch) pairs covering the dataset once over all processes.
 
     Whole batches are dealt out in turn, so each holds the same images whatever the number of processes. Every process gets the
-    same number of batches; one that only fills up the last round repeats a batch and has counts = False.
+    same number of batches; one that only fills up the last round repeats a batch and has counts = False, as has one whose files
+    are all damaged. Samples that stand for a damaged file are left out of the others.
     """
     batches = [list(range(i, min(i + batch, len(dataset)))) for i in range(0, len(dataset), batch)]
     rounds = -(-len(batches) // world)
     mine = [k * world + rank for k in range(rounds)]
     sampler = [batches[k] if k < len(batches) else batches[0] for k in mine]
-    loader = DataLoader(dataset, batch_sampler=sampler, **_options(workers, pin))
-    for k, items in zip(mine, loader, strict=True):
-        yield k < len(batches), items
+    loader = DataLoader(dataset, batch_sampler=sampler, **_options(workers, pin) | {"collate_fn": _collate_own})
+    for k, (own, items) in zip(mine, loader, strict=True):
+        yield own and k < len(batches), items
+
+
+def _collate_own(samples: list[dict[str, Any]]) -> tuple[bool, dict[str, Any]]:
+    """(whether there is any, the batch) of the samples that stand for themselves."""
+    own = [sample for sample in samples if "unreadable" not in sample]
+    batch = collate(own or samples)
+    return bool(own), {**batch, **complaints(samples)}
+
+
+def complaints(samples: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """What the samples say about damaged files; empty if they say nothing."""
+    found = [sample["unreadable"] for sample in samples if "unreadable" in sample]
+    return {"unreadable": found} if found else {}
 
 
 def _options(workers: int, pin: bool) -> dict[str, Any]:
@@ -109,9 +123,18 @@ def _one_thread(worker: int) -> None:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Samples -> batch: tensors of one shape are stacked, numbers become a tensor, anything else stays a list."""
+    """Samples -> batch: tensors of one shape are stacked, numbers become a tensor, anything else stays a list.
+
+    Raises ValueError for images of different sizes, which no network takes at once.
+    """
+    sizes = sorted({tuple(sample["image"].shape[-2:]) for sample in samples if "image" in sample})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of {sizes[0][0]}x{sizes[0][1]} and {sizes[-1][0]}x{sizes[-1][1]} do not make a batch: set "
+            "data.eval_batch=1, or data.eval_resize=null to resize all to data.size"
+        )
     batch: dict[str, Any] = {}
-    for key in samples[0]:
+    for key in (key for key in samples[0] if key != "unreadable"):
         values = [sample[key] for sample in samples]
         if isinstance(values[0], Tensor):
             values = [value.as_subclass(Tensor) for value in values]
@@ -120,4 +143,4 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
             batch[key] = torch.tensor(values)
         else:
             batch[key] = values
-    return batch
+    return {**batch, **complaints(samples)}

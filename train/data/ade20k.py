@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from train.data.base import ImageDataset
-from train.data.files import id_array, images_in, need, read_ids, read_rgb, rgb_array, root_folder
+from train.data.files import Unreadable, id_array, images_in, need, open_image, read_ids, read_rgb, rgb_array, root_folder
 
 # first name of each row of objectInfo150.txt
 CLASSES = (
@@ -135,12 +134,9 @@ class ADE20KParquet(ImageDataset):
         row = self._held[1][index - int(self.starts[group])]
         place = f"{self.groups[group][0]}#{index - int(self.starts[group])}"
         try:
-            image = Image.open(io.BytesIO(row["image"]["bytes"]))
-            image.load()
-            mask = Image.open(io.BytesIO(row["annotation"]["bytes"]))
-            mask.load()
-        except (OSError, TypeError, KeyError) as error:
-            raise ValueError(f"{place}: not a readable image ({error})") from error
+            image, mask = (open_image(io.BytesIO(row[name]["bytes"]), place) for name in ("image", "annotation"))
+        except (TypeError, KeyError) as error:
+            raise Unreadable(f"{place}: not a readable image ({error})") from error
         sample = {"image": rgb_array(image), "path": place}
         if "mask" in self.targets:
             sample["mask"] = shifted(id_array(mask, place), place, self.ignore_index)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from train.data.depth import DepthSpec
+from train.data.files import Unreadable
 
 SPLITS = ("train", "val")
 
@@ -21,7 +22,8 @@ class ImageDataset(Dataset, abc.ABC):
     split: "train" or "val"; targets: which of `provides` to read; transform: called on the finished sample.
 
     A sample is {"image": uint8 3 H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
-    (metres, 0 = missing), "path": str} with the requested targets only.
+    (metres, 0 = missing), "path": str} with the requested targets only. may_skip: damaged files that another sample may stand
+    for, whose complaint is then in "unreadable".
 
     Raises ValueError for an unknown split or a target the data do not have, and when reading a sample: for a label or a mask id
     outside `classes`, or for a map of another size than its image.
@@ -32,6 +34,7 @@ class ImageDataset(Dataset, abc.ABC):
     palette: list[tuple[int, int, int]] | None = None
     ignore_index: int = 255
     depth: DepthSpec | None = None
+    may_skip: int = 0
 
     def __init__(self, root: str | Path | None, split: str, targets: tuple[str, ...], transform: Callable | None = None):
         if split not in SPLITS:
@@ -52,8 +55,25 @@ class ImageDataset(Dataset, abc.ABC):
     def __getitem__(self, index: int) -> dict:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        sample = self.checked(self.read(index % len(self)))
-        return sample if self.transform is None else self.transform(sample)
+        sample, lost = self.readable(index % len(self))
+        sample = sample if self.transform is None else self.transform(sample)
+        return sample if lost is None else {**sample, "unreadable": lost}
+
+    def readable(self, index: int) -> tuple[dict, str | None]:
+        """A sample and, if it stands for one whose file is damaged, the complaint about that file.
+
+        The next readable sample takes its place, which depends on the files alone. Raises files.Unreadable if none may be
+        skipped, or if more than `may_skip` follow each other.
+        """
+        complaint = None
+        for further in range(self.may_skip + 1):
+            try:
+                return self.checked(self.read((index + further) % len(self))), complaint
+            except Unreadable as error:
+                complaint = complaint or str(error)
+                if further == self.may_skip:
+                    raise
+        raise AssertionError("not reached")
 
     def checked(self, sample: dict) -> dict:
         """The sample as tv_tensors with the requested targets, or a ValueError that names the file and the value."""

@@ -19,6 +19,7 @@ import torch
 
 from train import visualize
 from train.data.base import SPLITS, ImageDataset
+from train.data.files import Unreadable
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -104,7 +105,8 @@ def read_facts(
         try:
             read_sample(dataset, index, facts)
         except (ValueError, OSError) as error:
-            facts.failures.append(str(error))
+            if not (isinstance(error, Unreadable) and dataset.may_skip):  # training skips and counts those
+                facts.failures.append(str(error))
         if progress is not None:
             progress(step + 1, total)
     return facts
@@ -420,11 +422,20 @@ def run(
 
 
 def refuse(datasets: list[ImageDataset], count: int = 8) -> None:
-    """ValueError with the first error found in a few samples of each split: what training calls before it starts."""
+    """ValueError with the first error found in a few samples of each split: what training calls before it starts.
+
+    An error must hold in 20 times as many samples too: a few may all be void, or lack the second of two classes, by chance.
+    """
     for dataset in datasets:
-        errors = [finding for finding in examine(dataset, read_facts(dataset, count)) if finding.level == "error"]
-        if errors:
-            raise ValueError(f"{type(dataset).__name__}, {errors[0].split}: {errors[0].text}. `zoo data-check` tells more")
+        for number in (count, 20 * count):  # the many include the few
+            errors = [finding for finding in examine(dataset, read_facts(dataset, number)) if finding.level == "error"]
+            if not errors:
+                break
+        else:
+            raise ValueError(
+                f"{type(dataset).__name__}, {errors[0].split}: {errors[0].text}. Training with these data cannot be right; "
+                "`zoo data-check` tells more"
+            )
 
 
 def progress(done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """Reading single files and lists, with errors that name the path and what was wrong with it."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -8,15 +9,22 @@ from PIL import Image, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
-def open_image(path: Path) -> Image.Image:
-    """A decoded PIL image. FileNotFoundError if there is no file, ValueError if it is not a readable image."""
+class Unreadable(ValueError):
+    """A file that is there and is damaged: truncated, empty, no image at all. data.skip_unreadable can pass over it."""
+
+
+def open_image(path: Path | BinaryIO, place: str | None = None) -> Image.Image:
+    """A decoded PIL image. FileNotFoundError if there is no file, Unreadable if it is not a readable image.
+
+    place: what errors call an image that has no path of its own.
+    """
     try:
         image = Image.open(path)
         image.load()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError, EOFError) as error:
+        raise Unreadable(f"{place or path}: not a readable image ({error})") from error
     return image
 
 
@@ -80,8 +88,8 @@ def read_depth(path: Path, divisor: float, invalid: tuple[float, ...] = (0,)) ->
             values = np.load(path, allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: not a readable array ({error})") from error
+        except (ValueError, OSError, EOFError) as error:
+            raise Unreadable(f"{path}: not a readable array ({error})") from error
         if values.ndim == 3:  # a channel axis, first or last
             values = values[0] if len(values) == 1 else values[..., 0] if values.shape[-1] == 1 else values
     else:
