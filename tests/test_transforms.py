@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as vision
 
-from train.transforms import AugmentConfig, Seeded, build_transform, pick_nearest, seeded, timm_policy
+from train.transforms import AugmentConfig, Seeded, build_transform, evaluation_size, pick_nearest, seeded, timm_policy
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +148,44 @@ def test_evaluation_resizes_the_image_and_leaves_targets_alone():
     assert out["image"].shape == (3, 24, 20)
     assert torch.equal(out["mask"], source["mask"].as_subclass(torch.Tensor))
     assert torch.equal(out["depth"], source["depth"].as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("rule", "size", "seen"),
+    [
+        (None, (480, 640), (40, 56)),
+        ("native", (480, 641), (480, 641)),
+        ((512, 2048), (480, 641), (512, 684)),  # 683.7 rounded
+        ((512, 2048), (641, 480), (684, 512)),
+        ((512, 2048), (300, 1500), (410, 2048)),  # the long side binds: 409.6
+        ((512, 2048), (512, 2048), (512, 2048)),
+    ],
+)
+def test_evaluation_size_keeps_the_ratio_when_it_is_asked_to(rule, size, seen):
+    """The numbers of mmcv.imrescale for scale=(2048, 512): the smaller of the two factors, halves up."""
+    assert evaluation_size(*size, (40, 56), rule) == seen
+
+
+def test_evaluation_shows_the_image_at_its_evaluation_size():
+    source = sample()
+    height, width = source["image"].shape[-2:]
+    short = 2 * min(height, width)
+    out = build_transform(False, ("mask",), (40, 56), MEAN, STD, eval_resize=(short, 10 * short))(source)
+    assert out["image"].shape == (3, 2 * height, 2 * width)
+    assert torch.equal(out["mask"], source["mask"].as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("targets", "rule", "message"),
+    [
+        (("label",), "native", "for dense tasks"),
+        (("mask",), (2048, 512), r"short side, largest long side\) in pixels, got \(2048, 512\)"),
+        (("depth",), (0, 512), "in pixels, got"),
+    ],
+)
+def test_evaluation_sizes_that_cannot_be_meant_are_refused(targets, rule, message):
+    with pytest.raises(ValueError, match=message):
+        build_transform(False, targets, (40, 56), MEAN, STD, eval_resize=rule)
 
 
 def test_classification_evaluation_is_resize_and_centre_crop():

@@ -6,6 +6,7 @@ Also the two errors of a run that are no mistake of the user.
 import difflib
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -65,8 +66,17 @@ def arguments(cls: Callable, values: Mapping[str, Any], where: str, skip: Sequen
             raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
         name = key[1].split(".")[0]
         wanted = present[name].annotation if name in present else "another type"
-        if typing.get_origin(wanted) is typing.Literal:
-            wanted = f"one of {', '.join(map(str, typing.get_args(wanted)))}"
-        wanted = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", str(wanted))
-        raise ValueError(f"{where}.{name}: {values[name]!r} is not {wanted}") from error
+        raise ValueError(f"{where}.{name}: {values[name]!r} is not {spelled(wanted)}") from error
     return {key: checked[key] for key in valid}
+
+
+def spelled(kind: Any) -> str:
+    """A type annotation as a user would say it."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(map(spelled, parts))
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) and not parts else str(kind)

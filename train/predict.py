@@ -41,7 +41,7 @@ def predict(
             raise FileExistsError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     size, mean, std = tuple(config.data.size), tuple(config.data.mean), tuple(config.data.std)
-    transform = build_transform(False, task.targets, size, mean, std, config.augment)
+    transform = build_transform(False, task.targets, size, mean, std, config.augment, eval_resize=config.data.eval_resize)
     run_model = inference(task, model, config)
     written: list[Path] = []
     for path, stem in stems.items():

@@ -22,6 +22,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
+# How dense evaluation sizes an image: None: to the network's size, "native": not at all, (short, long): the ratio is kept, and
+# it ends where its short side is `short` or its long side `long` (mmsegmentation's scale=(long, short), keep_ratio=True).
+EvalResize = tuple[int, int] | Literal["native"] | None
+
 
 @dataclass
 class AugmentConfig:
@@ -74,8 +78,9 @@ def build_transform(
     std: Sequence[float],
     augment: AugmentConfig | None = None,
     ignore_index: int = 255,
+    eval_resize: EvalResize = None,
 ) -> "TrainTransform | EvalTransform":
-    """The transform of a split; size is (H, W) of the network's input.
+    """The transform of a split; size is (H, W) of the network's input, in evaluation unless `eval_resize` says otherwise.
 
     Its output holds plain tensors: "image" float32 3 H W, normalised; in training "mask" H W and "depth" 1 H W of that size, in
     evaluation at the files' own size. ignore_index: of the data set, for the pixels that padding adds to a mask.
@@ -84,8 +89,40 @@ def build_transform(
     augment = augment or AugmentConfig()
     dense = any(target in ("mask", "depth") for target in task_targets)
     check_augment(augment, dense, size, mean, std)
-    make = TrainTransform if train else EvalTransform
-    return make(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index)
+    check_eval_resize(eval_resize, dense)
+    if train:
+        return TrainTransform(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index)
+    return EvalTransform(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index, eval_resize)
+
+
+def check_eval_resize(rule: EvalResize, dense: bool) -> None:
+    """ValueError for what cannot be meant."""
+    if rule is None or (rule == "native" and dense):
+        return
+    if not dense:
+        raise ValueError("data.eval_resize is for dense tasks; classification crops the centre (augment.eval_crop)")
+    if isinstance(rule, str) or len(rule) != 2 or not 0 < rule[0] <= rule[1]:
+        raise ValueError(f"data.eval_resize must be native, or (short side, largest long side) in pixels, got {rule}")
+
+
+def evaluation_size(height: int, width: int, size: tuple[int, int], rule: EvalResize) -> tuple[int, int]:
+    """(H, W) at which the network sees an image of height x width in the evaluation of a dense task."""
+    if rule is None:
+        return size
+    if rule == "native":
+        return height, width
+    short, long = rule
+    scale = min(short / min(height, width), long / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def describe_evaluation(size: tuple[int, int], rule: EvalResize) -> str:
+    """What `evaluation_size` does, in words: part of the protocol of a number."""
+    if rule is None:
+        return f"images resized to {size[0]}x{size[1]}"
+    if rule == "native":
+        return "images at their own size"
+    return f"images resized to a short side of {rule[0]} and a long side of at most {rule[1]}, ratio kept"
 
 
 def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Sequence, std: Sequence) -> None:
@@ -144,15 +181,19 @@ class _Transform:
 
 
 class EvalTransform(_Transform):
-    """Dense targets: the image resized to `size`, the target untouched.
+    """Dense targets: the image resized as `evaluation_size` says, the target untouched.
 
     Labels alone: the image covers size / eval_crop, then the centre of that size is cut out (timm's "center" mode).
     """
 
+    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int, eval_resize: EvalResize):
+        super().__init__(augment, dense, size, mean, std, ignore_index)
+        self.eval_resize = eval_resize
+
     def __call__(self, sample: dict) -> dict:
         image = sample["image"]
         if self.dense:
-            image = self.resized("image", image, self.size)
+            image = self.resized("image", image, evaluation_size(*image.shape[-2:], self.size, self.eval_resize))
         else:
             height, width = image.shape[-2:]
             zoom = max(self.size[0] / height, self.size[1] / width) / self.augment.eval_crop
