@@ -32,8 +32,8 @@ def file_name(checkpoint: dict) -> str:
 def fetch(name: str, tag: str | None = None, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
     """The file of the manifest's checkpoint `name`.`tag`, downloaded unless it lies in one of `folders`, its hash checked.
 
-    Raises ValueError if there is no such checkpoint or the file's sha256 is not the manifest's, and FileNotFoundError, which
-    says which file to put where, if it cannot be downloaded.
+    Raises ValueError if there is no such checkpoint, if it was never published, or if the file's sha256 is not the manifest's,
+    and FileNotFoundError, which says which file to put where, if it cannot be downloaded.
     """
     checkpoint = manifest.find(name, tag)
     if not checkpoint:
@@ -42,6 +42,11 @@ def fetch(name: str, tag: str | None = None, cache_dir: str | Path | None = None
 
 
 def _fetch(checkpoint: dict, cache_dir: str | Path | None, progress: bool) -> Path:
+    if address(checkpoint) is None:
+        raise ValueError(
+            f"there are no weights to download for {checkpoint['name']}: {checkpoint['note']}; use pretrained=False, or name a "
+            "file of your own in pretrained_cfg_overlay=dict(file=...)"
+        )
     file, places = file_name(checkpoint), folders(cache_dir)
     expected = checkpoint.get("sha256")
     if found := next((place / file for place in places if (place / file).is_file()), None):
@@ -69,9 +74,9 @@ def _fetch(checkpoint: dict, cache_dir: str | Path | None, progress: bool) -> Pa
     return target
 
 
-def address(checkpoint: dict) -> str:
-    """Where a person finds the file."""
-    return checkpoint.get("url") or checkpoint["by_hand"]
+def address(checkpoint: dict) -> str | None:
+    """Where a person finds the file; None if the authors published none."""
+    return checkpoint.get("url") or checkpoint.get("by_hand")
 
 
 def check_hash(path: Path, expected: str | None, advice: str) -> None:

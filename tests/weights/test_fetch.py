@@ -84,6 +84,15 @@ def test_a_file_that_no_program_can_download_says_where_a_person_finds_it(publis
     assert weights.fetch("poolformer_s12_gn").name == "published.pth"
 
 
+def test_weights_that_nobody_published_are_refused_with_the_reason():
+    for create in (
+        lambda: weights.fetch("sparsifiner_deit_s"),
+        lambda: timm.create_model("sparsifiner_deit_s", pretrained=True),
+    ):
+        with pytest.raises(ValueError, match="authors published no weights; training starts from DeiT-S"):
+            create()
+
+
 def test_an_unknown_checkpoint_is_named(published):
     published()
     with pytest.raises(ValueError, match="no checkpoint nonesuch.tag"):
