@@ -397,12 +397,12 @@ def inference(task: Task, model: nn.Module, config: Config) -> Any:
 
 
 def protocol(task: Task, config: Config) -> str:
-    """How a metric was made, in words."""
-    run = inference(task, nn.Identity(), config)
-    parts = [task.metric().protocol, run.protocol if isinstance(run, Predictor) else ""]
-    if task.average is not None:  # classification's crop is in its metric's words
-        parts.insert(1, describe_evaluation(tuple(config.data.size), config.data.eval_resize))
-    return "; ".join(filter(None, parts))
+    """How a metric was made, in words: targets and alignment; for dense tasks also sizes, windows, scales and flips."""
+    parts = [task.metric().protocol]
+    if task.average is not None:
+        run = Predictor(nn.Identity(), average=task.average, **dataclasses.asdict(config.infer))
+        parts += [describe_evaluation(tuple(config.data.size), config.data.eval_resize), run.protocol]
+    return "; ".join(parts)
 
 
 def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str = "model.safetensors") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """data-check finds what users get wrong: labels off by one, void as a class, millimetres as metres, files that do not fit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -179,6 +180,50 @@ def test_training_is_refused_what_cannot_be_right(tmp_path):
     root = pairs(tmp_path / "bad", depth=lambda split, i: RAMP)
     with pytest.raises(ValueError, match=r"Folder, train: .*millimetres read as metres.*data-check"):
         refuse(datasets(root, ("depth",), depth_divisor=1.0))
+
+
+def test_a_rare_class_missing_from_the_first_look_is_no_reason_to_refuse(tmp_path):
+    """Eight masks of background and void alone: only more of them show that 255 is not the foreground."""
+    root = pairs(tmp_path, mask=lambda split, i: stripes([0, 1, 255] if i == 1 else [0, 255]), count=20)
+    refuse(datasets(root, classes=2))
+    with pytest.raises(ValueError, match="hold only 0 and 255"):
+        refuse(datasets(pairs(tmp_path / "all", mask=lambda split, i: stripes([0, 255]), count=20), classes=2))
+
+
+TRAINING = """
+task: TASK
+model: {backbone: poolformer_s12_gn, backbone_args: {depths: [1, 1, 1, 1], dims: [8, 8, 8, 8]}, head: linear}
+data: {name: folder, root: ROOT, size: [32, 32], args: ARGS}
+optim: {steps: 1, warmup_steps: 0}
+"""
+SEGMENT = "{name: segmentation, num_classes: 3}"
+
+
+@pytest.mark.parametrize(
+    ("task", "args", "made", "message"),
+    [
+        (
+            SEGMENT,
+            "{classes: 3}",
+            {"mask": lambda split, i: stripes([0, 1, 7])},
+            "mask id 7 .* is outside the 3 classes: .*0.png",
+        ),
+        (SEGMENT, "{classes: 3}", {"mask": lambda split, i: stripes([1, 2, 3])}, "mask id 3 .* is outside the 3 classes"),
+        (SEGMENT, "{classes: 3}", {"mask": lambda split, i: stripes([255])}, "every pixel is the ignore id 255"),
+        ("{name: depth, max_depth: 10}", "{depth_divisor: 1}", {"depth": lambda split, i: RAMP}, "millimetres read as metres"),
+        ("{name: depth, max_depth: 10}", "{}", {"depth": lambda split, i: RAMP / 1000 + 1}, "metres read as millimetres"),
+    ],
+)
+def test_zoo_train_refuses_what_cannot_be_right_before_it_makes_a_folder(tmp_path, capsys, task, args, made, message):
+    from train import cli
+
+    root = pairs(tmp_path / "data", **made)
+    path = tmp_path / "c.yaml"
+    path.write_text(TRAINING.replace("TASK", task).replace("ROOT", str(root)).replace("ARGS", args))
+    assert cli.main(["train", str(path), f"--run.dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"zoo train: Folder, train: .*{message}.*zoo data-check", error.replace("\n", " ")), error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_task_is_asked(tmp_path):
