@@ -11,6 +11,7 @@ from train.data.folder import Folder
 from train.data.imagenet import ClassFolder, ImageNet, TimmDataset, TinyImageNet
 from train.data.kitti import Kitti
 from train.data.nyu import NYUv2, NYUv2Mat
+from train.data.packed import HuggingFace, Shards
 from train.data.scenes import Scenes
 from train.data.sevenscenes import SevenScenes
 
@@ -28,6 +29,8 @@ DATASETS: dict[str, type[ImageDataset]] = {
     "camvid": CamVid,
     "cityscapes": Cityscapes,
     "folder": Folder,
+    "shards": Shards,
+    "huggingface": HuggingFace,
     "nyuv2": NYUv2,
     "nyuv2_mat": NYUv2Mat,
     "sevenscenes": SevenScenes,

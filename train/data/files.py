@@ -1,5 +1,6 @@
 """Reading single files and lists, with errors that name the path and what was wrong with it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,14 +79,27 @@ def ids_from_colors(colors: np.ndarray, palette: list[tuple[int, int, int]], ign
     return ids[positions].reshape(codes.shape).astype(np.int64)
 
 
-def read_depth(path: Path, divisor: float, invalid: tuple[float, ...] = (0,)) -> np.ndarray:
+def map_ids(ids: np.ndarray, id_map: Mapping[int, int] | None, ignore_index: int, path: Path | str) -> np.ndarray:
+    """File ids -> class ids; void stays void. ValueError names the file (path) and the first id that id_map leaves out."""
+    if id_map is None:
+        return ids
+    found, positions = np.unique(ids, return_inverse=True)
+    unknown = [int(value) for value in found if int(value) not in id_map and value != ignore_index]
+    if unknown:
+        raise ValueError(f"{path}: id {unknown[0]} is not in id_map ({', '.join(map(str, sorted(id_map)))})")
+    table = np.array([id_map.get(int(value), ignore_index) for value in found], np.int64)
+    return table[positions].reshape(ids.shape)
+
+
+def read_depth(path: Path, divisor: float, invalid: tuple[float, ...] = (0,), content: BinaryIO | None = None) -> np.ndarray:
     """Metres, float32 H W, 0 where missing, from a single-channel image or a .npy array.
 
-    divisor: file units per metre; invalid: file values that mean "no reading" (negative and non-finite ones always do).
+    divisor: file units per metre; invalid: file values that mean "no reading" (negative and non-finite ones always do);
+    content: the bytes, of which path is only the name then.
     """
     if path.suffix == ".npy":
         try:
-            values = np.load(path, allow_pickle=False)
+            values = np.load(path if content is None else content, allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
         except (ValueError, OSError, EOFError) as error:
@@ -93,7 +107,7 @@ def read_depth(path: Path, divisor: float, invalid: tuple[float, ...] = (0,)) ->
         if values.ndim == 3:  # a channel axis, first or last
             values = values[0] if len(values) == 1 else values[..., 0] if values.shape[-1] == 1 else values
     else:
-        image = open_image(path)
+        image = open_image(path if content is None else content, str(path))
         if image.mode not in ("I", "I;16", "I;16B", "F", "L"):
             raise ValueError(f"{path}: a depth map must have one channel, this is an image of mode {image.mode}")
         values = np.asarray(image)

@@ -11,6 +11,7 @@ from train.data.files import (
     IMAGE_SUFFIXES,
     id_array,
     ids_from_colors,
+    map_ids,
     need,
     open_image,
     read_depth,
@@ -144,12 +145,4 @@ class Folder(ImageDataset):
         image = open_image(path)
         if self.palette is not None and image.mode in ("RGB", "RGBA"):
             return ids_from_colors(rgb_array(image), self.palette, self.ignore_index, path)
-        ids = id_array(image, path)
-        if self.id_map is None:
-            return ids
-        found, positions = np.unique(ids, return_inverse=True)
-        unknown = [int(value) for value in found if int(value) not in self.id_map and value != self.ignore_index]
-        if unknown:
-            raise ValueError(f"{path}: id {unknown[0]} is not in id_map ({', '.join(map(str, sorted(self.id_map)))})")
-        table = np.array([self.id_map.get(int(value), self.ignore_index) for value in found], np.int64)
-        return table[positions].reshape(ids.shape)
+        return map_ids(id_array(image, path), self.id_map, self.ignore_index, path)

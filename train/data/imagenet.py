@@ -1,12 +1,14 @@
 """Folders of classes: ImageNet with its fixed 1000-class index, Tiny-ImageNet, and any folder of class folders."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from timm.data import ImageNetInfo, create_dataset
 
 from train.data.base import ImageDataset
-from train.data.files import IMAGE_SUFFIXES, need, read_rgb, rgb_array, root_folder
+from train.data.files import IMAGE_SUFFIXES, need, open_image, read_rgb, rgb_array, root_folder
 
 
 class ClassFolder(ImageDataset):
@@ -129,16 +131,33 @@ class TimmDataset(ImageDataset):
         super().__init__(root, split, targets, transform)
         self.data = create_dataset(name, root=str(root), split=train_split if split == "train" else val_split)
         if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
-            raise ValueError(f"timm's reader {name!r} streams and has no index; use a folder, a tar file or an hfds/ data set")
+            raise ValueError(
+                f"timm's reader {name!r} streams and has no index; data.name=shards reads webdataset's tar files, "
+                "and timm folders, tar files and hfds/ data sets"
+            )
+        self.reader, self.owner = self.data.reader, os.getpid()
         self.classes = [str(i) for i in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.data)
 
     def read(self, index: int) -> dict:
-        image, label = self.data[index]
+        if self.owner != os.getpid():  # a loader worker must not share the place in an open tar with the others
+            self.owner = os.getpid()
+            close_tars(getattr(self.reader, "tar_state", None))
+        content, label, *_ = self.reader[index]  # not through timm's data set, which passes over damaged images by itself
         try:
             place = self.data.filename(index)
         except (NotImplementedError, AttributeError, KeyError):
             place = str(index)
+        with content:
+            image = open_image(content, f"{self.root}#{place}")
         return {"image": rgb_array(image), "label": label, "path": f"{self.root}#{place}"}
+
+
+def close_tars(state: Any) -> None:
+    """Forgets the open files that timm's tar reader keeps, in the tars of tars too."""
+    for entry in state.values() if isinstance(state, dict) else [state]:
+        if entry is not None:
+            entry.tf = None
+            close_tars(entry.children)
