@@ -64,7 +64,7 @@ def run(
         from train.bench_heads import bench_heads
 
         console.print(machine(device))
-        rows = bench_heads(size or (512, 512), rounds, device, training, memory)
+        rows = bench_heads(size or (512, 512), min(rounds, 3), device, training, memory)  # a round takes minutes of one core
         console.print(table(rows, "dense heads: time, peak memory in MB, share of the model's forward time"))
     elif timm.is_model(what):
         console.print(machine(device))
