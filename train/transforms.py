@@ -159,8 +159,9 @@ def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Seq
 class _Transform:
     def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int):
         self.augment, self.dense, self.size, self.ignore_index = augment, dense, size, ignore_index
-        self.mean, self.std = mean, std
         self.interpolation = vision.InterpolationMode(augment.interpolation)
+        # of pixels that count to 255
+        self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
         self.fill = {"image": [round(255 * value) for value in mean], "mask": ignore_index, "depth": 0}
 
     def resized(self, name: str, value: Tensor, size: tuple[int, int]) -> Tensor:
@@ -176,7 +177,7 @@ class _Transform:
         image = plain(sample["image"])
         if len(self.mean) != len(image):
             raise ValueError(f"{sample['path']}: the image has {len(image)} channels, mean and std have {len(self.mean)}")
-        image = vision.normalize(image.float() / 255, self.mean, self.std)
+        image = (image - self.mean).div_(self.std)
         return {**{name: plain(value) for name, value in sample.items()}, "image": image}
 
 
