@@ -113,6 +113,7 @@ class OptimConfig:
         warmup_steps: steps of linear warm-up, or null for warmup_epochs.
         warmup_epochs: passes of linear warm-up.
         warmup_lr: the warm-up starts here.
+        warmup_first: the schedule's curve starts after the warm-up (mmsegmentation 1.x) instead of at step 0 (timm).
         steps: optimiser steps of the run; give this or epochs.
         epochs: passes over the training set.
         global_batch: images per optimiser step over all processes.
@@ -139,6 +140,7 @@ class OptimConfig:
     warmup_steps: int | None = None
     warmup_epochs: float = 0.0
     warmup_lr: float = 1e-6
+    warmup_first: bool = False
     steps: int | None = None
     epochs: float | None = None
     global_batch: int = 32
@@ -319,7 +321,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
     _check_numbers(config)
     model, data = config.model, config.data
     model.img_size = model.img_size or data.size
-    pretrained = timm.get_pretrained_cfg(model.backbone) if timm.is_model(model.backbone) else None
+    pretrained = released(model.backbone)
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
         channels = tuple(getattr(data, name) or (getattr(pretrained, name) if pretrained else None) or default)
         if len(channels) not in (1, model.in_chans):
@@ -336,6 +338,18 @@ def resolve(values: Mapping[str, Any]) -> Config:
     if config.infer.mode == "slide" and config.infer.window is None:
         raise ValueError("infer.window is missing: mode slide needs its height and width")
     return config
+
+
+def released(backbone: str) -> Any:
+    """timm's description of a model's released weights, None for a model from elsewhere. ValueError for an unknown tag."""
+    if not timm.is_model(backbone):
+        return None
+    try:
+        return timm.get_pretrained_cfg(backbone)
+    except RuntimeError as error:  # timm's word for a wrong tag
+        name, _, tag = backbone.partition(".")
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        raise ValueError(f"model.backbone: {name} has no weights {tag!r}; {hint(tag, tags)}") from error
 
 
 def build_task(config: Config) -> Task:

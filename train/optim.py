@@ -84,12 +84,14 @@ def optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, steps_per_epoch: float) -> Scheduler:
     """The learning rate as a function of the step: `schedule.step_update(step)` before the update of that step.
 
-    The curve is measured from step 0, warm-up included, as in timm.
+    The curve is measured from step 0, warm-up included, as in timm, or from the end of the warm-up (warmup_first).
     """
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
         raise ValueError(f"the warm-up takes {warmup} of {steps} steps; shorten optim.warmup_steps or optim.warmup_epochs")
     shared = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
+    if config.warmup_first:
+        shared, steps = {**shared, "warmup_prefix": True}, steps - warmup
     if config.schedule == "cosine":
         return CosineLRScheduler(built, t_initial=steps, lr_min=config.min_lr, **shared)
     if config.schedule in ("poly", "linear"):

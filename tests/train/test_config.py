@@ -14,6 +14,7 @@ QUICK = "quickstart"
         ("--optim.lrr=1", "optim: unknown key 'lrr' for OptimConfig; did you mean 'lr'"),
         ("--modle.head=fpn", "unknown section 'modle'.*did you mean 'model'"),
         ("--model.backbone=nat_minii", "unknown model 'nat_minii'; did you mean 'nat_mini'"),
+        ("--model.backbone=swin_b.in22k", "swin_b has no weights 'in22k'; did you mean 'ms_in22k'"),
         ("--model.head=upernett", "model.head: unknown name 'upernett'; did you mean 'upernet'"),
         ("--model.head_args.witdh=3", "model.head_args: unknown key 'witdh' for UPerNet; did you mean 'width'"),
         ("--task.name=segmentatoin", "task.name: unknown name 'segmentatoin'; did you mean 'segmentation'"),

@@ -75,6 +75,8 @@ def test_schedules_follow_their_formulas():
     assert rates(schedule="constant") == [1.0] * 20
     assert rates(schedule="constant", warmup_steps=4)[:6] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert rates(schedule="constant", warmup_epochs=0.4)[:6] == [0, 0.25, 0.5, 0.75, 1, 1]
+    late = rates(schedule="linear", warmup_steps=16, warmup_first=True, min_lr=0.2)
+    assert late[:17:4] == pytest.approx([0, 0.25, 0.5, 0.75, 1]) and late[17:] == pytest.approx([0.8, 0.6, 0.4])
     assert rates(schedule="cosine") == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
     assert rates(schedule="linear") == pytest.approx([1 - i / 20 for i in range(20)])
     assert rates(schedule="poly", power=0.9, min_lr=0.1) == pytest.approx([0.1 + 0.9 * (1 - i / 20) ** 0.9 for i in range(20)])
