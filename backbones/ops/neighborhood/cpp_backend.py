@@ -43,7 +43,7 @@ def refuses(call: Call) -> str | None:
     if call.q.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes float32 and bfloat16, not {call.q.dtype}"
     if max(call.kernel) > 15:
-        return f"its vectors of 16 keys hold kernels up to 15, not {call.kernel}"
+        return f"it is tested for kernels up to 15, not {call.kernel}"
     return unavailable()
 
 
@@ -137,12 +137,12 @@ def _token_contiguous(x: Tensor) -> Tensor:
 
 
 def _register() -> None:
-    """Shapes, gradients and operation counts of the operators that the library has brought."""
+    """Shapes and gradients of the operators that the library has brought."""
 
     @torch.library.register_fake("backbones::neighborhood_cpu")
     def _(q, k, v, bias, kernel, dilation, scale):
         batch, height, width, heads, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((batch, heads, height, width, 2), dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_empty((batch, heads, height, 2, width), dtype=torch.float32)
 
     @torch.library.register_fake("backbones::neighborhood_cpu_backward")
     def _(dout, q, k, v, bias, stats, kernel, dilation, scale):

@@ -15,8 +15,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -33,19 +39,21 @@ struct Problem {
     float scale;
     bool bfloat16;
     const float* bias;  // [heads, 2 kh - 1, 2 kw - 1] or null
-    int64_t strips;     // per residue group
+    int64_t strips;     // per residue group of the rows
+    int64_t pack;       // heads side by side in one line
     Map q, k, v, out;
-    float* stats;          // [images, heads, H, W, 2]: the maximum of each query's scores (in log2) and 1 / sum
+    float* stats;          // [images, heads, H, 2, W]: the maximum of each query's scores (in log2) and 1 / sum
     Map dout, dq, dk, dv;  // dk and dv are float32
 };
 
-// ACCUMULATORS: queries whose 16 scores fit into registers together. VECTORS: 16-lane vectors per accumulator set in
-// the weighted sums.
+// BAND x PARTS sums fit into the registers of the instruction set, with what they are fed from.
+constexpr int64_t BAND = 3;
 #define INLINE inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace baseline {
 #define REGISTER_BYTES 16
-constexpr int64_t ACCUMULATORS = 3, VECTORS = 1;
+constexpr int64_t PARTS = 4;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
 }  // namespace baseline
@@ -59,7 +67,7 @@ constexpr int64_t ACCUMULATORS = 3, VECTORS = 1;
 #endif
 namespace avx2 {
 #define REGISTER_BYTES 32
-constexpr int64_t ACCUMULATORS = 6, VECTORS = 1;
+constexpr int64_t PARTS = 4;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
 }  // namespace avx2
@@ -73,7 +81,7 @@ constexpr int64_t ACCUMULATORS = 6, VECTORS = 1;
 #endif
 namespace avx512 {
 #define REGISTER_BYTES 64
-constexpr int64_t ACCUMULATORS = 16, VECTORS = 2;
+constexpr int64_t PARTS = 8;
 #include "tiles.cpp"
 #undef REGISTER_BYTES
 }  // namespace avx512
@@ -85,6 +93,7 @@ constexpr int64_t ACCUMULATORS = 16, VECTORS = 2;
 #endif
 
 struct Kernels {
+    int64_t lanes;
     void (*forward)(const Problem&, int64_t, int64_t);
     void (*backward)(const Problem&, int64_t, int64_t, int64_t, int64_t, float*);
 };
@@ -98,10 +107,10 @@ const Kernels& kernels() {
         const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool wide = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (wide && level.rfind("AVX512", 0) == 0) return Kernels{avx512::forward, avx512::backward};
-        if (fma && level.rfind("AVX", 0) == 0) return Kernels{avx2::forward, avx2::backward};
+        if (wide && level.rfind("AVX512", 0) == 0) return Kernels{avx512::LANES, avx512::forward, avx512::backward};
+        if (fma && level.rfind("AVX", 0) == 0) return Kernels{avx2::LANES, avx2::forward, avx2::backward};
 #endif
-        return Kernels{baseline::forward, baseline::backward};
+        return Kernels{baseline::LANES, baseline::forward, baseline::backward};
     }();
     return chosen;
 }
@@ -134,6 +143,7 @@ Problem problem_of(
             "the map is smaller than kernel * dilation"
         );
     p.scale = (float)scale, p.bfloat16 = q.scalar_type() == at::kBFloat16;
+    p.pack = std::clamp<int64_t>(kernels().lanes / std::max<int64_t>(1, p.columns.length), 1, std::max<int64_t>(1, p.heads));
     p.q = map_of(q), p.k = map_of(k), p.v = map_of(v);
     if (bias) {
         TORCH_CHECK(bias->is_contiguous() && bias->scalar_type() == at::kFloat, "bias must be contiguous float32");
@@ -153,10 +163,10 @@ std::tuple<at::Tensor, at::Tensor> forward(
     Problem p = problem_of(q, k, v, bias, kernel, dilation, scale);
     at::Tensor out = at::empty(q.sizes(), q.options());
     at::Tensor stats =
-        at::empty({p.images, p.heads, p.rows.length, p.columns.length, 2}, q.options().dtype(at::kFloat));
+        at::empty({p.images, p.heads, p.rows.length, 2, p.columns.length}, q.options().dtype(at::kFloat));
     p.out = map_of(out), p.stats = stats.data_ptr<float>();
     // Long strips read each key row once; shorter ones are worth their overlap only to give every thread four tasks.
-    const int64_t groups = p.images * p.heads * p.rows.dilation * p.columns.dilation,
+    const int64_t head_groups = (p.heads + p.pack - 1) / p.pack, groups = p.images * head_groups * p.rows.dilation,
                   shortest = p.rows.length / p.rows.dilation;
     const int64_t threads = at::get_num_threads(),
                   wanted = threads == 1 || groups == 0 ? 1 : (4 * threads + groups - 1) / groups;
@@ -176,23 +186,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
         "the gradient must have the shape and dtype of q"
     );
     const auto wide = q.options().dtype(at::kFloat);
-    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::zeros(q.sizes(), wide), dv = at::zeros(q.sizes(), wide);
+    at::Tensor dq = at::empty(q.sizes(), q.options()), dk = at::empty(q.sizes(), wide), dv = at::empty(q.sizes(), wide);
     p.stats = stats.data_ptr<float>();
     p.dout = map_of(dout), p.dq = map_of(dq), p.dk = map_of(dk), p.dv = map_of(dv);
     // Strips s and s + 2 share no key row when a strip has at least kh - 1 rows: even strips first, then odd ones.
-    // Their number depends on the shapes alone, and so does the order of every sum; 64 tasks are enough for the threads
-    // of any machine.
-    const int64_t least = std::max<int64_t>(8, kernel[0] - 1), shortest = p.rows.length / p.rows.dilation;
-    const int64_t groups = std::max<int64_t>(1, p.images * p.heads * p.rows.dilation * p.columns.dilation);
+    // Their number depends on the shapes alone, and so does the order of every sum: enough for 64 tasks, but none so short
+    // that the kh - 1 rows of keys which it reads beyond its own cost more than a third.
+    const int64_t least = 3 * kernel[0], shortest = p.rows.length / p.rows.dilation;
+    const int64_t head_groups = (p.heads + p.pack - 1) / p.pack;
+    const int64_t groups = std::max<int64_t>(1, p.images * head_groups * p.rows.dilation);
     p.strips = std::clamp<int64_t>((64 + groups - 1) / groups, 1, std::max<int64_t>(1, shortest / least));
-    const int64_t tasks = p.images * p.rows.dilation * p.columns.dilation * ((p.strips + 1) / 2);
+    const int64_t tasks = p.images * p.rows.dilation * ((p.strips + 1) / 2);
     const int64_t slots =
-        std::clamp<int64_t>(p.heads ? (64 + p.heads - 1) / p.heads : 1, 1, std::max<int64_t>(tasks, 1));
+        std::clamp<int64_t>(head_groups ? (64 + head_groups - 1) / head_groups : 1, 1, std::max<int64_t>(tasks, 1));
     at::Tensor partial =
         bias ? at::zeros({p.heads, slots, 2 * kernel[0] - 1, 2 * kernel[1] - 1}, wide) : at::empty({0}, wide);
     float* sums = bias ? partial.data_ptr<float>() : nullptr;
     for (int64_t colour = 0; colour < std::min<int64_t>(2, p.strips); colour++)
-        at::parallel_for(0, p.heads * slots, 1, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, head_groups * slots, 1, [&](int64_t begin, int64_t end) {
             kernels().backward(p, colour, slots, begin, end, sums);
         });
     at::Tensor dbias = bias ? partial.sum(1) : partial;
