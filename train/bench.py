@@ -33,6 +33,7 @@ from train.checks import hint
 OPS = ((1, 56, 2, 1), (1, 28, 4, 1), (1, 14, 8, 1), (1, 7, 16, 1), (8, 56, 2, 1), (1, 128, 2, 1), (1, 56, 2, 4), (1, 56, 2, 8))
 OPS_CUDA = ((64, 56, 2, 1), (64, 28, 4, 1), (64, 14, 8, 1), (64, 7, 16, 1))
 PEER = "swin_tiny_patch4_window7_224"
+NATTEN = "natten, no bias"  # from 0.20 on it has none
 
 
 def run(
@@ -190,6 +191,7 @@ def bench_ops(
                     + (f", dilation {dilation}" if dilation > 1 else ""),
                     "backend": name,
                     "forward ms (min)": shown(forward[name]),
+                    "x NATTEN's speed": f"{forward[NATTEN][0] / forward[name][0]:.3g}" if NATTEN in forward else "-",
                     "of matmul speed": f"{100 * work / forward[name][1] / speed:.0f} %",
                     "with backward ms (min)": shown(both[name]) if name in both else "-",
                     "x forward": f"{both[name][0] / forward[name][0]:.1f}" if name in both else "-",
@@ -212,16 +214,21 @@ def attentions(
         return {name: attention(name, bias) for name in backends}
     reasons = neighborhood.explain(*qkv.unbind(3), kernel, dilation, bias)
     calls = {name: attention(name, bias) for name, reason in reasons.items() if reason is None and name != "reference"}
+    batch, height, width, _, heads, _ = qkv.shape
     with torch.no_grad():
-        if "natten" not in calls and neighborhood.explain(*qkv.unbind(3), kernel, dilation)["natten"] is None:
-            calls["natten, no bias"] = attention("natten", None)
+        if (
+            "natten" not in calls
+            and (qkv.is_cuda or 4 * batch * heads * (height * width) ** 2 < 1 << 30)  # bytes: on a CPU it holds N x N scores
+            and neighborhood.explain(*qkv.unbind(3), kernel, dilation)["natten"] is None
+        ):
+            calls[NATTEN] = attention("natten", None)
     if qkv.is_cuda:
         calls["flex_attention, compiled"] = flex_attention(qkv, bias, kernel, dilation, compiled=True)
     return calls
 
 
 def can_train(name: str, device: str) -> bool:
-    return not (name == "natten, no bias" and device == "cpu")  # NATTEN >= 0.20 has no backward there
+    return not (name == NATTEN and device == "cpu")  # NATTEN >= 0.20 has no backward there
 
 
 def training_step(call: Callable[[], Tensor], grad: Tensor, leaves: Sequence[Tensor]) -> Callable[[], None]:
