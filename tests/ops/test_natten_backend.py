@@ -77,6 +77,7 @@ class OnCuda:
         ("0.21.7+torch2110cu128", ("flex-fna",), call(kernel=1), "no kernels of size 1"),
         ("0.21.7", (), call(dtype=torch.float64), "no kernel for torch.float64 with head dim 8 on cpu"),
         ("0.21.7", ("flex-fna",), call(grad=True), "no backward on the CPU"),
+        ("0.21.7", ("flex-fna",), check(*[torch.randn(0, 9, 9, 1, 8)] * 3, 3), "fails on an empty batch"),
         ("0.21.7", ("flex-fna",), OnCuda(call()), "without its compiled kernels"),
     ],
 )
@@ -110,3 +111,17 @@ def test_both_interfaces_are_called_with_what_they_mean(install, version, bias):
     arguments = (asked.q, asked.k, asked.v, 3, (2, 1), asked.bias, 0.3)
     out = neighborhood_attention(*arguments, backend="natten")
     torch.testing.assert_close(out, neighborhood_attention(*arguments, backend="reference"))
+
+
+def test_views_of_parameters_run_where_there_is_no_backward(install, monkeypatch):
+    install("0.21.7", ["flex-fna"])
+
+    def na2d(q, k, v, kernel_size, dilation, scale):
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            raise NotImplementedError("FlexAttention does not support backward on CPU.")  # its words, whatever the grad mode
+        return reference.run(check(q, k, v, kernel_size, dilation, None, scale))
+
+    monkeypatch.setattr(sys.modules["natten"], "na2d", na2d)
+    qkv = torch.randn(1, 5, 6, 3, 1, 8, requires_grad=True)
+    with torch.no_grad():
+        assert neighborhood_attention(*qkv.unbind(3), 3, backend="natten").shape == (1, 5, 6, 1, 8)

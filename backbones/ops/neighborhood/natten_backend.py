@@ -37,6 +37,8 @@ def refuses(call: Call) -> str | None:
         return None
     if call.bias is not None:
         return f"{name} has no relative position bias (dropped in 0.20)"
+    if call.q.shape[0] == 0:
+        return f"{name} fails on an empty batch"
     kernels = fused_kernels(call)
     setting = f"{call.q.dtype} with head dim {call.q.shape[-1]} on {call.q.device}"
     if not kernels:
@@ -55,9 +57,10 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
     kernel, dilation = call.kernel, call.dilation
     found = installed()
     if not isinstance(found, str) and found >= FUSED:
-        return importlib.import_module("natten").na2d(
-            call.q, call.k, call.v, kernel_size=kernel, dilation=dilation, scale=call.scale
-        )
+        q, k, v = call.q, call.k, call.v
+        if not torch.is_grad_enabled():  # a view of a leaf still says that it requires a gradient, which Flex would refuse
+            q, k, v = q.detach(), k.detach(), v.detach()
+        return importlib.import_module("natten").na2d(q, k, v, kernel_size=kernel, dilation=dilation, scale=call.scale)
     functional = importlib.import_module("natten.functional")
     q, k, v = (t.permute(0, 3, 1, 2, 4).contiguous() for t in (call.q * call.scale, call.k, call.v))
     bias = None if call.bias is None else call.bias.to(q.dtype)
