@@ -24,9 +24,13 @@ KEEP = 2
 def write(path: Path, save: Callable[[Path], None]) -> None:
     """Writes a file through `save(temporary path)`, fsync and rename: at any moment `path` is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save(temporary)
-    temporary.chmod(0o644)  # safetensors makes its files private
-    _sync(temporary)
+    try:
+        save(temporary)
+        temporary.chmod(0o644)  # safetensors makes its files private
+        _sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it takes what is left
+        raise
     os.replace(temporary, path)
     _sync(path.parent)
 
@@ -56,15 +60,20 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
     """
     target = folder / f"step_{step:08d}"
     temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for unfinished in folder.glob(".step_*.tmp"):  # left by a process that was killed
+        shutil.rmtree(unfinished)
     temporary.mkdir(parents=True)
-    for name, tensors in weights.items():
-        save_file(plain(tensors), temporary / f"{name}.safetensors", metadata={"step": str(step)})
-    torch.save(dict(state), temporary / "state.pt")
-    digests = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(temporary.iterdir())}
-    (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": digests}, indent=1))
-    for file in temporary.iterdir():
-        _sync(file)
+    try:
+        for name, tensors in weights.items():
+            save_file(plain(tensors), temporary / f"{name}.safetensors", metadata={"step": str(step)})
+        torch.save(dict(state), temporary / "state.pt")
+        digests = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(temporary.iterdir())}
+        (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": digests}, indent=1))
+        for file in temporary.iterdir():
+            _sync(file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it takes what is left
+        raise
     shutil.rmtree(target, ignore_errors=True)  # the same step, written again after a resume
     os.rename(temporary, target)
     _sync(folder)

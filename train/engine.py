@@ -12,6 +12,7 @@ import errno
 import inspect
 import json
 import math
+import re
 import shutil
 import signal
 import time
@@ -469,23 +470,42 @@ def readable(config: Config, folder: Path) -> Iterator[None]:
     """Turns what machines run out of into RunError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "out of GPU memory with micro-batches of up to "
-            f"{config.optim.micro_batch or config.optim.global_batch} images: lower optim.micro_batch (the total batch stays), "
-            "or set run.grad_checkpointing=true or run.precision=bf16"
-        ) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise RunError(f"no space left on the disk of {folder}: free some, and go on with --resume") from error
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
+    except Exception as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)  # GPU, CPU
+        if full:
+            raise RunError(
+                "out of memory with micro-batches of up to "
+                f"{config.optim.micro_batch or config.optim.global_batch} images: lower optim.micro_batch (the total batch "
+                "stays), or data.eval_batch if it was evaluating, or set run.grad_checkpointing=true or run.precision=bf16"
+            ) from error
+        if disk_full(error):
+            raise RunError(
+                f"no space left on the disk of {folder}: free some, and go on with --resume from the last checkpoint"
+            ) from error
+        if isinstance(error, torch.distributed.DistError) or re.search("gloo.*(reset|closed) by peer", str(error)):
+            raise RunError(
+                "another process of this run has ended, and what it printed says why; go on with --resume, or let torchrun "
+                "restart the run by itself: --max-restarts 3 before -m, and --resume"
+            ) from error
+        if isinstance(error, RuntimeError) and re.search("DataLoader worker.*(exited unexpectedly|is killed)", str(error)):
             raise RunError(
                 f"a data loading worker was killed, usually for memory: lower data.workers (now {config.data.workers}), "
                 "and go on with --resume"
             ) from error
         raise
+
+
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a file could not grow: by its number, or in safetensors' or torch's
+    words, which carry none.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if re.search(r"No space left|quota exceeded|File too large|PytorchStreamWriter failed|unexpected pos \d", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------- saving and restoring

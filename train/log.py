@@ -59,9 +59,10 @@ class Log:
             truncate(folder / "metrics.csv", start)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             if self.console.is_terminal:
-                columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-                self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True)
-                self.row = self.bar.add_task("training", total=steps, completed=start)
+                done, text = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
+                columns = (BarColumn(20), done, TimeElapsedColumn(), TimeRemainingColumn(), text)
+                self.bar = Progress(*columns, console=self.console, transient=True)
+                self.row = self.bar.add_task("starting", total=steps, completed=start)
                 self.bar.start()
 
     def say(self, text: str) -> None:
@@ -113,14 +114,14 @@ class Log:
         }
         self.pending, self.waited, self.clock = [], 0.0, time.perf_counter()
         self.write("log.csv", values, "train")
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  grad {values['grad_norm']:.3g}  "
+            f"{values['images_per_s']:.1f} images/s  wait {values['data_wait']:.0%}  memory {values['memory_mb']:.0f} MB"
+        )
         if self.bar is not None:
-            self.bar.update(self.row, description=f"loss {values['loss']:.4f}")
+            self.bar.update(self.row, description=text)
         else:
-            self.say(
-                f"step {values['step']}/{self.steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-                f"grad {values['grad_norm']:.3g}  {values['images_per_s']:.1f} images/s  wait {values['data_wait']:.0%}  "
-                f"memory {values['memory_mb']:.0f} MB"
-            )
+            self.say(f"step {values['step']}/{self.steps}  {text}")
 
     def _complaint(self, note: Mapping[str, Any], loss: float, norm: float) -> str:
         files = [path for part, paths in note["parts"] if not bool(torch.isfinite(part).all()) for path in paths]
@@ -206,6 +207,7 @@ def curves(folder: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     training, metrics = read(folder / "log.csv"), read(folder / "metrics.csv")
     names = [name for name in metrics if name != "step"]
@@ -218,6 +220,7 @@ def curves(folder: Path) -> None:
         axis.plot(source.get("step", []), source.get(name, []), marker="." if name in names else None)
         axis.set_title(name)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
     if len(training.get("loss", [])) and min(training["loss"]) > 0:
         axes.flat[0].set_yscale("log")

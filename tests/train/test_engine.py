@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import threading
 
@@ -159,6 +160,27 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, finish
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(tmp_path, finished, monkeypatch):
+    folder, save, saved = finished[0], checkpoint.save, []
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        saved.append(args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if len(saved) == 2 else hard, hard))  # as a full disk: files stop
+        return save(*args)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", full)
+            with pytest.raises(engine.RunError, match=r"no space left on the disk .*go on with --resume"):
+                engine.fit(tiny.make(tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"], "nothing half written"
+    engine.fit(tiny.make(tmp_path / "run"), resume=True)
+    assert losses(tmp_path / "run") == losses(folder)
+
+
 def test_a_loss_that_is_no_number_stops_with_step_and_files(tmp_path):
     loss, calls = Segmentation.loss, []
 
@@ -263,8 +285,15 @@ def test_machines_that_run_out_say_what_to_change(tmp_path):
     resolved = tiny.make(tmp_path)
     for error, message in (
         (torch.OutOfMemoryError("CUDA out of memory"), "lower optim.micro_batch"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+            "lower optim.micro_batch",
+        ),
         (OSError(28, "No space left on device"), "no space left on the disk"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error [::1]:1: Connection reset by peer"), "another process"),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 2557 vs 2440"), "no space left on the disk"),
         (RuntimeError("DataLoader worker (pid 7) exited unexpectedly"), "lower data.workers"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower data.workers"),
     ):
         with pytest.raises(engine.RunError, match=message), engine.readable(resolved, tmp_path):
             raise error
