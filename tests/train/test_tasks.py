@@ -128,6 +128,11 @@ def test_a_batch_without_valid_targets_has_no_loss_and_no_gradient():
         ({"name": "depth", "max_depth": 80.0}, "scenes", "depth from 0.5 to 10 m, the task asks for 0.001 to 80 m"),
         ({"name": "depth", "max_depth": 9.0}, "digits", "Digits has no depth"),
         (
+            {"name": "depth", "max_depth": 9.0, "min_depth": 0.5, "crop": "eigen"},
+            "scenes",
+            "the eigen crop is KITTI's, .*; got 96x128 \\(NYUv2: nyu\\)",
+        ),
+        (
             {"name": "multitask", "parts": {"depth": {"max_depth": 9.0, "min_depth": 0.5}, "segmentation": {"num_classes": 2}}},
             "scenes",
             "set task.num_classes=6",

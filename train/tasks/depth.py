@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from heads.depth import DepthRule
 from train.checks import arguments
 from train.data.depth import DepthSpec
+from train.data.files import Unreadable
 from train.losses import DEPTH_LOSSES
-from train.metrics import DepthMetric
+from train.metrics import DepthMetric, crop_rows_columns
 from train.tasks.base import Names
 from train.tasks.dense import DenseTask, Losses, forward, resized
 from train.visualize import Panel, depth_panels
@@ -75,6 +77,9 @@ class Depth(DenseTask):
                 f"{type(dataset).__name__} has depth from {spec.min_depth:g} to {spec.max_depth:g} m, the task asks for "
                 f"{self.spec.min_depth:g} to {self.spec.max_depth:g} m: set task.min_depth and task.max_depth inside that range"
             )
+        if self.protocol["crop"] is not None and dataset.split == "val" and len(dataset):
+            with contextlib.suppress(Unreadable):  # counted and reported elsewhere
+                crop_rows_columns(self.protocol["crop"], *dataset.read(0)["depth"].shape[-2:])  # raises now, not after an epoch
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         target = self.spec.target(batch["depth"])
