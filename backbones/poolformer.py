@@ -10,8 +10,9 @@ Shapes: B batch, H W map height and width, C channels.
 
 from collections.abc import Sequence
 
+import torch
 from timm.layers import DropPath, LayerScale2d, Mlp
-from timm.models import register_model
+from timm.models import register_model, register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build
@@ -19,6 +20,20 @@ from backbones.layers import drop_path_rates
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("poolformer")
+
+
+@register_notrace_module  # the device decides the layout
+class Stem(nn.Conv2d):
+    """7x7 convolution of stride 4, padding 2; on a CPU its map, and so every later one, lies in memory channels-last.
+
+    All that follows keeps that layout, in which a CPU multiplies 1x1 convolutions without copying their maps.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__(in_chans, dim, 7, stride=4, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/4 W/4
+        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
 
 
 class GroupNorm1(nn.GroupNorm):
@@ -80,7 +95,7 @@ class PoolFormer(StagedBackbone):
     ):
         super().__init__()
         rates = drop_path_rates(drop_path_rate, depths)
-        self.patch_embed = nn.Conv2d(in_chans, dims[0], 7, stride=4, padding=2)
+        self.patch_embed = Stem(in_chans, dims[0])
         self.stages = nn.ModuleList(
             Stage(
                 nn.Conv2d(dims[i - 1], dim, 3, stride=2, padding=1) if i else nn.Identity(),

@@ -307,3 +307,15 @@ def test_traced_compiled_and_exported_programs_agree(kind):
     program = torch.export.export(model, (images,), dynamic_shapes={"x": sizes})
     more = torch.randn(3, 3, 50, 61) if kind != "vitrpb" else torch.randn(3, 3, 90, 40)
     torch.testing.assert_close(program.module()(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # its index arithmetic is traced for symbolic sizes: about 15 s
+def test_with_the_definition_an_exported_program_may_keep_the_size_open():
+    args = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "kernel_size": 3, "dilations": ((1, 2),), "num_classes": 3}
+    model = NAT(**args, backend="reference").eval()
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (torch.randn(2, 3, 75, 110),), dynamic_shapes=(free,))
+    for size in [(64, 96), (101, 134)]:
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(x), model(x))
