@@ -174,14 +174,22 @@ def bench_ops(
         bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device, requires_grad=True)
         grad = torch.randn(batch, height, width, heads, dim, device=device, dtype=dtype)
         calls = attentions(qkv, bias, kernel, dilation, backends)
+        trained = [name for name in calls if training and can_train(name, device)]
+        times = measure(  # both in the same rounds, so that their ratio holds on a busy machine
+            {
+                "matmul": lambda: left @ left,
+                **{name: torch.no_grad()(call) for name, call in calls.items()},
+                **{f"{name}, trained": training_step(calls[name], grad, (qkv, bias)) for name in trained},
+            },
+            rounds,
+            device,
+        )
+        forward, both = times, {name: times[f"{name}, trained"] for name in trained}
         with torch.no_grad():
-            forward = measure({"matmul": lambda: left @ left, **calls}, rounds, device)
             definition = neighborhood.neighborhood_attention(
                 *qkv[:1].float().unbind(3), kernel, dilation, bias, backend="reference"
             )
             errors = {name: (call()[:1].float() - definition).abs().max().item() for name, call in calls.items()}
-        steps = {name: training_step(call, grad, (qkv, bias)) for name, call in calls.items() if can_train(name, device)}
-        both = measure(steps, rounds, device) if training else {}
         speed = 2 * 1024**3 / forward["matmul"][1]
         work = 4 * batch * height * width * heads * dim * kernel**2
         for name in calls:
