@@ -25,6 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, send_to_device
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -215,6 +216,10 @@ def start(config: Config) -> Accelerator:
     cpu = run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if run.precision == "fp16" and cpu:
         raise ValueError("run.precision fp16 needs a GPU; use bf16 or no on the CPU")
+    ready = [tracker.value for tracker in get_available_trackers()]
+    for name in run.trackers:
+        if name not in ready:  # Accelerate would leave it out without a word
+            raise ValueError(f"run.trackers: {name!r} is not installed, or unknown to Accelerate; there are {', '.join(ready)}")
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may run twice, with another precision or device
     accelerator = Accelerator(
         mixed_precision=run.precision,
@@ -430,7 +435,9 @@ def improved(state: State, metrics: dict[str, float], best: tuple[str, str]) -> 
 
 
 class Stop:
-    """Set by SIGTERM and by a first SIGINT; a second one acts as usual."""
+    """Set by SIGTERM and SIGINT. A second SIGINT acts as usual; a second SIGTERM changes nothing, because a cluster sends it to
+    the launcher and to its processes, and the launcher passes it on.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -453,7 +460,8 @@ def stop_signal() -> Iterator[Stop]:
 
     def ask(number: int, frame: Any) -> None:
         stop.asked = True
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     with contextlib.suppress(ValueError):
         for number in (signal.SIGTERM, signal.SIGINT):
