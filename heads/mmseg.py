@@ -10,8 +10,8 @@
         ...)
 
 ZooBackbone also serves mmsegmentation's own heads, and ZooHead mmsegmentation's own backbones. Checkpoints that mmengine wrote
-load again. Nothing of the zoo imports this file. The packages that work together on today's torch:
-`pip install "backbone-zoo[mmseg]"`.
+load again. Nothing of the zoo imports this file, but for `zoo bench heads` where mmsegmentation is installed. The packages that
+work together on today's torch: `pip install "backbone-zoo[mmseg]"`.
 """
 
 import importlib.machinery

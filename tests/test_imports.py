@@ -82,9 +82,10 @@ def test_backbones_and_heads_need_torch_torchvision_and_timm_alone():
         assert foreign <= CORE, f"{path.relative_to(ROOT)} imports {sorted(foreign - CORE)}: {optional}"
 
 
-def test_nobody_of_ours_imports_the_mmseg_bridge():
+def test_only_the_benchmark_of_peers_imports_the_mmseg_bridge():
     for path in FILES:
-        assert "heads.mmseg" not in imports(path) and not any(name.startswith("heads.mmseg.") for name in imports(path))
+        found = imports(path, top_level=path.name == "bench_heads.py")  # there inside functions, for the peers
+        assert not any(f"{name}.".startswith("heads.mmseg.") for name in found), path
 
 
 def test_importing_backbones_loads_no_optional_package():
