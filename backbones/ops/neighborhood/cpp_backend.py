@@ -1,9 +1,10 @@
 """Neighbourhood attention on the CPU in C++ (kernels.cpp, tiles.cpp), compiled at first use and kept for every later process.
 
 Forward and recomputing backward with the bias gradient, float32 and bfloat16 (float32 inside), any strides, no attention map:
-extra memory is two numbers per query and, for the backward, what the gradients need. The library goes to torch's extension
-folder (TORCH_EXTENSIONS_DIR, by default in the user's cache) under a name that holds a digest of sources, flags and torch
-version. Two processes may ask for it at once: one compiles, the other waits, and the finished file appears in one rename.
+extra memory is two numbers per query, some rows of the map per thread and, for the backward, what the gradients need. The
+library goes to torch's extension folder (TORCH_EXTENSIONS_DIR, by default in the user's cache) under a name that holds a digest
+of sources, flags and torch version. Two processes may ask for it at once: one compiles, the other waits, and the finished file
+appears in one rename.
 """
 
 from __future__ import annotations
