@@ -132,6 +132,8 @@ class DeformableMerge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 D
         x = x.permute(0, 3, 1, 2)
         merged = deformable_merge(x, self.offset(x), self.conv.weight, self.conv.bias).to(x.dtype)
+        # One copy here, else the blocks' residual sums keep the convolution's layout and each of their norms copies.
+        merged = merged.contiguous(memory_format=torch.channels_last)
         return F.gelu(self.norm(merged)).permute(0, 2, 3, 1)
 
     def fused(self) -> "DeformableMerge":

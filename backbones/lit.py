@@ -21,7 +21,7 @@ from timm.models import register_model, register_notrace_function
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build, check_img_size, init_linear
-from backbones.layers import Block, DeformableMerge, drop_path_rates
+from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias
 from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -49,11 +49,7 @@ def position_bias(table: Tensor, native: tuple[int, int], height: int, width: in
     """
     image = table.T.reshape(1, -1, 2 * native[0] - 1, 2 * native[1] - 1)
     image = resize(image, (2 * height - 1, 2 * width - 1), "bicubic")[0]
-    rows, columns = torch.arange(height, device=table.device), torch.arange(width, device=table.device)
-    down = (rows[:, None] - rows + height - 1) * (2 * width - 1)
-    right = columns[:, None] - columns + width - 1
-    index = down[:, None, :, None] + right[:, None]  # H W H W
-    return image.flatten(1).index_select(1, index.flatten()).unflatten(1, (height * width, height * width))
+    return relative_bias(image.flip(1, 2), height, width)  # that one counts key - query
 
 
 class Attention(nn.Module):
@@ -72,7 +68,8 @@ class Attention(nn.Module):
         bias = None if self.size is None else position_bias(self.bias_table, self.size, x.shape[1], x.shape[2])
         qkv = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # B N 3 h d
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B h N d
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        # four axes: a mask of three makes torch leave its fused kernel on a CPU
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)[None])
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def resize(self, size: tuple[int, int]) -> None:
