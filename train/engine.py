@@ -76,14 +76,6 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     damaged = Damaged(config.data.skip_unreadable, {"train": train_set.dataset, "val": val_set})
     refuse([train_set.dataset, val_set])
     net = build(config, task, say).to(accelerator.device)
-    accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
-    if accelerator.is_main_process:
-        open_folder(folder, config, resume)  # after what can fail: a wrong path or argument leaves nothing behind
-    if config.run.trackers:
-        flat = {
-            f"{name}.{key}": str(value) for name, part in configuration.as_dict(config).items() for key, value in part.items()
-        }
-        accelerator.init_trackers("backbone-zoo", flat)
     average = optim.averaged(net, config.optim)
     if config.run.sync_batchnorm and accelerator.num_processes > 1:
         syncbn.synchronise(net)
@@ -116,6 +108,14 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
     offsets = loader.share(images, world, rank, config.optim.micro_batch)
     order = loader.Order(len(train_set), config.run.seed, config.data.repeats)
     positions = loader.Steps(order, state.step, steps, images, offsets)
+    accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
+    if accelerator.is_main_process:
+        open_folder(folder, config, resume)  # after what can fail: a wrong path or argument leaves nothing behind
+    if config.run.trackers:
+        flat = {
+            f"{name}.{key}": str(value) for name, part in configuration.as_dict(config).items() for key, value in part.items()
+        }
+        accelerator.init_trackers("backbone-zoo", flat)
     batches = loader.training_batches(train_set, positions, config.data.workers, accelerator.device.type == "cuda")
     log = Log(
         folder,

@@ -75,6 +75,12 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_warm_up_longer_than_the_run_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="the warm-up takes 9 of 2 steps"):
+        engine.fit(tiny.make(tmp_path / "run", optim={"steps": 2, "warmup_steps": 9}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwrite_starts_anew(tmp_path):
     short = {"steps": 1, "warmup_steps": 0}
     engine.fit(tiny.make(tmp_path / "run", optim=short))
