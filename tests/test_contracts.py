@@ -42,8 +42,6 @@ KINDS = [
     "poolformer_s12_gn",
     "vit_small_patch14_ttreg_dinov2",
 ]
-# The mask of Sparsifiner is a choice, not a product: only its own losses reach the predictor, as in the authors' code.
-WITHOUT_GRADIENT = {"sparsifiner": r"\.mask_predictor\."}
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
 DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s"]
 
@@ -232,9 +230,7 @@ def test_every_parameter_gets_a_gradient(name, checkpointing):
     out = out if isinstance(out, Tensor) else torch.cat(as_tuple(out))
     assert out.shape[-1] == (42 if model.num_classes else model.num_features) and out.isfinite().all()
     (out * torch.randn(out.shape)).mean().backward()
-    exempt = WITHOUT_GRADIENT.get(name.split("_")[0])
-    without = [key for key, p in model.named_parameters() if p.grad is None and not (exempt and re.search(exempt, key))]
-    assert not without
+    assert not [key for key, p in model.named_parameters() if p.grad is None]
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 

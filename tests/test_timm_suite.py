@@ -2,6 +2,11 @@
 
 Fetch it from the release of timm that is installed and name it in TIMM_TEST_MODELS:
     TIMM_TEST_MODELS=pytorch-image-models/tests/test_models.py pytest tests/test_timm_suite.py -m slow
+TIMM_TEST_ONLY="nat or pit_ti" chooses among them; the file leaves out images larger than its own limits (the ttreg ViTs' 518
+pixels in test_model_default_cfgs_non_std).
+
+On 22 November 2026, with the file of timm's commit aa4b585, timm 1.0.31 and torch 2.15 on a CPU, everything selected below
+passed for all 53 names but Swin's; for Swin's six test_model_forward and test_model_backward (the rest was not run to its end).
 """
 
 import os
@@ -13,10 +18,9 @@ from pathlib import Path
 import pytest
 
 FILE = os.environ.get("TIMM_TEST_MODELS")
-# torchscript: timm is leaving torch.jit, and our converters and attention are not written in its subset of Python.
-# load_pretrained, features_pretrained: need every published file. test_model_inference: timm's test_* models only.
-SKIPPED = "torchscript or load_pretrained or features_pretrained or test_model_inference"
-ALLOWED = {"sparsifiner": "backward"}  # its mask is a choice: no gradient reaches the predictor outside its own training
+# torchscript: timm is leaving torch.jit, which refuses torch.compiler.is_exporting and timm's own checkpoint_seq.
+# load_pretrained, features_pretrained: need every published file. test_model_inference, naflex, gemma: timm's own models only.
+SKIPPED = "torchscript or load_pretrained or features_pretrained or test_model_inference or naflex or gemma"
 
 
 @pytest.mark.slow
@@ -27,8 +31,7 @@ def test_timms_own_tests_pass_on_our_models(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n" + "".join(f"    {m}: timm's\n" for m in markers.split()))
     chosen = os.environ.get("TIMM_TEST_ONLY", "")
     chosen = f" and ({chosen})" if chosen else ""
-    deselected = " or ".join(f"({family} and {test})" for family, test in ALLOWED.items())
-    arguments = ["-q", "-p", "timm_names", "-k", f"not ({SKIPPED} or {deselected}){chosen}", "--tb=short"]
+    arguments = ["-q", "-p", "timm_names", "-k", f"not ({SKIPPED}){chosen}", "--tb=short"]
     command = [sys.executable, "-m", "pytest", *arguments, "test_models.py"]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
