@@ -19,26 +19,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 NORM_FREE = {**tiny.VALUES["model"], "head": "dpt", "head_args": {"width": 8}}  # batch norm sees how a batch is cut
 
 
-DIES_ONCE = """
-import os, signal, sys
-from pathlib import Path
-from train import checkpoint, cli, engine
-engine.curves = engine.pictures = lambda *args: None
-save, marker = checkpoint.save, Path(__file__).with_name("died")
-def dying(*args):
-    save(*args)
-    if not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save = dying
-sys.exit(cli.main())
-"""
-
-
-def torchrun(*arguments: str, options: tuple[str, ...] = (), program: tuple[str, ...] = ("-m", "train")) -> str:
+def torchrun(*arguments: str) -> str:
     """Output of the zoo command under torchrun with two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    done = subprocess.run([*launch, *program, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, "-m", "train", *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -71,14 +55,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path, parallel, micro):
     assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
 
 
-def test_torchrun_restarts_a_killed_process_and_evaluates_like_one(tmp_path):
+def test_torchrun_trains_and_two_processes_evaluate_like_one(tmp_path):
     """7 samples in batches of 3 do not divide; the same weights must score the same to the last digit."""
     path = write(tmp_path / "run.yaml", optim={"steps": 4})
-    (tmp_path / "dies.py").write_text(DIES_ONCE)
-    arguments = ("train", path, "--resume", f"--run.dir={tmp_path / 'two'}")
-    said = torchrun(*arguments, options=("--max-restarts", "1"), program=(str(tmp_path / "dies.py"),))
-    assert "no checkpoint in" in said and "going on from step 2" in said, "killed after its first checkpoint"
-    assert "another process of this run has ended" in said
+    assert "no checkpoint in" in torchrun("train", path, "--resume", f"--run.dir={tmp_path / 'two'}")
     assert log.read(tmp_path / "two" / "log.csv")["step"] == [1, 2, 3, 4]
     assert processes.evaluate(2, tmp_path / "two") == engine.evaluate_run(tmp_path / "two")
 
