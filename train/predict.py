@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 from torchvision import tv_tensors
 
 from train import visualize
-from train.data.files import IMAGE_SUFFIXES, read_rgb
+from train.data.files import IMAGE_SUFFIXES, open_image, rgb_array
 from train.engine import inference, open_run
 from train.loader import collate
 from train.transforms import build_transform
@@ -24,8 +25,9 @@ def predict(
 ) -> list[Path]:
     """Predicts every image of a folder (or one file) and writes into `out`; returns the files written.
 
-    Dense outputs have the size of the image. Files that are no images are skipped with a line. Raises ValueError with its path
-    for an image that cannot be read or two that would have one output, FileExistsError before it would replace a file.
+    Dense outputs have the size of the image, upright as its EXIF entry says. Files that are no images are skipped with a line.
+    Raises ValueError with its path for an image that cannot be read or two that would have one output, FileExistsError before
+    it would replace a file.
     """
     config, task, model, names = open_run(run, overrides, weights)
     device = torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -45,7 +47,7 @@ def predict(
     run_model = inference(task, model, config)
     written: list[Path] = []
     for path, stem in stems.items():
-        pixels = torch.from_numpy(read_rgb(path))
+        pixels = torch.from_numpy(rgb_array(ImageOps.exif_transpose(open_image(path))))  # phones store photographs lying
         batch = collate([transform({"image": tv_tensors.Image(pixels), "path": str(path)})])
         with torch.no_grad():
             prediction = task.predict(run_model(batch["image"].to(device)), tuple(pixels.shape[-2:]))

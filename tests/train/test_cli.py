@@ -122,6 +122,19 @@ def test_predict_writes_maps_of_the_images_size_and_replaces_nothing(capsys, run
     assert zoo(capsys, "predict", run_folder, images, "--out", out_folder, "--overwrite")[0] == 0
 
 
+def test_predict_turns_a_photograph_upright(capsys, run_folder, tmp_path):
+    """EXIF orientation 6: stored lying, 50 wide and 40 high, shown as 40 x 50."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    stored.save(tmp_path / "lying.png", exif=exif)
+    stored.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    for name in ("lying", "upright"):
+        assert zoo(capsys, "predict", run_folder, tmp_path / f"{name}.png", "--out", tmp_path / "out")[0] == 0
+    lying, upright = (np.asarray(Image.open(tmp_path / "out" / f"{name}_classes.png")) for name in ("lying", "upright"))
+    assert lying.shape == (50, 40) and (lying == upright).all()
+
+
 def test_predict_names_an_image_it_cannot_read(capsys, run_folder, images, tmp_path):
     (images / "broken.png").write_bytes(b"\x89PNG no more")
     code, _, err = zoo(capsys, "predict", run_folder, images, "--out", tmp_path / "out")
