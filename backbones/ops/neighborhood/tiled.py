@@ -85,6 +85,9 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
     cut_axis = _cut_axis if torch.compiler.is_compiling() else _cached_cut_axis
     rows, columns = cut_axis(height, call.kernel[0], call.dilation[0]), cut_axis(width, call.kernel[1], call.dilation[1])
     mask = _mask(call, rows, columns)  # row patterns, column patterns, heads, TT', SS'
+    if rows.tiles == columns.tiles == 1:  # the whole map, nothing to pick
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (call.q, call.k, call.v))
+        return _attend(q, k, v, mask, call.scale).transpose(1, 2).unflatten(1, (height, width))
     q = _select(_select(call.q, rows.queries, 1), columns.queries, 2)
     k, v = (_select(t, columns.keys, 2) for t in (call.k, call.v))
 
@@ -98,14 +101,20 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
         picked = slice(first * rows.window, (first + count) * rows.window)
         kt, vt = (_tiles(_select(t, rows.keys[picked], 1), count, rows.window, columns.tiles, columns.window) for t in (k, v))
         qt = _tiles(q[:, first * rows.tile : (first + count) * rows.tile], count, rows.tile, columns.tiles, columns.tile)
-        bias = _select(_select(mask, rows.pattern[first : first + count], 0), columns.pattern, 1).flatten(0, 2)[None]
-        tile = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=call.scale)
-        if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
-            tile = tile.clone(memory_format=torch.contiguous_format)
+        picked_mask = _select(_select(mask, rows.pattern[first : first + count], 0), columns.pattern, 1)
+        tile = _attend(qt, kt, vt, picked_mask, call.scale)
         tile = tile.unflatten(2, (rows.tile, columns.tile)).unflatten(1, (count, columns.tiles, heads))
         out.append(tile.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2))
     out = out[0] if len(out) == 1 else torch.cat(out, 1)  # B tiles*T tiles*T' heads dim
     return _select(_select(out, rows.outputs, 1), columns.outputs, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """SDPA of B (tiles heads) N dim under a mask [row tiles, column tiles, heads, N, N']."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 2)[None], scale=scale)
+    if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
+        out = out.clone(memory_format=torch.contiguous_format)
+    return out
 
 
 def _tiles(x: Tensor, rows: int, height: int, columns: int, width: int) -> Tensor:
