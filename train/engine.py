@@ -155,7 +155,11 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
                         loss = (task.loss(model, batch) * share).sum()
                     accelerator.backward(loss * world)  # gradients are averaged over processes; the loss is a sum
                 losses.append(loss.detach())
-            grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.clip_norm or math.inf)  # before clipping
+            if config.optim.clip_norm:
+                grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)  # before clipping
+            else:
+                accelerator.unscale_gradients()
+                grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             grad_norm = sharding.whole(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
