@@ -187,3 +187,8 @@ def test_hugging_face_data_sets_with_masks_depth_and_labels(tmp_path):
     assert [got["label"] for got in labelled] == [0, 1, 2, 0, 1]
     with pytest.raises(ValueError, match=r"no column 'seg' for mask; it has image"):
         DATASETS["huggingface"](str(tmp_path), "train", ("mask",), mask="seg", classes=5)
+
+
+def test_an_id_map_that_leaves_the_classes_is_refused(root):
+    with pytest.raises(ValueError, match="Shards: id_map sends 1 to 7, which is outside the 5 classes"):
+        shards(root, id_map={0: 255, 1: 7})

@@ -1,7 +1,7 @@
 """What every data set shares: the arguments, the sample it returns, and the checks that name the file."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +65,13 @@ class ImageDataset(Dataset, abc.ABC):
         The next readable sample takes its place, which depends on the files alone. Raises files.Unreadable if none may be
         skipped, or if more than `may_skip` follow each other.
         """
-        complaint = None
+        first: Unreadable | None = None
         for further in range(self.may_skip + 1):
             try:
-                return self.checked(self.read((index + further) % len(self))), complaint
+                return self.checked(self.read((index + further) % len(self))), None if first is None else str(first)
             except Unreadable as error:
-                complaint = complaint or str(error)
-                if further == self.may_skip:
-                    raise
-        raise AssertionError("not reached")
+                first = first or error
+        raise first
 
     def checked(self, sample: dict) -> dict:
         """The sample as tv_tensors with the requested targets, or a ValueError that names the file and the value."""
@@ -117,3 +115,37 @@ class ImageDataset(Dataset, abc.ABC):
                 f"{sample.get('mask_path', sample['path'])}: mask id {value} ({count} such pixels) is outside the "
                 f"{len(self.classes)} classes 0..{len(self.classes) - 1} and is not the ignore id {self.ignore_index}"
             )
+
+
+class DescribedDataset(ImageDataset):
+    """Data that say nothing of themselves: the configuration describes what the masks and the depth maps hold.
+
+    classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
+    id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
+    depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
+    """
+
+    def describe(
+        self,
+        classes: list[str] | int | None,
+        ignore_index: int,
+        id_map: dict[int, int] | None,
+        depth_divisor: float,
+        depth_invalid: Sequence[float],
+        min_depth: float,
+        max_depth: float,
+    ) -> None:
+        """Takes what its constructor was given. ValueError for masks without classes and for an id_map that leaves them."""
+        name = type(self).__name__
+        if "mask" in self.targets and classes is None:
+            raise ValueError(f"{name}: masks need their classes: set data.args.classes to the names, or to how many there are")
+        self.classes = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
+        self.ignore_index = ignore_index
+        self.id_map = None if id_map is None else {int(file): int(own) for file, own in id_map.items()}
+        for file, own in (self.id_map or {}).items():
+            if own != ignore_index and not 0 <= own < len(self.classes or ()):
+                raise ValueError(
+                    f"{name}: id_map sends {file} to {own}, which is outside the {len(self.classes or ())} classes"
+                )
+        self.depth = DepthSpec(divisor=depth_divisor, min_depth=min_depth, max_depth=max_depth)
+        self.depth_invalid = tuple(depth_invalid)

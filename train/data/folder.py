@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.depth import DepthSpec
+from train.data.base import DescribedDataset
 from train.data.files import (
     IMAGE_SUFFIXES,
     id_array,
@@ -44,16 +43,14 @@ def by_name(folder: Path, suffix: str, extensions: tuple[str, ...], what: str) -
     return found
 
 
-class Folder(ImageDataset):
+class Folder(DescribedDataset):
     """Files matched by their path below the folder, without suffix. "{split}" in any argument becomes train or val.
 
     images, masks, depths: folders below root. image_suffix, mask_suffix, depth_suffix: what follows the common name before the
     extension, for files such as 7_color.jpg beside 7_depth.png ("_color", "_depth"). lists: a text file with one name per line
     (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
-    classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
     palette: colours in class order. With it masks may be colour images; masks of one channel (colour table or not) are ids.
-    id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
-    depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
+    Other arguments: as in DescribedDataset.
 
     Raises FileNotFoundError for a missing folder, list or partner of an image; ValueError for masks without classes and for
     an id_map or palette that leaves the classes.
@@ -83,23 +80,11 @@ class Folder(ImageDataset):
         min_depth: float = 1e-3,
         max_depth: float = 10.0,
     ):
-        if "mask" in targets and classes is None:
-            raise ValueError("Folder: masks need their classes: set data.args.classes to the names, or to how many there are")
         super().__init__(root_folder(root, "Folder"), split, targets, transform)
-        self.classes = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
-        self.ignore_index, self.palette = ignore_index, None
-        if palette is not None:
-            self.palette = [tuple(int(value) for value in color) for color in palette]
-            if self.classes is not None and len(self.palette) != len(self.classes):
-                raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
-        self.id_map = None if id_map is None else {int(file): int(own) for file, own in id_map.items()}
-        for file, own in (self.id_map or {}).items():
-            if own != ignore_index and not 0 <= own < len(self.classes or ()):
-                raise ValueError(
-                    f"Folder: id_map sends {file} to {own}, which is outside the {len(self.classes or ())} classes"
-                )
-        self.depth = DepthSpec(divisor=depth_divisor, min_depth=min_depth, max_depth=max_depth)
-        self.depth_invalid = tuple(depth_invalid)
+        self.describe(classes, ignore_index, id_map, depth_divisor, depth_invalid, min_depth, max_depth)
+        self.palette = None if palette is None else [tuple(int(value) for value in color) for color in palette]
+        if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
+            raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
 
         def below(folder: str) -> Path:
             return self.root / folder.format(split=split)

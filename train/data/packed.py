@@ -15,39 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.depth import DepthSpec
+from train.data.base import DescribedDataset
 from train.data.files import id_array, map_ids, open_image, read_depth, rgb_array, root_folder
 
 
-class Packed(ImageDataset):
+class Packed(DescribedDataset):
     """What both forms share: how the bytes of a sample become arrays. A subclass finds them (`parts`).
 
-    classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
-    id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
-    depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
     Masks are images of one channel or with a colour table whose indices are the ids.
     """
 
     provides = ("label", "mask", "depth")
-
-    def describe(
-        self,
-        classes: list[str] | int | None,
-        ignore_index: int,
-        id_map: dict[int, int] | None,
-        depth_divisor: float,
-        depth_invalid: Sequence[float],
-        min_depth: float,
-        max_depth: float,
-    ) -> None:
-        """Takes the arguments that say what the bytes mean. Raises ValueError for masks without classes."""
-        if "mask" in self.targets and classes is None:
-            raise ValueError(f"{type(self).__name__}: masks need their classes: set data.args.classes to names or a number")
-        self.classes = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
-        self.ignore_index, self.id_map = ignore_index, None if id_map is None else {int(a): int(b) for a, b in id_map.items()}
-        self.depth = DepthSpec(divisor=depth_divisor, min_depth=min_depth, max_depth=max_depth)
-        self.depth_invalid = tuple(depth_invalid)
 
     @abc.abstractmethod
     def parts(self, index: int) -> tuple[str, dict[str, Any]]:
@@ -77,6 +55,7 @@ class Shards(Packed):
 
     train_shards, val_shards: files below root, with wildcards and braces: "train-*.tar", "train-{0000..0063}.tar".
     images: endings that hold the image; label, mask, depth: ending of each target (a label is a number as text).
+    Other arguments: as in DescribedDataset.
     Every process reads the headers of all shards once at the start and then only the bytes it needs; compressed tars cannot be
     read so and are refused. Raises FileNotFoundError for missing shards, ValueError naming the shard for one that is damaged,
     and for a sample without one of its parts.
@@ -185,6 +164,7 @@ class HuggingFace(Packed):
 
     root: "owner/name" of the hub, or a folder of parquet files. name: its configuration, if it has several.
     train_split, val_split: what it calls them. image, label, mask, depth: column names.
+    Other arguments: as in DescribedDataset.
     Needs the `data` extra. Raises ImportError without it, ValueError for a column that is not there.
     """
 
