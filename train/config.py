@@ -260,7 +260,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
     elif name in shipped():
         text, title = resources.files("configs").joinpath(f"{name}.yaml").read_text(), name
     else:
-        raise FileNotFoundError(f"no configuration {name!r}: neither a file nor {hint(name, shipped())}")
+        raise FileNotFoundError(f"no configuration {name!r} is shipped, and there is no such file; {hint(name, shipped())}")
     try:
         values = yaml.load(text, Yaml) or {}
     except yaml.YAMLError as error:
