@@ -143,7 +143,7 @@ def _register() -> None:
     @torch.library.register_fake("backbones::neighborhood_cpu")
     def _(q, k, v, bias, kernel, dilation, scale):
         batch, height, width, heads, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((batch, heads, height, 2, width), dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_empty((batch, height, 2, heads * width), dtype=torch.float32)
 
     @torch.library.register_fake("backbones::neighborhood_cpu_backward")
     def _(dout, q, k, v, bias, stats, kernel, dilation, scale):

@@ -42,7 +42,7 @@ struct Problem {
     int64_t strips;     // per residue group of the rows
     int64_t pack;       // heads side by side in one line
     Map q, k, v, out;
-    float* stats;          // [images, heads, H, 2, W]: the maximum of each query's scores (in log2) and 1 / sum
+    float* stats;          // [images, H, 2, heads W]: the maximum of each query's scores (in log2) and 1 / sum
     Map dout, dq, dk, dv;  // dk and dv are float32
 };
 
@@ -163,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor> forward(
     Problem p = problem_of(q, k, v, bias, kernel, dilation, scale);
     at::Tensor out = at::empty(q.sizes(), q.options());
     at::Tensor stats =
-        at::empty({p.images, p.heads, p.rows.length, 2, p.columns.length}, q.options().dtype(at::kFloat));
+        at::empty({p.images, p.rows.length, 2, p.heads * p.columns.length}, q.options().dtype(at::kFloat));
     p.out = map_of(out), p.stats = stats.data_ptr<float>();
     // Long strips read each key row once; shorter ones are worth their overlap only to give every thread four tasks.
     const int64_t head_groups = (p.heads + p.pack - 1) / p.pack, groups = p.images * head_groups * p.rows.dilation,

@@ -1,24 +1,27 @@
 // Neighbourhood attention over one strip of query rows. kernels.cpp includes this file once per instruction set, inside
 // a namespace.
 //
-// The lanes of a vector are neighbouring columns of the map. A row of tokens is kept as a line: its transpose,
-// [dim][columns], with zeros before and after. The scores of LANES queries with the keys `s` positions to their right, in
-// one row of keys, are then
+// Scores want the queries in the lanes of a vector, so that no sum and no softmax goes over lanes: the lanes are
+// neighbouring columns of the map, a row of tokens is kept as a line, its transpose [dim][columns] with zeros before and
+// after, and the scores of LANES queries with the keys `s` positions to their right, in one row of keys, are
 //
 //     S[s] = bias[s] + sum_d Q[d] * (K[d] read s * dilation columns further on)
 //
-// for every lane at once: no sum over lanes, and a softmax that needs none either. Inside the map a query sees the kw
-// planes s = -kw/2 .. kw/2. At the borders windows slide inwards, and a block of LANES columns sees up to 2 kw - 1 planes;
-// but a window of kw neighbours has one plane of each class modulo kw, so kw vectors always do, and in the first classes
-// of such a block some lanes read at s and the others at s + kw. A dilation of the columns is another reading distance; a
-// dilation of the rows makes residue groups, each with its own strips. Where the map is narrower than half a vector,
-// several heads lie side by side in a line.
+// Inside the map a query sees the kw planes s = -kw/2 .. kw/2. At the borders windows slide inwards, and a block of LANES
+// columns sees up to 2 kw - 1 planes; but a window of kw neighbours has one plane of each class modulo kw, so kw vectors
+// always do, and in the first classes of such a block some lanes read at s and the others at s + kw. A dilation of the
+// columns is another reading distance; a dilation of the rows makes residue groups, each with its own strips. Where the map
+// is narrower than half a vector, several heads lie side by side in a line.
 //
-// Work goes by bands of BAND query rows. A row of keys is read once for all rows of the band, which is what feeds the
-// arithmetic:
+// Sums weighted with the scores want the numbers of a token in the lanes: a weight is then one number for all of them, and
+// borders, ragged widths and dilations are nothing but other tokens. Rows of tokens are kept as they come, [columns][dim].
 //
-//     scores   BAND x PARTS accumulators: per d one load of K for each class, one of Q for each row
-//     weigh    O[d] += sum_s P[s] * (V[d] read s * dilation further on), with BAND x PARTS weights in registers
+// Work goes by bands of BAND query rows, which share what is read:
+//
+//     scores    BAND x PARTS accumulators: per d one load of K for each class, one of Q for each row
+//     gather    O = sum_s P[s] V: the accumulators are the outputs of two columns in all rows of the band
+//     scatter   dX += sum over the queries that see a key: the accumulators are a column of keys in all rows that one row of
+//               queries sees
 //
 // Scattered tokens, bfloat16 and head dims that are no multiple of LANES cost one copy and meet the same loops. Scores
 // are in units of log2, so that the softmax is a power of two.
@@ -27,9 +30,8 @@
 //
 //     dP = dO V^T    dS = P (dP - sum P dP)    dQ = dS K    dK = dS^T Q    dV = P^T dO    dbias = sum dS
 //
-// dP is `scores` again, the others are `weigh`: dK and dV gather, for LANES columns of keys, from the queries that see
-// them, which lie at -s * dilation; for that P and dS of a band are also kept as lines, one per plane. Lines of dK and dV
-// go to memory when the band has passed them. Strips of one colour (kernels.cpp) share no key row, so these additions need no lock
+// dP is `scores` again, dQ `gather`, dK and dV are `scatter`, from the P and dS of a whole band. Rows of dK and dV go to
+// memory when the band has passed them. Strips of one colour (kernels.cpp) share no key row, so these additions need no lock
 // and always happen in the same order.
 
 constexpr int64_t LANES = REGISTER_BYTES / 4;
@@ -50,21 +52,18 @@ INLINE lanes once(lanes x) {
     return x;
 }
 
-// 2^x for x <= 0 to 2e-7 relative, 0 below the normal range. NaN stays NaN.
+// 2^x for x <= 0 to 2e-7 relative, never below 2^-126. NaN stays NaN.
 INLINE lanes power_of_two(const lanes& x) {
     const lanes low = splat(-126.f), magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    lanes clipped = x < low ? low : x;
-    lanes shifted = clipped + magic;
-    lanes f = clipped - (shifted - magic);     // in [-0.5, 0.5]
-    lanes y = splat(1.5403530393381609e-4f);   // Taylor terms ln(2)^i / i!
-    y = y * f + 1.3333558146428443e-3f;
-    y = y * f + 9.6181291076284772e-3f;
-    y = y * f + 5.5504108664821580e-2f;
-    y = y * f + 2.4022650695910072e-1f;
-    y = y * f + 6.9314718055994531e-1f;
+    const lanes clipped = low > x ? low : x, shifted = clipped + magic;
+    const lanes f = clipped - (shifted - magic);  // in [-0.5, 0.5]
+    lanes y = splat(0.0013264727f);               // the polynomial of least relative error that is 1 at 0
+    y = y * f + 0.009671513f;
+    y = y * f + 0.055507336f;
+    y = y * f + 0.24022242f;
+    y = y * f + 0.693147f;
     y = y * f + 1.f;
-    y *= (lanes)(((bits)shifted - (bits)magic + 127) << 23);
-    return x < low ? lanes{} : y;
+    return y * (lanes)(((bits)shifted << 23) + (127 << 23));
 }
 
 inline float to_float(float x) { return x; }
@@ -140,88 +139,119 @@ struct Group {
           dilation(axis.dilation) {}
     int64_t index(int64_t p) const { return residue + p * dilation; }
     int64_t start(int64_t p) const { return std::min(std::max<int64_t>(p - kernel / 2, 0), size - kernel); }
+    int64_t band() const { return kernel < BAND ? 1 : BAND; }  // rows of a band share a key row
 };
 
 // LANES columns. As queries they see the planes first <= s < first + kw + twice: class c is plane first + c, and for
-// c < twice in some lanes first + c + kw. As keys they are seen in the planes key_first <= s < key_first + key_planes.
+// c < twice in some lanes first + c + kw. The keys of its queries begin `lowest` columns from its first lane; `near` if
+// they are NEAR.
 struct Block {
-    int64_t first, twice, key_first, key_planes;
+    int64_t first, twice, lowest;
+    bool near;
     int64_t table;  // number of its tables of masks and biases: blocks in the interior of the map share theirs
+};
+
+// One query that sees a key: where its numbers are in a row of tokens, and its weight among those of a band's row.
+struct Seen {
+    int32_t query, weight;
 };
 
 // What one call's columns look like, and the scratch of one thread.
 struct Scratch {
-    int64_t kh, kw, dilation, width, dim, padded, blocks, stride, line, ring, classes, planes, head, tables;
+    int64_t kh, kw, window, dilation, width, dim, padded, blocks, stride, line, row, ring, weights_size, head, tables;
     std::vector<Block> block;
     std::vector<int32_t> second;  // of each table [kw][LANES]: -1 where a lane takes the second plane of a class, else 0
+    std::vector<int32_t> near;    // of each table [kw][LANES]: the key's column from the block's lowest on
+    std::vector<int32_t> keys;    // [columns][kw]: where the key of each class is in a row of tokens
+    std::vector<Seen> seen;       // of each column the queries that see it ...
+    std::vector<int32_t> seen_from;  // ... from this one on, [columns + 1]
     std::unique_ptr<float[]> memory;
-    float *next, *zeros, *q, *k, *v, *weights, *tile, *bias, *dout, *dscores, *dk, *dv, *dbias, *weight_lines, *dscore_lines;
+    float *next, *zeros, *tile, *bias, *dbias, *weights, *dscores;
+    float *q_line, *k_line, *v_line, *dout_line;              // [BAND or ring][padded][stride]
+    float *q_row, *k_row, *v_row, *dout_row, *dk_row, *dv_row;  // [BAND or ring][columns][padded]
 
     Scratch(const Problem& p, bool backward)
         : kh(p.rows.kernel),
           kw(p.columns.kernel),
+          window(kh * kw * LANES),
           dilation(p.columns.dilation),
           width(p.columns.length),
           dim(p.dim),
           padded((p.dim + LANES - 1) / LANES * LANES),
           blocks((width * p.pack + LANES - 1) / LANES),
+          row(blocks * LANES * padded),
           ring(kh + BAND - 1),
-          classes(BAND * ring * kw * LANES),
+          weights_size((backward ? blocks : 1) * BAND * window),  // the forward needs those of one block at a time
           head(-1),
           tables(0) {
-        cut(p.pack);
+        cut(p.pack, backward);
         const int64_t pad = ((kw - 1) * dilation + LANES - 1) / LANES;  // blocks; one pad serves the line before and after
         stride = ((blocks + pad) | 1) * LANES;  // an odd number of blocks, so that the lines fall into different cache sets
-        line = padded * stride, planes = BAND * ring * (2 * kw - 1) * stride;
+        line = padded * stride;
         const int64_t nothing = std::max(padded, LANES), table = tables * (2 * kh - 1) * kw * LANES;
-        const int64_t forward = nothing + BAND * padded * LANES + table + pad * LANES + (BAND + 2 * ring) * line + classes;
-        const int64_t more = backward ? (BAND + 2 * ring) * line + classes + table + 2 * planes : 0;
+        const int64_t lines = backward ? 2 * BAND + 2 * ring : BAND + ring, rows = backward ? 2 * BAND + 3 * ring : ring;
+        const int64_t forward = nothing + BAND * padded * LANES + table + weights_size + pad * LANES + lines * line + rows * row;
+        const int64_t more = backward ? table + weights_size : 0;
         memory.reset(new float[forward + more + 16 + 2 * dilation]);  // in_classes may look, in vain, two planes too far
         next = (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
-        zeros = take(nothing), tile = take(BAND * padded * LANES), bias = take(table), weights = take(classes);
-        if (backward) dscores = take(classes), dbias = take(table);
-        float* before = take(pad * LANES);
-        q = take(BAND * line), k = take(ring * line), v = take(ring * line);
-        if (backward) dout = take(BAND * line), dk = take(ring * line), dv = take(ring * line);
+        zeros = take(nothing), tile = take(BAND * padded * LANES), bias = take(table), weights = take(weights_size);
+        v_row = take(ring * row);
+        if (backward) {
+            dscores = take(weights_size), dbias = take(table), k_row = v_row, dk_row = take(ring * row);
+            dv_row = take(ring * row), q_row = take(BAND * row), dout_row = take(BAND * row);
+            std::memset(dbias, 0, table * sizeof(float));
+        }
+        float *before = take(pad * LANES), *first = next;
+        q_line = take(BAND * line), k_line = take(ring * line);
+        if (backward) v_line = take(ring * line), dout_line = take(BAND * line);
         std::memset(zeros, 0, nothing * sizeof(float));
         std::memset(before, 0, pad * LANES * sizeof(float));
-        for (float* row = q; row < next; row += stride)
-            std::memset(row + blocks * LANES, 0, (stride - blocks * LANES) * sizeof(float));
-        if (!backward) return;
-        weight_lines = take(planes), dscore_lines = take(planes);
-        std::memset(weight_lines, 0, 2 * planes * sizeof(float));  // planes that a block does not see stay 0
-        std::memset(dbias, 0, table * sizeof(float));
+        for (float* at = first; at < next; at += stride)
+            std::memset(at + blocks * LANES, 0, (stride - blocks * LANES) * sizeof(float));
     }
     float* take(int64_t count) { return (next += count) - count; }
 
-    // Finds the planes and masks of every block.
-    void cut(int64_t pack) {
-        struct Span {
-            int64_t low = INT64_MAX, high = INT64_MIN;
-            void add(int64_t s) { low = std::min(low, s), high = std::max(high, s); }
-        };
-        std::vector<Span> queries(blocks), keys(blocks);
+    // Finds the planes and masks of every block, and who sees whom.
+    void cut(int64_t pack, bool backward) {
+        const int64_t columns = width * pack;
         std::vector<int64_t> low(blocks * LANES, INT64_MIN);  // lowest plane of each lane
-        for (int64_t i = 0; i < width * pack; i++) {
-            const int64_t x = i % width, p = x / dilation, size = (width - x % dilation + dilation - 1) / dilation;
-            low[i] = std::min(std::max<int64_t>(p - kw / 2, 0), size - kw) - p;
-            for (int64_t s = low[i]; s < low[i] + kw; s++) {
-                queries[i / LANES].add(s);
-                keys[(i + s * dilation) / LANES].add(s);
-            }
-        }
         int64_t interior = -1;
         for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = queries[b].low, twice = queries[b].high - first + 1 - kw;
-            const int64_t key_planes = std::max<int64_t>(0, keys[b].high - keys[b].low + 1);
-            const bool inside = twice == 0 && first == -(kw / 2) && (b + 1) * LANES <= width;
-            block.push_back({first, twice, keys[b].low, key_planes, inside && interior >= 0 ? interior : tables});
+            int64_t first = INT64_MAX, last = INT64_MIN;
+            for (int64_t i = b * LANES; i < std::min((b + 1) * LANES, columns); i++) {
+                const int64_t x = i % width, p = x / dilation, size = (width - x % dilation + dilation - 1) / dilation;
+                low[i] = std::min(std::max<int64_t>(p - kw / 2, 0), size - kw) - p;
+                first = std::min(first, low[i]), last = std::max(last, low[i]);
+            }
+            const auto key = [&](int64_t i, int64_t c) { return i + (first + c + (low[i] > first + c ? kw : 0)) * dilation; };
+            int64_t lowest = INT64_MAX, highest = INT64_MIN;
+            for (int64_t i = b * LANES; i < std::min((b + 1) * LANES, columns); i++)
+                for (int64_t c = 0; c < kw; c++) {
+                    keys.push_back(key(i, c) * padded);
+                    lowest = std::min(lowest, key(i, c)), highest = std::max(highest, key(i, c));
+                }
+            const bool inside = last == first && first == -(kw / 2) && (b + 1) * LANES <= width;
+            const bool near = last > first && highest - lowest < 2 * LANES;
+            block.push_back({first, last - first, lowest - b * LANES, near, inside && interior >= 0 ? interior : tables});
             if (block[b].table < tables) continue;
             if (inside) interior = tables;
             tables++;
             for (int64_t c = 0; c < kw; c++)
-                for (int64_t i = b * LANES; i < (b + 1) * LANES; i++) second.push_back(low[i] > first + c ? -1 : 0);
+                for (int64_t i = b * LANES; i < (b + 1) * LANES; i++) {
+                    this->second.push_back(low[i] > first + c ? -1 : 0);
+                    this->near.push_back(i < columns ? key(i, c) - lowest : 0);
+                }
         }
+        if (!backward) return;
+        seen_from.assign(columns + 1, 0), seen.resize(columns * kw);
+        for (const int32_t key : keys) seen_from[key / padded + 1]++;
+        for (int64_t i = 0; i < columns; i++) seen_from[i + 1] += seen_from[i];
+        std::vector<int32_t> next(seen_from);
+        for (int64_t i = 0; i < columns; i++)
+            for (int64_t c = 0; c < kw; c++) {
+                const int64_t weight = i / LANES * BAND * window + c * kh * LANES + i % LANES;
+                seen[next[keys[i * kw + c] / padded]++] = {(int32_t)(i * padded), (int32_t)weight};
+            }
     }
 
     // f(b, segment, table) for one block b of each table: segment is the number of each lane's head in the line.
@@ -235,14 +265,14 @@ struct Scratch {
         }
     }
 
-    // Biases of `heads` heads from `first` on, in units of log2: of each table [2 kh - 1][kw][LANES].
+    // Biases of `heads` heads from `first` on, in units of log2: of each table [kw][2 kh - 1][LANES].
     void lay_out_bias(const Problem& p, int64_t first, int64_t heads) {
         if (head == first) return;
         head = first;
         float* out = bias;
         each_table([&](const Block& at, const bits& segment, int64_t table) {
-            for (int64_t r = 0; r < 2 * kh - 1; r++)
-                for (int64_t c = 0; c < kw; c++, out += LANES) {
+            for (int64_t c = 0; c < kw; c++)
+                for (int64_t r = 0; r < 2 * kh - 1; r++, out += LANES) {
                     lanes entry = {};
                     for (int64_t i = 0; p.bias && i < heads; i++) {
                         const float* from = p.bias + ((first + i) * (2 * kh - 1) + r) * (2 * kw - 1) + at.first + c + kw - 1;
@@ -263,8 +293,8 @@ struct Scratch {
     void add_dbias(float* out, int64_t slots, int64_t heads) {
         float* sum = dbias;
         each_table([&](const Block& at, const bits& segment, int64_t table) {
-            for (int64_t r = 0; r < 2 * kh - 1; r++)
-                for (int64_t c = 0; c < kw; c++)
+            for (int64_t c = 0; c < kw; c++)
+                for (int64_t r = 0; r < 2 * kh - 1; r++)
                     for (int64_t i = 0; i < LANES; i++, sum++) {
                         const int64_t s = at.first + c - kw * second[(table * kw + c) * LANES + i];
                         if (heads == 1 || segment[i] < heads)
@@ -295,58 +325,55 @@ struct Tokens {
     }
 };
 
-// A row of the map as a line, times `factor`.
+// A row of the map, times `factor`: as a row of tokens and, where `line` is given, as a line.
 template <typename T>
-void load_line(
-    const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t row, float factor, float* line
+void load_row(
+    const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t y, float factor, float* row, float* line
 ) {
-    for (int64_t b = 0; b < s.blocks; b++, line += LANES) {
-        const Tokens<const T> tokens(s, map, image, head, heads, row, b * LANES, (const T*)s.zeros);
+    for (int64_t b = 0; b < s.blocks; b++) {
+        const Tokens<const T> tokens(s, map, image, head, heads, y, b * LANES, (const T*)s.zeros);
         for (int64_t d = 0; d < s.dim; d += LANES) {
             lanes r[LANES];
             if (d + LANES <= s.dim)
                 UNROLLED for (int64_t i = 0; i < LANES; i++) r[i] = load_as_float(tokens.at[i] + d, LANES) * factor;
             else
                 for (int64_t i = 0; i < LANES; i++) r[i] = load_as_float(tokens.at[i] + d, s.dim - d) * factor;
+            if (row) UNROLLED for (int64_t i = 0; i < LANES; i++) store(row + (b * LANES + i) * s.padded + d, r[i]);
+            if (!line) continue;
             transpose(r);
-            UNROLLED for (int64_t i = 0; i < LANES; i++) store(line + (d + i) * s.stride, r[i]);
+            UNROLLED for (int64_t i = 0; i < LANES; i++) store(line + (d + i) * s.stride + b * LANES, r[i]);
         }
     }
 }
 
-// The other way for one block: rows of LANES numbers, `stride` apart, times `factor`; stored or added.
+// Tokens `row` of one block, times a factor for each, into the map; stored or added.
 template <typename T>
-void store_block(const Scratch& s, const float* rows, int64_t stride, const lanes& factor, const Tokens<T>& tokens, bool add) {
-    for (int64_t d = 0; d < s.dim; d += LANES) {
-        lanes r[LANES];
-        const int64_t count = std::min(LANES, s.dim - d);
-        UNROLLED for (int64_t i = 0; i < LANES; i++) r[i] = load(rows + (d + i) * stride) * factor;
-        transpose(r);
-        if (!add && count == LANES && tokens.count == LANES) {
-            UNROLLED for (int64_t i = 0; i < LANES; i++) store_from_float(tokens.at[i] + d, r[i], LANES);
-            continue;
-        }
-        for (int64_t i = 0; i < tokens.count; i++)
-            store_from_float(tokens.at[i] + d, add ? r[i] + load_as_float(tokens.at[i] + d, count) : r[i], count);
-    }
-}
-
-// Asks for a row's tokens that are needed one band later: they lie far apart, where the processor does not look by itself.
-template <typename T>
-void prefetch(const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t row, int64_t block) {
-    const Tokens<const T> tokens(s, map, image, head, heads, row, block * LANES, nullptr);
+void store_block(const Scratch& s, const float* row, const float* factor, const Tokens<T>& tokens, bool add) {
     for (int64_t i = 0; i < tokens.count; i++)
-        for (int64_t d = 0; d < s.dim; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(tokens.at[i] + d, 0, 2);
+        for (int64_t d = 0; d < s.dim; d += LANES) {
+            const int64_t count = std::min(LANES, s.dim - d);
+            const lanes x = load(row + i * s.padded + d) * factor[i];
+            store_from_float(tokens.at[i] + d, add ? x + load_as_float(tokens.at[i] + d, count) : x, count);
+        }
 }
+
+// How the keys of LANES queries and one class lie in a line: side by side; in two such places, `more` apart; or anywhere
+// among 2 LANES columns, from which a register's worth is picked where an instruction does that.
+enum Reach { BESIDE, TWICE, NEAR };
 
 // Where `mask` (as many bits, or vectors) says so the numbers at p + more, else those at p.
 #if REGISTER_BYTES == 64
+constexpr bool PICKS = true;
 typedef __mmask16 choice;
 INLINE choice choice_of(const int32_t* mask) { return _mm512_movepi32_mask(_mm512_loadu_si512(mask)); }
 INLINE lanes load_either(const float* p, int64_t more, const choice& mask) {
     return (lanes)_mm512_mask_loadu_ps((__m512)load(p), mask, p + more);
 }
+INLINE lanes pick(const lanes& a, const lanes& b, const int32_t* index) {
+    return (lanes)_mm512_permutex2var_ps((__m512)a, _mm512_loadu_si512(index), (__m512)b);
+}
 #else
+constexpr bool PICKS = false;
 typedef bits choice;
 INLINE choice choice_of(const int32_t* mask) {
     choice x;
@@ -354,75 +381,56 @@ INLINE choice choice_of(const int32_t* mask) {
     return x;
 }
 INLINE lanes load_either(const float* p, int64_t more, const choice& mask) { return mask < 0 ? load(p + more) : load(p); }
+INLINE lanes pick(const lanes& a, const lanes&, const int32_t*) { return a; }  // nothing is NEAR
 #endif
 
 // out[r][p] = init[r][p] + sum over d of q[r][d] * x[d] read p * step further on, for R rows and P classes; no init is 0.
-// TWICE: where `second` says so, another `more` further on.
-template <int R, int P, bool TWICE>
+// `table` says of each class and lane whether it is `more` further on (TWICE) or which column it is (NEAR).
+template <int R, int P, Reach REACH>
 void scores(
-    const float* q, int64_t q_row, const float* x, int64_t step, int64_t more, const int32_t* second, int64_t dim,
-    int64_t stride, const float* init, int64_t init_row, float* out, int64_t out_row
+    const float* q, int64_t q_row, const float* x, int64_t step, int64_t more, const int32_t* table, int64_t dim,
+    int64_t stride, const float* const* init, int64_t init_class, float* const* out, int64_t out_class
 ) {
     lanes sum[R][P];
     choice mask[P];
     for (int p = 0; p < P; p++) {
-        if (TWICE) mask[p] = choice_of(second + p * LANES);
-        for (int r = 0; r < R; r++) sum[r][p] = init ? load(init + r * init_row + p * LANES) : lanes{};
+        if (REACH == TWICE) mask[p] = choice_of(table + p * LANES);
+        for (int r = 0; r < R; r++) sum[r][p] = init ? load(init[r] + p * init_class) : lanes{};
     }
     for (int64_t d = 0; d < dim; d++, q += stride, x += stride) {
-        lanes factor[R];
+        lanes factor[R], near[2];
         for (int r = 0; r < R; r++) factor[r] = load(q + r * q_row);
+        if (REACH == NEAR) near[0] = load(x), near[1] = load(x + LANES);
         for (int p = 0; p < P; p++) {
-            const lanes key = once(TWICE ? load_either(x + p * step, more, mask[p]) : load(x + p * step));
+            const lanes key = once(
+                REACH == NEAR    ? pick(near[0], near[1], table + p * LANES)
+                : REACH == TWICE ? load_either(x + p * step, more, mask[p])
+                                 : load(x + p * step)
+            );
             for (int r = 0; r < R; r++) sum[r][p] += factor[r] * key;
         }
     }
     for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) store(out + r * out_row + p * LANES, sum[r][p]);
+        for (int p = 0; p < P; p++) store(out[r] + p * out_class, sum[r][p]);
 }
 
-// out[r][d] += sum over classes of w[r][p] * x[d] read p * step further on, for R rows and P classes; TWICE as above.
-template <int R, int P, bool TWICE>
-void weigh(
-    const float* w, int64_t w_row, int64_t w_class, const float* x, int64_t step, int64_t more, const int32_t* second,
-    int64_t dim, int64_t stride, float* const* out, int64_t out_stride
-) {
-    lanes weight[R][P];
-    choice mask[P];
-    float* row[R];
-    for (int r = 0; r < R; r++) row[r] = out[r];
-    for (int p = 0; p < P; p++) {
-        if (TWICE) mask[p] = choice_of(second + p * LANES);
-        for (int r = 0; r < R; r++) weight[r][p] = load(w + r * w_row + p * w_class);
-    }
-    for (int64_t d = 0; d < dim; d++, x += stride) {
-        lanes sum[R];
-        for (int r = 0; r < R; r++) sum[r] = load(row[r] + d * out_stride);
-        for (int p = 0; p < P; p++) {
-            const lanes value = once(TWICE ? load_either(x + p * step, more, mask[p]) : load(x + p * step));
-            for (int r = 0; r < R; r++) sum[r] += weight[r][p] * value;
-        }
-        for (int r = 0; r < R; r++) store(row[r] + d * out_stride, sum[r]);
-    }
-}
-
-// f<R, P, twice>(...) for R <= BAND and P <= PARTS known at run time.
-#define CLASSES_OF(f, R, P, twice, ...)                                            \
+// f<R, P, reach>(...) for R <= BAND and P <= PARTS known at run time.
+#define CLASSES_OF(f, R, P, reach, ...)                                            \
     switch (P) {                                                                   \
-        case 1: f<R, 1, twice>(__VA_ARGS__); break;                                \
-        case 2: f<R, 2, twice>(__VA_ARGS__); break;                                \
-        case 3: f<R, 3, twice>(__VA_ARGS__); break;                                \
-        case 4: f<R, 4, twice>(__VA_ARGS__); break;                                \
-        case 5: if constexpr (PARTS >= 5) f<R, 5, twice>(__VA_ARGS__); break;      \
-        case 6: if constexpr (PARTS >= 6) f<R, 6, twice>(__VA_ARGS__); break;      \
-        case 7: if constexpr (PARTS >= 7) f<R, 7, twice>(__VA_ARGS__); break;      \
-        case 8: if constexpr (PARTS >= 8) f<R, 8, twice>(__VA_ARGS__); break;      \
+        case 1: f<R, 1, reach>(__VA_ARGS__); break;                                \
+        case 2: f<R, 2, reach>(__VA_ARGS__); break;                                \
+        case 3: f<R, 3, reach>(__VA_ARGS__); break;                                \
+        case 4: f<R, 4, reach>(__VA_ARGS__); break;                                \
+        case 5: if constexpr (PARTS >= 5) f<R, 5, reach>(__VA_ARGS__); break;      \
+        case 6: if constexpr (PARTS >= 6) f<R, 6, reach>(__VA_ARGS__); break;      \
+        case 7: if constexpr (PARTS >= 7) f<R, 7, reach>(__VA_ARGS__); break;      \
+        case 8: if constexpr (PARTS >= 8) f<R, 8, reach>(__VA_ARGS__); break;      \
     }
-#define DISPATCH(f, rows, P, twice, ...)                                           \
+#define DISPATCH(f, rows, P, reach, ...)                                           \
     switch (rows) {                                                                \
-        case 1: CLASSES_OF(f, 1, P, twice, __VA_ARGS__) break;                     \
-        case 2: CLASSES_OF(f, 2, P, twice, __VA_ARGS__) break;                     \
-        case 3: CLASSES_OF(f, 3, P, twice, __VA_ARGS__) break;                     \
+        case 1: CLASSES_OF(f, 1, P, reach, __VA_ARGS__) break;                     \
+        case 2: CLASSES_OF(f, 2, P, reach, __VA_ARGS__) break;                     \
+        case 3: CLASSES_OF(f, 3, P, reach, __VA_ARGS__) break;                     \
     }
 
 // first <= c < last in equal parts of at most PARTS: f(c, count).
@@ -432,21 +440,44 @@ INLINE void in_parts(int64_t first, int64_t last, const F& f) {
     for (int64_t i = 0; i < parts; i++) f(first + count * i / parts, count * (i + 1) / parts - count * i / parts);
 }
 
-// The classes of a block: those with two planes, f(std::true_type, c, count), then the others, f(std::false_type, ...). One
-// or two others are not worth a part of their own.
+// The classes of a block: all by picking, or those with two planes, then the others: f(reach, c, count). One or two others are
+// not worth a part of their own.
 template <typename F>
 INLINE void in_classes(const Scratch& s, const Block& block, const F& f) {
+    const auto part = [&](auto reach, int64_t from, int64_t to) {
+        in_parts(from, to, [&](int64_t c, int64_t count) { f(reach, c, count); });
+    };
+    if constexpr (PICKS)
+        if (block.near) return part(std::integral_constant<Reach, NEAR>(), 0, s.kw);
     const int64_t twice = block.twice + 2 < s.kw || block.twice == 0 ? block.twice : s.kw;
-    in_parts(0, twice, [&](int64_t c, int64_t count) { f(std::true_type(), c, count); });
-    in_parts(twice, s.kw, [&](int64_t c, int64_t count) { f(std::false_type(), c, count); });
+    part(std::integral_constant<Reach, TWICE>(), 0, twice);
+    part(std::integral_constant<Reach, BESIDE>(), twice, s.kw);
 }
 
 // BAND or fewer query rows y .. y + count - 1 of a group, and the key rows they see: base <= i < end.
 struct Band {
     int64_t y, count, base, end, start[BAND];
-    Band(const Group& rows, int64_t y, int64_t y1) : y(y), count(std::min(BAND, y1 - y)) {
+    Band(const Group& rows, int64_t y, int64_t y1) : y(y), count(std::min(rows.band(), y1 - y)) {
         for (int64_t r = 0; r < count; r++) start[r] = rows.start(y + r);
         base = start[0], end = start[count - 1] + rows.kernel;
+    }
+    // f(first, last, i) for each key row i, from 0 on, and the queries first <= r < last that see it, known at compile time.
+    template <int R, typename F>
+    INLINE void each_row(int64_t kernel, const F& f) const {
+        const std::integral_constant<int, 0> none;
+        const std::integral_constant<int, 1> one;
+        const std::integral_constant<int, 2> two;
+        const std::integral_constant<int, R> all;
+        int64_t i = 0;
+        if constexpr (R > 1)
+            for (; i < start[1] - base; i++) f(none, one, i);
+        if constexpr (R > 2)
+            for (; i < start[2] - base; i++) f(none, two, i);
+        for (; i < kernel; i++) f(none, all, i);
+        if constexpr (R > 1)
+            for (; i < start[1] - base + kernel; i++) f(one, all, i);
+        if constexpr (R > 2)
+            for (; i < start[2] - base + kernel; i++) f(two, all, i);
     }
     // Queries first <= r < last see key row i.
     void seeing(int64_t i, int64_t kernel, int64_t* first, int64_t* last) const {
@@ -455,158 +486,189 @@ struct Band {
     }
 };
 
-// out[r][key row - base][class]: the products of the block's rows of q with those of the ring x; with `bias` they start
+// out[r][class][key row - start[r]]: the products of the block's rows of q with those of the ring x; with `bias` they start
 // from it. q and x are at the block's first lane.
 inline void score(const Scratch& s, const Band& band, const Block& block, const float* q, const float* x, bool bias, float* out) {
     for (int64_t i = band.base; i < band.end; i++) {
         int64_t r, last;
         band.seeing(i, s.kh, &r, &last);
-        const float* row = x + i % s.ring * s.line + block.first * s.dilation;
-        const float* table = s.bias + (block.table * (2 * s.kh - 1) + i - band.y - r + s.kh - 1) * s.kw * LANES;
-        const int32_t* second = s.second.data() + block.table * s.kw * LANES;
-        float* to = out + (r * s.ring + i - band.base) * s.kw * LANES;
-        in_classes(s, block, [&](auto twice, int64_t c, int64_t count) {
+        const float* line = x + i % s.ring * s.line;
+        in_classes(s, block, [&](auto reach, int64_t c, int64_t count) {
+            constexpr bool near = decltype(reach)::value == NEAR;
+            const int32_t* table = (near ? s.near : s.second).data() + (block.table * s.kw + c) * LANES;
+            const float* init[BAND];
+            float* to[BAND];
+            for (int64_t j = 0; j < last - r; j++) {
+                init[j] = s.bias + ((block.table * s.kw + c) * (2 * s.kh - 1) + i - band.y - r - j + s.kh - 1) * LANES;
+                to[j] = out + ((r + j) * s.kw * s.kh + c * s.kh + i - band.start[r + j]) * LANES;
+            }
             DISPATCH(
-                scores, last - r, count, decltype(twice)::value, q + r * s.line, s.line, row + c * s.dilation, s.dilation,
-                s.kw * s.dilation, second + c * LANES, s.dim, s.stride, bias ? table + c * LANES : nullptr, -s.kw * LANES,
-                to + c * LANES, s.ring * s.kw * LANES
+                scores, last - r, count, decltype(reach)::value, q + r * s.line, s.line,
+                line + (near ? block.lowest : (block.first + c) * s.dilation), s.dilation, s.kw * s.dilation, table, s.dim,
+                s.stride, bias ? init : nullptr, (2 * s.kh - 1) * LANES, to, s.kh * LANES
             )
         });
     }
 }
 
-// The tile [r][d][LANES] = sum over the keys of w[r][key row - base][class] times the ring x.
-inline void weigh_keys(const Scratch& s, const Band& band, const Block& block, const float* w, const float* x, float* tile) {
-    std::memset(tile, 0, band.count * s.padded * LANES * sizeof(float));
-    for (int64_t i = band.base; i < band.end; i++) {
-        int64_t r, last;
-        band.seeing(i, s.kh, &r, &last);
-        const float* row = x + i % s.ring * s.line + block.first * s.dilation;
-        const int32_t* second = s.second.data() + block.table * s.kw * LANES;
-        const float* from = w + (r * s.ring + i - band.base) * s.kw * LANES;
-        float* out[BAND];
-        for (int64_t j = 0; j < BAND; j++) out[j] = tile + (r + j) * s.padded * LANES;
-        in_classes(s, block, [&](auto twice, int64_t c, int64_t count) {
-            DISPATCH(
-                weigh, last - r, count, decltype(twice)::value, from + c * LANES, s.ring * s.kw * LANES, LANES,
-                row + c * s.dilation, s.dilation, s.kw * s.dilation, second + c * LANES, s.dim, s.stride, out, LANES
-            )
+// Of the columns first <= x < last, the N vectors from d on of tile[r][x] = sum over the keys of w[r][class][key row] times
+// the ring x, for the band's R rows.
+template <int R, int N>
+void gather(const Scratch& s, const Band& band, int64_t first, int64_t last, const float* w, const float* x, int64_t d, float* tile) {
+    const float* rows[BAND + 15];
+    for (int64_t i = band.base; i < band.end; i++) rows[i - band.base] = x + i % s.ring * s.row + d;
+    for (int64_t at = first; at < last; at += 2) {
+        const int64_t columns[2] = {at, std::min(at + 1, last - 1)};  // two, so that additions need not wait for each other
+        lanes sum[2][R][N] = {};
+        for (int64_t c = 0; c < s.kw; c++) {
+            int64_t key[2];
+            const float* weight[2][R];
+            for (int j = 0; j < 2; j++) {
+                key[j] = s.keys[columns[j] * s.kw + c];
+                for (int r = 0; r < R; r++)
+                    weight[j][r] = w + ((r * s.kw + c) * s.kh + band.base - band.start[r]) * LANES + columns[j] % LANES;
+            }
+            const auto add = [&](auto from, auto to, int64_t i) __attribute__((always_inline)) {
+                for (int j = 0; j < 2; j++) {
+                    lanes value[N];
+                    for (int n = 0; n < N; n++) value[n] = load(rows[i] + key[j] + n * LANES);
+                    for (int r = decltype(from)::value; r < decltype(to)::value; r++)
+                        for (int n = 0; n < N; n++) sum[j][r][n] += weight[j][r][i * LANES] * value[n];
+                }
+            };
+            band.template each_row<R>(s.kh, add);
+        }
+        for (int j = 0; j < 2; j++)
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < N; n++) store(tile + (r * LANES + columns[j] % LANES) * s.padded + d + n * LANES, sum[j][r][n]);
+    }
+}
+
+// Adds to K rows of tokens, N vectors of each, the sum over the queries that see a key of w[class][key row] times y.
+template <int K, int N>
+void scatter(const Scratch& s, int64_t columns, const float* w, const float* y, float* const* rows, int64_t d) {
+    for (int64_t x = 0; x < columns; x++) {
+        lanes sum[K][N];
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < N; n++) sum[k][n] = load(rows[k] + x * s.padded + d + n * LANES);
+        for (int32_t i = s.seen_from[x]; i < s.seen_from[x + 1]; i++) {
+            const Seen& by = s.seen[i];
+            lanes value[N];
+            for (int n = 0; n < N; n++) value[n] = load(y + by.query + d + n * LANES);
+            for (int k = 0; k < K; k++)
+                for (int n = 0; n < N; n++) sum[k][n] += w[by.weight + k * LANES] * value[n];
+        }
+        for (int k = 0; k < K; k++)
+            for (int n = 0; n < N; n++) store(rows[k] + x * s.padded + d + n * LANES, sum[k][n]);
+    }
+}
+
+// f(d, N): the numbers of a token, N <= 2 vectors at a time.
+template <typename F>
+INLINE void in_vectors(const Scratch& s, const F& f) {
+    int64_t d = 0;
+    for (; d + 2 * LANES <= s.padded; d += 2 * LANES) f(d, std::integral_constant<int, 2>());
+    if (d < s.padded) f(d, std::integral_constant<int, 1>());
+}
+
+inline void gather_block(const Scratch& s, const Band& band, int64_t b, int64_t columns, const float* w, const float* x) {
+    const int64_t first = b * LANES, last = std::min(columns, first + LANES);
+    in_vectors(s, [&](int64_t d, auto vectors) {
+        constexpr int N = decltype(vectors)::value;
+        switch (band.count) {
+            case 1: gather<1, N>(s, band, first, last, w, x, d, s.tile); break;
+            case 2: gather<2, N>(s, band, first, last, w, x, d, s.tile); break;
+            case 3: gather<3, N>(s, band, first, last, w, x, d, s.tile); break;
+        }
+    });
+}
+
+// Adds to the ring x the sums over the queries of the band's row r.
+inline void scatter_row(const Scratch& s, const Band& band, int64_t r, int64_t columns, const float* w, const float* y, float* x) {
+    in_parts(0, s.kh, [&](int64_t first, int64_t count) {
+        float* rows[PARTS];
+        for (int64_t k = 0; k < count; k++) rows[k] = x + (band.start[r] + first + k) % s.ring * s.row;
+        in_vectors(s, [&](int64_t d, auto vectors) {
+            constexpr int N = decltype(vectors)::value;
+            const float* from = w + r * s.window + first * LANES;
+            switch (count) {
+                case 1: scatter<1, N>(s, columns, from, y, rows, d); break;
+                case 2: scatter<2, N>(s, columns, from, y, rows, d); break;
+                case 3: scatter<3, N>(s, columns, from, y, rows, d); break;
+                case 4: scatter<4, N>(s, columns, from, y, rows, d); break;
+                case 5: if constexpr (PARTS >= 5) scatter<5, N>(s, columns, from, y, rows, d); break;
+                case 6: if constexpr (PARTS >= 6) scatter<6, N>(s, columns, from, y, rows, d); break;
+                case 7: if constexpr (PARTS >= 7) scatter<7, N>(s, columns, from, y, rows, d); break;
+                case 8: if constexpr (PARTS >= 8) scatter<8, N>(s, columns, from, y, rows, d); break;
+            }
         });
-    }
+    });
 }
 
-// Adds to the block's lanes of the ring `out` the sum over the band's queries of the lines w[r][key row - base][plane] times
-// x[r].
-inline void weigh_queries(const Scratch& s, const Band& band, const Block& block, const float* w, const float* x, float* out) {
-    const int64_t row = (2 * s.kw - 1) * s.stride;
-    for (int64_t u = 0; u < band.end - band.base; u += BAND)
-        for (int64_t r = 0; r < band.count; r++) {
-            const int64_t first = std::max(u, band.start[r] - band.base);
-            const int64_t last = std::min(u + BAND, band.start[r] - band.base + s.kh);
-            if (first >= last) continue;
-            float* rows[BAND];
-            for (int64_t j = 0; j < BAND; j++) rows[j] = out + (band.base + first + j) % s.ring * s.line;
-            const float* from = w + (r * s.ring + first) * row + (s.kw - 1) * s.stride;
-            in_parts(block.key_first, block.key_first + block.key_planes, [&](int64_t plane, int64_t count) {
-                DISPATCH(
-                    weigh, last - first, count, false, from + plane * (s.stride - s.dilation), row, s.stride - s.dilation,
-                    x + r * s.line - plane * s.dilation, -s.dilation, 0, nullptr, s.dim, s.stride, rows, s.stride
-                )
-            });
-        }
+// Where a block's numbers in stats, [images, H, 2, heads W], begin; the second of the two is `heads * W` further on.
+inline float* stats_of(const Problem& p, const Scratch& s, int64_t image, int64_t head, int64_t y, int64_t b) {
+    return p.stats + (image * p.rows.length + y) * 2 * p.heads * s.width + head * s.width + b * LANES;
 }
-
-// The classes of one row of keys as lines, one per plane; `out` is at the line of plane 0 and the block's first lane.
-inline void spread(const Scratch& s, const Block& block, const float* classes, float* out) {
-    for (int64_t c = 0; c < s.kw; c++) {
-        const lanes x = load(classes + c * LANES);
-        float* to = out + (block.first + c) * s.stride;
-        if (c >= block.twice) {
-            store(to, x);
-            continue;
-        }
-        const bits second = s.mask(block.table, c);
-        store(to, second < 0 ? lanes{} : x);
-        store(to + s.kw * s.stride, second < 0 ? x : lanes{});
-    }
-}
-
-// The maximum and 1 / sum of every query of a row: [images, heads, H, 2, W].
-struct Stats {
-    float* lane[LANES];  // the maximum of each lane, the other number is `width` further on
-    Stats(const Problem& p, const Scratch& s, int64_t image, int64_t head, int64_t row, int64_t first, int64_t count) {
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t segment = (first + i) / s.width, x = (first + i) % s.width;
-            lane[i] = p.stats + (((image * p.heads + head + segment) * p.rows.length + row) * 2) * s.width + x;
-        }
-    }
-};
 
 template <typename T>
 void forward_strip(
     const Problem& p, Scratch& s, int64_t image, int64_t head, int64_t heads, const Group& rows, int64_t y0, int64_t y1
 ) {
     s.lay_out_bias(p, head, heads);
+    const int64_t columns = s.width * heads;
     int64_t loaded = rows.start(y0);
-    for (int64_t y = y0; y < y1; y += BAND) {
+    for (int64_t y = y0; y < y1; y += rows.band()) {
         const Band band(rows, y, y1);
         for (; loaded < band.end; loaded++) {
-            const int64_t slot = loaded % s.ring * s.line, row = rows.index(loaded);
-            load_line<T>(s, p.k, image, head, heads, row, 1.f, s.k + slot);
-            load_line<T>(s, p.v, image, head, heads, row, 1.f, s.v + slot);
+            const int64_t slot = loaded % s.ring, row = rows.index(loaded);
+            load_row<T>(s, p.k, image, head, heads, row, 1.f, nullptr, s.k_line + slot * s.line);
+            load_row<T>(s, p.v, image, head, heads, row, 1.f, s.v_row + slot * s.row, nullptr);
         }
-        for (int64_t r = 0; r < band.count; r++)
-            load_line<T>(s, p.q, image, head, heads, rows.index(y + r), p.scale * 1.4426950408889634f, s.q + r * s.line);
-        for (int64_t b = 0; b < s.blocks; b++) {
-            for (int64_t r = 0; r < BAND; r++) {
-                if (loaded + r < rows.size) {
-                    prefetch<T>(s, p.k, image, head, heads, rows.index(loaded + r), b);
-                    prefetch<T>(s, p.v, image, head, heads, rows.index(loaded + r), b);
-                }
-                if (y + BAND + r < y1) prefetch<T>(s, p.q, image, head, heads, rows.index(y + BAND + r), b);
-            }
-            const Block& block = s.block[b];
-            score(s, band, block, s.q + b * LANES, s.k + b * LANES, true, s.weights);
-            lanes inverse[BAND];
+        for (int64_t r = 0; r < band.count; r++) {
+            float* line = s.q_line + r * s.line;
+            load_row<T>(s, p.q, image, head, heads, rows.index(y + r), p.scale * 1.4426950408889634f, nullptr, line);
+        }
+        for (int64_t b = 0; b * LANES < columns; b++) {
+            score(s, band, s.block[b], s.q_line + b * LANES, s.k_line + b * LANES, true, s.weights);
+            float inverse[BAND][LANES];
+            const int64_t bytes = std::min(LANES, columns - b * LANES) * sizeof(float);
             for (int64_t r = 0; r < band.count; r++) {
-                float* row = s.weights + (r * s.ring + band.start[r] - band.base) * s.kw * LANES;
-                const int64_t count = s.kh * s.kw * LANES;
-                lanes high = load(row), other = high, total = {};  // two, so that no comparison waits for the last one
-                for (int64_t i = LANES; i < count; i += LANES) {
-                    const lanes x = load(row + i), more = x > other ? x : other;
+                float* weights = s.weights + r * s.window;
+                lanes high = load(weights), other = high, total = {};  // two, so that no comparison waits for the last one
+                for (int64_t i = LANES; i < s.window; i += LANES) {
+                    const lanes x = load(weights + i), more = x > other ? x : other;
                     other = high, high = more;
                 }
                 high = other > high ? other : high;
-                for (int64_t i = 0; i < count; i += LANES) {
-                    const lanes e = power_of_two(load(row + i) - high);
-                    store(row + i, e);
+                for (int64_t i = 0; i < s.window; i += LANES) {
+                    const lanes e = power_of_two(load(weights + i) - high);
+                    store(weights + i, e);
                     total += e;
                 }
-                inverse[r] = 1.f / total;
-                const Tokens<T> out(s, p.out, image, head, heads, rows.index(y + r), b * LANES, nullptr);
-                const Stats stats(p, s, image, head, rows.index(y + r), b * LANES, out.count);
-                for (int64_t i = 0; i < out.count; i++) stats.lane[i][0] = high[i], stats.lane[i][s.width] = inverse[r][i];
+                store(inverse[r], 1.f / total);
+                float* stats = stats_of(p, s, image, head, rows.index(y + r), b);
+                std::memcpy(stats, &high, bytes);
+                std::memcpy(stats + p.heads * s.width, inverse[r], bytes);
             }
-            weigh_keys(s, band, block, s.weights, s.v + b * LANES, s.tile);
-            for (int64_t r = 0; r < band.count; r++)
-                store_block<T>(
-                    s, s.tile + r * s.padded * LANES, LANES, inverse[r],
-                    Tokens<T>(s, p.out, image, head, heads, rows.index(y + r), b * LANES, nullptr), false
-                );
+            gather_block(s, band, b, columns, s.weights, s.v_row);
+            for (int64_t r = 0; r < band.count; r++) {
+                const Tokens<T> out(s, p.out, image, head, heads, rows.index(y + r), b * LANES, nullptr);
+                store_block<T>(s, s.tile + r * LANES * s.padded, inverse[r], out, false);
+            }
         }
     }
 }
 
 // Puts a row of the dK and dV rings into memory: added if the strip of the other colour has been there.
 inline void retire(
-    const Problem& p, const Scratch& s, int64_t image, int64_t head, int64_t heads, int64_t row, int64_t slot, bool add
+    const Problem& p, const Scratch& s, int64_t image, int64_t head, int64_t heads, int64_t y, int64_t slot, bool add
 ) {
-    for (int64_t b = 0; b < s.blocks; b++) {
-        const Tokens<float> dk(s, p.dk, image, head, heads, row, b * LANES, nullptr);
-        const Tokens<float> dv(s, p.dv, image, head, heads, row, b * LANES, nullptr);
-        const float log2 = 0.6931471805599453f;  // q carries log2(e)
-        store_block(s, s.dk + slot * s.line + b * LANES, s.stride, splat(log2), dk, add);
-        store_block(s, s.dv + slot * s.line + b * LANES, s.stride, splat(1.f), dv, add);
+    float log2[LANES], one[LANES];
+    store(log2, splat(0.6931471805599453f)), store(one, splat(1.f));  // q carries log2(e)
+    for (int64_t b = 0; b * LANES < s.width * heads; b++) {
+        const int64_t from = slot * s.row + b * LANES * s.padded;
+        store_block(s, s.dk_row + from, log2, Tokens<float>(s, p.dk, image, head, heads, y, b * LANES, nullptr), add);
+        store_block(s, s.dv_row + from, one, Tokens<float>(s, p.dv, image, head, heads, y, b * LANES, nullptr), add);
     }
 }
 
@@ -617,76 +679,64 @@ void backward_strip(
     int64_t before, int64_t after
 ) {
     s.lay_out_bias(p, head, heads);
+    const int64_t columns = s.width * heads;
     int64_t loaded = rows.start(y0), oldest = loaded;
     const auto pass = [&](int64_t end) {
         for (; oldest < end; oldest++)
             retire(p, s, image, head, heads, rows.index(oldest), oldest % s.ring, oldest < before || oldest >= after);
     };
-    for (int64_t y = y0; y < y1; y += BAND) {
+    float scale[LANES];
+    store(scale, splat(p.scale));
+    for (int64_t y = y0; y < y1; y += rows.band()) {
         const Band band(rows, y, y1);
         pass(band.base);
         for (; loaded < band.end; loaded++) {
-            const int64_t slot = loaded % s.ring * s.line, row = rows.index(loaded);
-            load_line<T>(s, p.k, image, head, heads, row, 1.f, s.k + slot);
-            load_line<T>(s, p.v, image, head, heads, row, 1.f, s.v + slot);
-            for (int64_t d = 0; d < s.dim; d++) {
-                std::memset(s.dk + slot + d * s.stride, 0, s.blocks * LANES * sizeof(float));
-                std::memset(s.dv + slot + d * s.stride, 0, s.blocks * LANES * sizeof(float));
+            const int64_t slot = loaded % s.ring, row = rows.index(loaded);
+            load_row<T>(s, p.k, image, head, heads, row, 1.f, s.k_row + slot * s.row, s.k_line + slot * s.line);
+            load_row<T>(s, p.v, image, head, heads, row, 1.f, nullptr, s.v_line + slot * s.line);
+            std::memset(s.dk_row + slot * s.row, 0, columns * s.padded * sizeof(float));
+            std::memset(s.dv_row + slot * s.row, 0, columns * s.padded * sizeof(float));
+        }
+        for (int64_t r = 0; r < band.count; r++) {
+            const float factor = p.scale * 1.4426950408889634f;
+            const int64_t row = rows.index(y + r);
+            load_row<T>(s, p.q, image, head, heads, row, factor, s.q_row + r * s.row, s.q_line + r * s.line);
+            load_row<T>(s, p.dout, image, head, heads, row, 1.f, s.dout_row + r * s.row, s.dout_line + r * s.line);
+        }
+        for (int64_t b = 0; b * LANES < columns; b++) {
+            const Block& block = s.block[b];
+            float *weights = s.weights + b * BAND * s.window, *dscores = s.dscores + b * BAND * s.window;
+            score(s, band, block, s.q_line + b * LANES, s.k_line + b * LANES, true, weights);
+            score(s, band, block, s.dout_line + b * LANES, s.v_line + b * LANES, false, dscores);
+            for (int64_t r = 0; r < band.count; r++) {
+                float *w = weights + r * s.window, *ds = dscores + r * s.window;
+                const float* stats = stats_of(p, s, image, head, rows.index(y + r), b);
+                const int64_t bytes = std::min(LANES, columns - b * LANES) * sizeof(float);
+                lanes high = splat(INFINITY), inverse = {}, mean = {};  // beyond the map probabilities are 0
+                std::memcpy(&high, stats, bytes);
+                std::memcpy(&inverse, stats + p.heads * s.width, bytes);
+                for (int64_t i = 0; i < s.window; i += LANES) {
+                    const lanes weight = power_of_two(load(w + i) - high) * inverse;
+                    store(w + i, weight);
+                    mean += weight * load(ds + i);
+                }
+                float* sums = s.dbias + (block.table * s.kw * (2 * s.kh - 1) + band.start[r] - y - r + s.kh - 1) * LANES;
+                for (int64_t c = 0; c < s.kw; c++, sums += (2 * s.kh - 1) * LANES)
+                    for (int64_t i = 0; i < s.kh * LANES; i += LANES) {
+                        const lanes x = load(w + c * s.kh * LANES + i) * (load(ds + c * s.kh * LANES + i) - mean);
+                        store(ds + c * s.kh * LANES + i, x);
+                        store(sums + i, load(sums + i) + x);
+                    }
+            }
+            gather_block(s, band, b, columns, dscores, s.k_row);
+            for (int64_t r = 0; r < band.count; r++) {
+                const Tokens<T> dq(s, p.dq, image, head, heads, rows.index(y + r), b * LANES, nullptr);
+                store_block<T>(s, s.tile + r * LANES * s.padded, scale, dq, false);
             }
         }
         for (int64_t r = 0; r < band.count; r++) {
-            const int64_t row = rows.index(y + r);
-            load_line<T>(s, p.q, image, head, heads, row, p.scale * 1.4426950408889634f, s.q + r * s.line);
-            load_line<T>(s, p.dout, image, head, heads, row, 1.f, s.dout + r * s.line);
-        }
-        for (int64_t b = 0; b < s.blocks; b++) {
-            for (int64_t r = 0; r < BAND; r++) {
-                if (loaded + r < rows.size) {
-                    prefetch<T>(s, p.k, image, head, heads, rows.index(loaded + r), b);
-                    prefetch<T>(s, p.v, image, head, heads, rows.index(loaded + r), b);
-                }
-                if (y + BAND + r < y1) {
-                    prefetch<T>(s, p.q, image, head, heads, rows.index(y + BAND + r), b);
-                    prefetch<T>(s, p.dout, image, head, heads, rows.index(y + BAND + r), b);
-                }
-            }
-            const Block& block = s.block[b];
-            score(s, band, block, s.q + b * LANES, s.k + b * LANES, true, s.weights);
-            score(s, band, block, s.dout + b * LANES, s.v + b * LANES, false, s.dscores);
-            for (int64_t r = 0; r < band.count; r++) {
-                const int64_t first = r * s.ring + band.start[r] - band.base, size = s.kw * LANES;
-                const int64_t count = std::clamp<int64_t>(s.width * heads - b * LANES, 0, LANES);
-                const Stats stats(p, s, image, head, rows.index(y + r), b * LANES, count);
-                lanes high = {}, inverse = {}, mean = {};
-                for (int64_t i = 0; i < count; i++) high[i] = stats.lane[i][0], inverse[i] = stats.lane[i][s.width];
-                float *weights = s.weights + first * size, *dscores = s.dscores + first * size;
-                for (int64_t i = 0; i < s.kh * size; i += LANES) {
-                    const lanes weight = power_of_two(load(weights + i) - high) * inverse;
-                    store(weights + i, weight);
-                    mean += weight * load(dscores + i);
-                }
-                float* sums = s.dbias + (block.table * (2 * s.kh - 1) + band.start[r] - y - r + s.kh - 1) * size;
-                for (int64_t i = 0; i < s.kh * size; i += LANES) {
-                    const lanes ds = load(weights + i) * (load(dscores + i) - mean);
-                    store(dscores + i, ds);
-                    store(sums + i, load(sums + i) + ds);
-                }
-                for (int64_t i = 0; i < s.kh; i++) {
-                    const int64_t to = ((first + i) * (2 * s.kw - 1) + s.kw - 1) * s.stride + b * LANES;
-                    spread(s, block, weights + i * size, s.weight_lines + to);
-                    spread(s, block, dscores + i * size, s.dscore_lines + to);
-                }
-            }
-            weigh_keys(s, band, block, s.dscores, s.k + b * LANES, s.tile);
-            for (int64_t r = 0; r < band.count; r++)
-                store_block<T>(
-                    s, s.tile + r * s.padded * LANES, LANES, splat(p.scale),
-                    Tokens<T>(s, p.dq, image, head, heads, rows.index(y + r), b * LANES, nullptr), false
-                );
-        }
-        for (int64_t b = 0; b < s.blocks; b++) {
-            weigh_queries(s, band, s.block[b], s.weight_lines + b * LANES, s.dout + b * LANES, s.dv + b * LANES);
-            weigh_queries(s, band, s.block[b], s.dscore_lines + b * LANES, s.q + b * LANES, s.dk + b * LANES);
+            scatter_row(s, band, r, columns, s.weights, s.dout_row + r * s.row, s.dv_row);
+            scatter_row(s, band, r, columns, s.dscores, s.q_row + r * s.row, s.dk_row);
         }
     }
     pass(loaded);
