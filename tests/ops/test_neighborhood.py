@@ -197,6 +197,14 @@ def test_the_compiled_operators_pass_opcheck(bias):
         torch.library.opcheck(torch.ops.backbones.neighborhood_cpu_backward, (grad, *arguments[:4], stats, *arguments[4:]))
 
 
+@COMPILED
+def test_the_compiled_operator_refuses_a_second_derivative():
+    qkv, table, _ = inputs((1, 5, 5, 1, 4), 3)
+    out = neighborhood_attention(*qkv.unbind(3), 3, bias=table, backend="cpp")
+    with pytest.raises(RuntimeError, match="no second derivative: use backend='reference'"):
+        torch.autograd.grad(out.sum(), qkv, create_graph=True)
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_activation_checkpointing_and_compilation_change_nothing(backend):
     qkv, table, grad = inputs((1, 16, 9, 1, 8), 3)

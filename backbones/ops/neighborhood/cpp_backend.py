@@ -156,6 +156,8 @@ def _register() -> None:
         ctx.save_for_backward(q, k, v, bias, output[1])
 
     def backward(ctx, grad, _):
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative would silently be zero
+            raise RuntimeError("the C++ neighbourhood attention has no second derivative: use backend='reference'")
         q, k, v, bias, stats = ctx.saved_tensors
         grads = torch.ops.backbones.neighborhood_cpu_backward(_token_contiguous(grad), q, k, v, bias, stats, *ctx.arguments)
         return *grads[:3], None if bias is None else grads[3], None, None, None

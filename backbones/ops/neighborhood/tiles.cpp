@@ -517,30 +517,25 @@ template <int R, int N>
 void gather(const Scratch& s, const Band& band, int64_t first, int64_t last, const float* w, const float* x, int64_t d, float* tile) {
     const float* rows[BAND + 15];
     for (int64_t i = band.base; i < band.end; i++) rows[i - band.base] = x + i % s.ring * s.row + d;
-    for (int64_t at = first; at < last; at += 2) {
-        const int64_t columns[2] = {at, std::min(at + 1, last - 1)};  // two, so that additions need not wait for each other
+    for (int64_t at = first; at < last; at += 2) {  // two columns, so that additions need not wait for each other
+        const int32_t* keys[2] = {s.keys.data() + at * s.kw, s.keys.data() + std::min(at + 1, last - 1) * s.kw};
+        const float* weights[R];
+        for (int r = 0; r < R; r++) weights[r] = w + r * s.window + (band.base - band.start[r]) * LANES + at % LANES;
         lanes sum[2][R][N] = {};
-        for (int64_t c = 0; c < s.kw; c++) {
-            int64_t key[2];
-            const float* weight[2][R];
-            for (int j = 0; j < 2; j++) {
-                key[j] = s.keys[columns[j] * s.kw + c];
-                for (int r = 0; r < R; r++)
-                    weight[j][r] = w + ((r * s.kw + c) * s.kh + band.base - band.start[r]) * LANES + columns[j] % LANES;
-            }
-            const auto add = [&](auto from, auto to, int64_t i) __attribute__((always_inline)) {
+        band.template each_row<R>(s.kh, [&](auto from, auto to, int64_t i) __attribute__((always_inline)) {
+            for (int64_t c = 0; c < s.kw; c++)
                 for (int j = 0; j < 2; j++) {
                     lanes value[N];
-                    for (int n = 0; n < N; n++) value[n] = load(rows[i] + key[j] + n * LANES);
-                    for (int r = decltype(from)::value; r < decltype(to)::value; r++)
-                        for (int n = 0; n < N; n++) sum[j][r][n] += weight[j][r][i * LANES] * value[n];
+                    for (int n = 0; n < N; n++) value[n] = once(load(rows[i] + keys[j][c] + n * LANES));
+                    for (int r = decltype(from)::value; r < decltype(to)::value; r++) {
+                        const lanes weight = once(splat(weights[r][(c * s.kh + i) * LANES + j]));
+                        for (int n = 0; n < N; n++) sum[j][r][n] += weight * value[n];
+                    }
                 }
-            };
-            band.template each_row<R>(s.kh, add);
-        }
+        });
         for (int j = 0; j < 2; j++)
             for (int r = 0; r < R; r++)
-                for (int n = 0; n < N; n++) store(tile + (r * LANES + columns[j] % LANES) * s.padded + d + n * LANES, sum[j][r][n]);
+                for (int n = 0; n < N; n++) store(tile + (r * LANES + at % LANES + j) * s.padded + d + n * LANES, sum[j][r][n]);
     }
 }
 

@@ -186,6 +186,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    if torch.is_grad_enabled():  # create_graph=True: a second derivative would silently be zero
+        raise RuntimeError("the Triton neighbourhood attention has no second derivative: use backend='reference'")
     q, k, v, bias, out, lse = ctx.saved_tensors
     grads = backward(grad.contiguous(), q, k, v, bias, out, lse, *ctx.arguments)
     return *grads[:3], None if bias is None else grads[3], None, None, None
