@@ -308,6 +308,11 @@ def test_tiles_never_hold_a_square_of_the_map():
     assert largest <= 9216 * 14 * 14
 
 
+def test_tiles_gathered_in_several_passes_agree_with_the_definition(monkeypatch):
+    monkeypatch.setattr(tiled, "CHUNK_BYTES", 1)  # a row of tiles per pass
+    agree("tiled", (2, 29, 33, 2, 8), 7, (1, 2))
+
+
 def test_every_tile_of_every_cut_is_a_partition():
     for length, kernel, dilation in itertools.product((3, 14, 15, 29, 33, 64), (3, 7, 13), (1, 2, 4)):
         if length < kernel * dilation:
