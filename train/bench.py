@@ -160,35 +160,36 @@ def bench_ops(
     kernel: int = 7,
     dim: int = 32,
 ) -> list[dict[str, str]]:
-    """A row per case and backend: forward, forward + backward (with all four gradients), share of the matmul speed, error.
+    """A row per case and backend: forward, forward + backward (gradients of q, k, v, bias), share of the matmul speed, error.
 
     cases: (batch, map side or (H, W), heads, dilation). With a bias throughout, except where the row says so; bfloat16 on CUDA
-    and float32 on a CPU. The error is the largest absolute difference of the output to the definition in float32.
+    and float32 on a CPU. q, k, v lie in one tensor, as behind a model's linear layer; joining their gradients is not counted.
+    The error is the largest absolute difference of the output to the definition in float32.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(1024, 1024, device=device, dtype=dtype)
     rows = []
     for batch, side, heads, dilation in cases:
         height, width = (side, side) if isinstance(side, int) else side
-        qkv = torch.randn(batch, height, width, 3, heads, dim, device=device, dtype=dtype, requires_grad=True)
+        packed = torch.randn(batch, height, width, 3, heads, dim, device=device, dtype=dtype)
+        qkv = [part.requires_grad_() for part in packed.unbind(3)]
         bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device, requires_grad=True)
         grad = torch.randn(batch, height, width, heads, dim, device=device, dtype=dtype)
-        calls = attentions(qkv, bias, kernel, dilation, backends)
+        calls = attentions(*qkv, bias, kernel, dilation, backends)
         trained = [name for name in calls if training and can_train(name, device)]
         times = measure(  # both in the same rounds, so that their ratio holds on a busy machine
             {
                 "matmul": lambda: left @ left,
                 **{name: torch.no_grad()(call) for name, call in calls.items()},
-                **{f"{name}, trained": training_step(calls[name], grad, (qkv, bias)) for name in trained},
+                **{f"{name}, trained": training_step(calls[name], grad, (*qkv, bias)) for name in trained},
             },
             rounds,
             device,
         )
         forward, both = times, {name: times[f"{name}, trained"] for name in trained}
         with torch.no_grad():
-            definition = neighborhood.neighborhood_attention(
-                *qkv[:1].float().unbind(3), kernel, dilation, bias, backend="reference"
-            )
+            first = (part[:1].float() for part in qkv)
+            definition = neighborhood.neighborhood_attention(*first, kernel, dilation, bias, backend="reference")
             errors = {name: (call()[:1].float() - definition).abs().max().item() for name, call in calls.items()}
         speed = 2 * 1024**3 / forward["matmul"][1]
         work = 4 * batch * height * width * heads * dim * kernel**2
@@ -210,28 +211,27 @@ def bench_ops(
 
 
 def attentions(
-    qkv: Tensor, bias: Tensor, kernel: int, dilation: int, backends: Sequence[str] | None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: int, dilation: int, backends: Sequence[str] | None
 ) -> dict[str, Callable[[], Tensor]]:
     """The backends that can run this call (but for the definition, which is no contender), and peers where there are any."""
 
     def attention(name: str, bias: Tensor | None) -> Callable[[], Tensor]:
-        # unbind inside, so that the backward reaches the one qkv tensor, as in a model
-        return lambda: neighborhood.neighborhood_attention(*qkv.unbind(3), kernel, dilation, bias, backend=name)
+        return lambda: neighborhood.neighborhood_attention(q, k, v, kernel, dilation, bias, backend=name)
 
     if backends is not None:
         return {name: attention(name, bias) for name in backends}
-    reasons = neighborhood.explain(*qkv.unbind(3), kernel, dilation, bias)
+    reasons = neighborhood.explain(q, k, v, kernel, dilation, bias)
     calls = {name: attention(name, bias) for name, reason in reasons.items() if reason is None and name != "reference"}
-    batch, height, width, _, heads, _ = qkv.shape
+    batch, height, width, heads, _ = q.shape
     with torch.no_grad():
         if (
             "natten" not in calls
-            and (qkv.is_cuda or 4 * batch * heads * (height * width) ** 2 < 1 << 30)  # bytes: on a CPU it holds N x N scores
-            and neighborhood.explain(*qkv.unbind(3), kernel, dilation)["natten"] is None
+            and (q.is_cuda or 4 * batch * heads * (height * width) ** 2 < 1 << 30)  # bytes: on a CPU it holds N x N scores
+            and neighborhood.explain(q, k, v, kernel, dilation)["natten"] is None
         ):
             calls[NATTEN] = attention("natten", None)
-    if qkv.is_cuda:
-        calls["flex_attention, compiled"] = flex_attention(qkv, bias, kernel, dilation, compiled=True)
+    if q.is_cuda:
+        calls["flex_attention, compiled"] = flex_attention(q, k, v, bias, kernel, dilation, compiled=True)
     return calls
 
 
@@ -248,11 +248,13 @@ def training_step(call: Callable[[], Tensor], grad: Tensor, leaves: Sequence[Ten
     return step
 
 
-def flex_attention(qkv: Tensor, bias: Tensor, kernel: int, dilation: int, compiled: bool) -> Callable[[], Tensor]:
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: int, dilation: int, compiled: bool
+) -> Callable[[], Tensor]:
     """The same attention through torch's flex_attention: raster order, block mask, the bias as a score_mod (a peer)."""
     from torch.nn.attention import flex_attention as flex
 
-    height, width = qkv.shape[1:3]
+    height, width = q.shape[1:3]
 
     def sees(query: Tensor, key: Tensor, length: int) -> Tensor:
         residue, position, place = query % dilation, query // dilation, key // dilation
@@ -268,12 +270,12 @@ def flex_attention(qkv: Tensor, bias: Tensor, kernel: int, dilation: int, compil
         across = j % width // dilation - i % width // dilation + kernel - 1
         return s + bias[h, up.clamp(0, 2 * kernel - 2), across.clamp(0, 2 * kernel - 2)]  # beyond the table nothing is seen
 
-    block = flex.create_block_mask(mask, None, None, height * width, height * width, device=qkv.device)
+    block = flex.create_block_mask(mask, None, None, height * width, height * width, device=q.device)
     function = torch.compile(flex.flex_attention, dynamic=False) if compiled else flex.flex_attention
 
     def call() -> Tensor:
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in qkv.unbind(3))
-        return function(q, k, v, score_mod=score, block_mask=block).transpose(1, 2).unflatten(1, (height, width))
+        tokens = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        return function(*tokens, score_mod=score, block_mask=block).transpose(1, 2).unflatten(1, (height, width))
 
     return call
 

@@ -38,7 +38,7 @@ def test_ops_rows_hold_time_share_and_error():
 def test_the_flex_peer_computes_the_same_attention():
     qkv, bias = torch.randn(1, 9, 11, 3, 2, 16), torch.randn(2, 5, 5)
     with torch.no_grad():
-        peer = bench.flex_attention(qkv, bias, kernel=3, dilation=2, compiled=False)()
+        peer = bench.flex_attention(*qkv.unbind(3), bias, kernel=3, dilation=2, compiled=False)()
         torch.testing.assert_close(peer, neighborhood_attention(*qkv.unbind(3), 3, 2, bias), rtol=0.0, atol=1e-5)
 
 
