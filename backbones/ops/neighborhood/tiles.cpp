@@ -357,6 +357,30 @@ void store_block(const Scratch& s, const float* row, const float* factor, const 
         }
 }
 
+// The rows of tokens that the next band reads. They are asked for while this one computes, since they lie far apart, where the
+// processor does not look by itself; and a few at a time, or they would hold up the reads of this band.
+struct Ahead {
+    struct Row {
+        const char* first;
+        int64_t step;
+    };
+    Row row[4 * BAND];
+    int64_t count = 0, next = 0, columns, bytes;
+    Ahead(int64_t columns, int64_t bytes) : columns(columns), bytes(bytes) {}
+    template <typename T>
+    void add(const Map& map, int64_t image, int64_t head, int64_t y) {
+        const T* first = (const T*)map.data + image * map.image + head * map.head + y * map.row;
+        row[count++] = {(const char*)first, map.column * (int64_t)sizeof(T)};
+    }
+    // Block b of one row more. Inlined because GCC takes a function that only asks for one without effect, and drops the call.
+    INLINE void ask(int64_t b) {
+        if (next == count) return;
+        const auto [first, step] = row[next++];
+        for (int64_t x = b * LANES; x < std::min(columns, (b + 1) * LANES); x++)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + x * step + at, 0, 2);
+    }
+};
+
 // How the keys of LANES queries and one class lie in a line: side by side; in two such places, `more` apart; or anywhere
 // among 2 LANES columns, from which a register's worth is picked where an instruction does that.
 enum Reach { BESIDE, TWICE, NEAR };
@@ -486,10 +510,12 @@ struct Band {
     }
 };
 
-// out[r][class][key row - start[r]]: the products of the block's rows of q with those of the ring x; with `bias` they start
-// from it. q and x are at the block's first lane.
-inline void score(const Scratch& s, const Band& band, const Block& block, const float* q, const float* x, bool bias, float* out) {
+// out[r][class][key row - start[r]]: the products of block b of the rows q with the ring x; with `bias` they start from it.
+inline void score(const Scratch& s, const Band& band, int64_t b, const float* q, const float* x, bool bias, float* out, Ahead& ahead) {
+    const Block& block = s.block[b];
+    q += b * LANES, x += b * LANES;
     for (int64_t i = band.base; i < band.end; i++) {
+        ahead.ask(b);
         int64_t r, last;
         band.seeing(i, s.kh, &r, &last);
         const float* line = x + i % s.ring * s.line;
@@ -623,8 +649,15 @@ void forward_strip(
             float* line = s.q_line + r * s.line;
             load_row<T>(s, p.q, image, head, heads, rows.index(y + r), p.scale * 1.4426950408889634f, nullptr, line);
         }
+        Ahead ahead(s.width, s.dim * sizeof(T));
+        for (int64_t i = 0; i < BAND && heads == 1; i++) {  // several heads in a line are small maps
+            if (y + BAND + i < y1) ahead.add<T>(p.q, image, head, rows.index(y + BAND + i));
+            if (loaded + i < rows.size)
+                for (const Map& map : {p.k, p.v}) ahead.add<T>(map, image, head, rows.index(loaded + i));
+        }
         for (int64_t b = 0; b * LANES < columns; b++) {
-            score(s, band, s.block[b], s.q_line + b * LANES, s.k_line + b * LANES, true, s.weights);
+            ahead.next = 0;
+            score(s, band, b, s.q_line, s.k_line, true, s.weights, ahead);
             float inverse[BAND][LANES];
             const int64_t bytes = std::min(LANES, columns - b * LANES) * sizeof(float);
             for (int64_t r = 0; r < band.count; r++) {
@@ -698,11 +731,18 @@ void backward_strip(
             load_row<T>(s, p.q, image, head, heads, row, factor, s.q_row + r * s.row, s.q_line + r * s.line);
             load_row<T>(s, p.dout, image, head, heads, row, 1.f, s.dout_row + r * s.row, s.dout_line + r * s.line);
         }
+        Ahead ahead(s.width, s.dim * sizeof(T));
+        for (int64_t i = 0; i < BAND && heads == 1; i++) {
+            if (y + BAND + i < y1)
+                for (const Map& map : {p.q, p.dout}) ahead.add<T>(map, image, head, rows.index(y + BAND + i));
+            if (loaded + i < rows.size)
+                for (const Map& map : {p.k, p.v}) ahead.add<T>(map, image, head, rows.index(loaded + i));
+        }
         for (int64_t b = 0; b * LANES < columns; b++) {
-            const Block& block = s.block[b];
             float *weights = s.weights + b * BAND * s.window, *dscores = s.dscores + b * BAND * s.window;
-            score(s, band, block, s.q_line + b * LANES, s.k_line + b * LANES, true, weights);
-            score(s, band, block, s.dout_line + b * LANES, s.v_line + b * LANES, false, dscores);
+            ahead.next = 0;
+            score(s, band, b, s.q_line, s.k_line, true, weights, ahead);
+            score(s, band, b, s.dout_line, s.v_line, false, dscores, ahead);
             for (int64_t r = 0; r < band.count; r++) {
                 float *w = weights + r * s.window, *ds = dscores + r * s.window;
                 const float* stats = stats_of(p, s, image, head, rows.index(y + r), b);
@@ -715,7 +755,7 @@ void backward_strip(
                     store(w + i, weight);
                     mean += weight * load(ds + i);
                 }
-                float* sums = s.dbias + (block.table * s.kw * (2 * s.kh - 1) + band.start[r] - y - r + s.kh - 1) * LANES;
+                float* sums = s.dbias + (s.block[b].table * s.kw * (2 * s.kh - 1) + band.start[r] - y - r + s.kh - 1) * LANES;
                 for (int64_t c = 0; c < s.kw; c++, sums += (2 * s.kh - 1) * LANES)
                     for (int64_t i = 0; i < s.kh * LANES; i += LANES) {
                         const lanes x = load(w + c * s.kh * LANES + i) * (load(ds + c * s.kh * LANES + i) - mean);
