@@ -190,15 +190,15 @@ struct Scratch {
         line = padded * stride;
         const int64_t nothing = std::max(padded, LANES), table = tables * (2 * kh - 1) * kw * LANES;
         const int64_t lines = backward ? 2 * BAND + 2 * ring : BAND + ring, rows = backward ? 2 * BAND + 3 * ring : ring;
-        const int64_t forward = nothing + BAND * padded * LANES + table + weights_size + pad * LANES + lines * line + rows * row;
-        const int64_t more = backward ? table + weights_size : 0;
-        memory.reset(new float[forward + more + 16 + 2 * dilation]);  // in_classes may look, in vain, two planes too far
+        const int64_t either = nothing + BAND * padded * LANES + pad * LANES + lines * line + rows * row;
+        const int64_t sums = (backward ? 2 : 1) * (table + weights_size);
+        memory.reset(new float[either + sums + 16 + 2 * dilation]);  // in_classes may look, in vain, two planes too far
         next = (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
         zeros = take(nothing), tile = take(BAND * padded * LANES), bias = take(table), weights = take(weights_size);
-        v_row = take(ring * row);
+        (backward ? k_row : v_row) = take(ring * row);
         if (backward) {
-            dscores = take(weights_size), dbias = take(table), k_row = v_row, dk_row = take(ring * row);
-            dv_row = take(ring * row), q_row = take(BAND * row), dout_row = take(BAND * row);
+            dscores = take(weights_size), dbias = take(table), dk_row = take(ring * row), dv_row = take(ring * row);
+            q_row = take(BAND * row), dout_row = take(BAND * row);
             std::memset(dbias, 0, table * sizeof(float));
         }
         float *before = take(pad * LANES), *first = next;
@@ -328,16 +328,21 @@ struct Tokens {
 // A row of the map, times `factor`: as a row of tokens and, where `line` is given, as a line.
 template <typename T>
 void load_row(
-    const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t y, float factor, float* row, float* line
+    const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t y, float factor, float* row,
+    float* line
 ) {
     for (int64_t b = 0; b < s.blocks; b++) {
         const Tokens<const T> tokens(s, map, image, head, heads, y, b * LANES, (const T*)s.zeros);
         for (int64_t d = 0; d < s.dim; d += LANES) {
             lanes r[LANES];
-            if (d + LANES <= s.dim)
-                UNROLLED for (int64_t i = 0; i < LANES; i++) r[i] = load_as_float(tokens.at[i] + d, LANES) * factor;
-            else
-                for (int64_t i = 0; i < LANES; i++) r[i] = load_as_float(tokens.at[i] + d, s.dim - d) * factor;
+            if (std::is_same<T, float>::value && d + LANES <= s.dim) {
+                UNROLLED for (int64_t i = 0; i < LANES; i++) r[i] = load((const float*)tokens.at[i] + d) * factor;
+            } else {
+                float floats[LANES * LANES];  // r itself stays in registers if no index into it is variable
+                for (int64_t i = 0; i < LANES; i++)
+                    store(floats + i * LANES, load_as_float(tokens.at[i] + d, std::min(LANES, s.dim - d)));
+                UNROLLED for (int64_t i = 0; i < LANES; i++) r[i] = load(floats + i * LANES) * factor;
+            }
             if (row) UNROLLED for (int64_t i = 0; i < LANES; i++) store(row + (b * LANES + i) * s.padded + d, r[i]);
             if (!line) continue;
             transpose(r);
@@ -511,7 +516,9 @@ struct Band {
 };
 
 // out[r][class][key row - start[r]]: the products of block b of the rows q with the ring x; with `bias` they start from it.
-inline void score(const Scratch& s, const Band& band, int64_t b, const float* q, const float* x, bool bias, float* out, Ahead& ahead) {
+inline void score(
+    const Scratch& s, const Band& band, int64_t b, const float* q, const float* x, bool bias, float* out, Ahead& ahead
+) {
     const Block& block = s.block[b];
     q += b * LANES, x += b * LANES;
     for (int64_t i = band.base; i < band.end; i++) {
@@ -540,7 +547,9 @@ inline void score(const Scratch& s, const Band& band, int64_t b, const float* q,
 // Of the columns first <= x < last, the N vectors from d on of tile[r][x] = sum over the keys of w[r][class][key row] times
 // the ring x, for the band's R rows.
 template <int R, int N>
-void gather(const Scratch& s, const Band& band, int64_t first, int64_t last, const float* w, const float* x, int64_t d, float* tile) {
+void gather(
+    const Scratch& s, const Band& band, int64_t first, int64_t last, const float* w, const float* x, int64_t d, float* tile
+) {
     const float* rows[BAND + 15];
     for (int64_t i = band.base; i < band.end; i++) rows[i - band.base] = x + i % s.ring * s.row + d;
     for (int64_t at = first; at < last; at += 2) {  // two columns, so that additions need not wait for each other
@@ -605,7 +614,9 @@ inline void gather_block(const Scratch& s, const Band& band, int64_t b, int64_t 
 }
 
 // Adds to the ring x the sums over the queries of the band's row r.
-inline void scatter_row(const Scratch& s, const Band& band, int64_t r, int64_t columns, const float* w, const float* y, float* x) {
+inline void scatter_row(
+    const Scratch& s, const Band& band, int64_t r, int64_t columns, const float* w, const float* y, float* x
+) {
     in_parts(0, s.kh, [&](int64_t first, int64_t count) {
         float* rows[PARTS];
         for (int64_t k = 0; k < count; k++) rows[k] = x + (band.start[r] + first + k) % s.ring * s.row;
