@@ -153,6 +153,7 @@ def _register() -> None:
     def setup_context(ctx, inputs, output):
         q, k, v, bias, *ctx.arguments = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the statistics, which have no gradient
         ctx.save_for_backward(q, k, v, bias, output[1])
 
     def backward(ctx, grad, _):

@@ -206,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
         at::parallel_for(0, head_groups * slots, 1, [&](int64_t begin, int64_t end) {
             kernels().backward(p, colour, slots, begin, end, sums);
         });
-    at::Tensor dbias = bias ? partial.sum(1) : partial;
+    at::Tensor dbias = !bias ? partial : slots == 1 ? partial.squeeze(1) : partial.sum(1);
     return {dq, dk.to(q.scalar_type()), dv.to(q.scalar_type()), dbias};
 }
 

@@ -318,10 +318,13 @@ struct Tokens {
     Tokens(const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t row, int64_t lane, T* nothing)
         : count(std::clamp<int64_t>(s.width * heads - lane, 0, LANES)) {
         T* first = (T*)map.data + image * map.image + head * map.head + row * map.row;
-        for (int64_t i = 0; i < LANES; i++) {
-            const int64_t segment = heads == 1 ? 0 : (lane + i) / s.width, x = lane + i - segment * s.width;
-            at[i] = i < count ? first + x * map.column + segment * map.head : nothing;
-        }
+        if (heads == 1)
+            for (int64_t i = 0; i < LANES; i++) at[i] = i < count ? first + (lane + i) * map.column : nothing;
+        else
+            for (int64_t i = 0; i < LANES; i++) {
+                const int64_t segment = (lane + i) / s.width, x = (lane + i) % s.width;
+                at[i] = i < count ? first + x * map.column + segment * map.head : nothing;
+            }
     }
 };
 
@@ -574,10 +577,13 @@ void gather(
     }
 }
 
-// Adds to K rows of tokens, N vectors of each, the sum over the queries that see a key of w[class][key row] times y.
+// Adds to the columns first <= x < last of K rows of tokens, N vectors of each, the sum over the queries that see a key of
+// w[class][key row] times y.
 template <int K, int N>
-void scatter(const Scratch& s, int64_t columns, const float* w, const float* y, float* const* rows, int64_t d) {
-    for (int64_t x = 0; x < columns; x++) {
+void scatter(
+    const Scratch& s, int64_t first, int64_t last, const float* w, const float* y, float* const* rows, int64_t d
+) {
+    for (int64_t x = first; x < last; x++) {
         lanes sum[K][N];
         for (int k = 0; k < K; k++)
             for (int n = 0; n < N; n++) sum[k][n] = load(rows[k] + x * s.padded + d + n * LANES);
@@ -613,28 +619,30 @@ inline void gather_block(const Scratch& s, const Band& band, int64_t b, int64_t 
     });
 }
 
-// Adds to the ring x the sums over the queries of the band's row r.
-inline void scatter_row(
-    const Scratch& s, const Band& band, int64_t r, int64_t columns, const float* w, const float* y, float* x
+// Adds to block b of the ring x the sums over the queries y of the band.
+inline void scatter_block(
+    const Scratch& s, const Band& band, int64_t b, int64_t columns, const float* w, const float* y, float* x
 ) {
-    in_parts(0, s.kh, [&](int64_t first, int64_t count) {
-        float* rows[PARTS];
-        for (int64_t k = 0; k < count; k++) rows[k] = x + (band.start[r] + first + k) % s.ring * s.row;
-        in_vectors(s, [&](int64_t d, auto vectors) {
-            constexpr int N = decltype(vectors)::value;
-            const float* from = w + r * s.window + first * LANES;
-            switch (count) {
-                case 1: scatter<1, N>(s, columns, from, y, rows, d); break;
-                case 2: scatter<2, N>(s, columns, from, y, rows, d); break;
-                case 3: scatter<3, N>(s, columns, from, y, rows, d); break;
-                case 4: scatter<4, N>(s, columns, from, y, rows, d); break;
-                case 5: if constexpr (PARTS >= 5) scatter<5, N>(s, columns, from, y, rows, d); break;
-                case 6: if constexpr (PARTS >= 6) scatter<6, N>(s, columns, from, y, rows, d); break;
-                case 7: if constexpr (PARTS >= 7) scatter<7, N>(s, columns, from, y, rows, d); break;
-                case 8: if constexpr (PARTS >= 8) scatter<8, N>(s, columns, from, y, rows, d); break;
-            }
+    const int64_t first = b * LANES, last = std::min(columns, first + LANES);
+    for (int64_t r = 0; r < band.count; r++, w += s.window, y += s.row)
+        in_parts(0, s.kh, [&](int64_t k, int64_t count) {
+            float* rows[PARTS];
+            for (int64_t i = 0; i < count; i++) rows[i] = x + (band.start[r] + k + i) % s.ring * s.row;
+            in_vectors(s, [&](int64_t d, auto vectors) {
+                constexpr int N = decltype(vectors)::value;
+                const float* from = w + k * LANES;
+                switch (count) {
+                    case 1: scatter<1, N>(s, first, last, from, y, rows, d); break;
+                    case 2: scatter<2, N>(s, first, last, from, y, rows, d); break;
+                    case 3: scatter<3, N>(s, first, last, from, y, rows, d); break;
+                    case 4: scatter<4, N>(s, first, last, from, y, rows, d); break;
+                    case 5: if constexpr (PARTS >= 5) scatter<5, N>(s, first, last, from, y, rows, d); break;
+                    case 6: if constexpr (PARTS >= 6) scatter<6, N>(s, first, last, from, y, rows, d); break;
+                    case 7: if constexpr (PARTS >= 7) scatter<7, N>(s, first, last, from, y, rows, d); break;
+                    case 8: if constexpr (PARTS >= 8) scatter<8, N>(s, first, last, from, y, rows, d); break;
+                }
+            });
         });
-    });
 }
 
 // Where a block's numbers in stats, [images, H, 2, heads W], begin; the second of the two is `heads * W` further on.
@@ -780,9 +788,9 @@ void backward_strip(
                 store_block<T>(s, s.tile + r * LANES * s.padded, scale, dq, false);
             }
         }
-        for (int64_t r = 0; r < band.count; r++) {
-            scatter_row(s, band, r, columns, s.weights, s.dout_row + r * s.row, s.dv_row);
-            scatter_row(s, band, r, columns, s.dscores, s.q_row + r * s.row, s.dk_row);
+        for (int64_t b = 0; b * LANES < columns; b++) {
+            scatter_block(s, band, b, columns, s.weights, s.dout_row, s.dv_row);
+            scatter_block(s, band, b, columns, s.dscores, s.q_row, s.dk_row);
         }
     }
     pass(loaded);
