@@ -129,7 +129,8 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int, device: str) ->
 
 
 def once(variant: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one run. On a CPU a short run is repeated up to 20 ms, which is long against the clock."""
+    """Milliseconds of one run. On a CPU a short run is repeated for 20 ms, which is long against the clock, after one that does not
+    count: it pays for what the variant before did to caches and heap."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -137,11 +138,15 @@ def once(variant: Callable[[], Any], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    runs, begun = 0, time.process_time()
-    while runs == 0 or (time.process_time() - begun < 0.02 and runs < 100):
-        variant()
-        runs += 1
-    return (time.process_time() - begun) * 1e3 / runs
+    begun = time.process_time()
+    variant()
+    spent, runs = time.process_time() - begun, 1
+    if spent < 0.02:
+        begun, runs = time.process_time(), 0
+        while (spent := time.process_time() - begun) < 0.02 and runs < 100:
+            variant()
+            runs += 1
+    return spent * 1e3 / runs
 
 
 def shown(times: tuple[float, float]) -> str:
