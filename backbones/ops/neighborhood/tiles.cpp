@@ -5,16 +5,16 @@
 // neighbouring columns of the map, a row of tokens is kept as a line, its transpose [dim][columns] with zeros before and
 // after, and the scores of LANES queries with the keys `s` positions to their right, in one row of keys, are
 //
-//     S[s] = bias[s] + sum_d Q[d] * (K[d] read s * dilation columns further on)
+//     S[s] = bias[s] + sum_d Q[d] * (K[d] read s columns further on)
 //
 // Inside the map a query sees the kw planes s = -kw/2 .. kw/2. At the borders windows slide inwards, and a block of LANES
 // columns sees up to 2 kw - 1 planes; but a window of kw neighbours has one plane of each class modulo kw, so kw vectors
 // always do, and in the first classes of such a block some lanes read at s and the others at s + kw. A dilation of the
-// columns is another reading distance; a dilation of the rows makes residue groups, each with its own strips. Where the map
-// is narrower than half a vector, several heads lie side by side in a line.
+// columns only orders them: those of one residue lie side by side. A dilation of the rows makes residue groups, each with its
+// own strips. Where the map is narrower than half a vector, several heads lie side by side in a line.
 //
 // Sums weighted with the scores want the numbers of a token in the lanes: a weight is then one number for all of them, and
-// borders, ragged widths and dilations are nothing but other tokens. Rows of tokens are kept as they come, [columns][dim].
+// borders and ragged widths are nothing but other tokens. Rows of tokens are kept as [columns][dim].
 //
 // Work goes by bands of BAND query rows, which share what is read:
 //
@@ -129,7 +129,7 @@ INLINE void transpose(lanes* r) {
     exchange_all<1>(r);
 }
 
-// A residue group of the rows: its position p is row residue + p * dilation.
+// A residue group of the rows or columns: its position p is row residue + p * dilation.
 struct Group {
     int64_t residue, size, kernel, dilation;
     Group(const Axis& axis, int64_t residue)
@@ -160,6 +160,7 @@ struct Seen {
 struct Scratch {
     int64_t kh, kw, window, dilation, width, dim, padded, blocks, stride, line, row, ring, weights_size, head, tables;
     std::vector<Block> block;
+    std::vector<int32_t> column;  // of each lane of a line, its column of the map
     std::vector<int32_t> second;  // of each table [kw][LANES]: -1 where a lane takes the second plane of a class, else 0
     std::vector<int32_t> near;    // of each table [kw][LANES]: the key's column from the block's lowest on
     std::vector<int32_t> keys;    // [columns][kw]: where the key of each class is in a row of tokens
@@ -184,15 +185,15 @@ struct Scratch {
           weights_size((backward ? blocks : 1) * BAND * window),  // the forward needs those of one block at a time
           head(-1),
           tables(0) {
-        cut(p.pack, backward);
-        const int64_t pad = ((kw - 1) * dilation + LANES - 1) / LANES;  // blocks; one pad serves the line before and after
+        cut(p, backward);
+        const int64_t pad = (kw - 1 + LANES - 1) / LANES;  // blocks; one pad serves the line before and after
         stride = ((blocks + pad) | 1) * LANES;  // an odd number of blocks, so that the lines fall into different cache sets
         line = padded * stride;
         const int64_t nothing = std::max(padded, LANES), table = tables * (2 * kh - 1) * kw * LANES;
         const int64_t lines = backward ? 2 * BAND + 2 * ring : BAND + ring, rows = backward ? 2 * BAND + 3 * ring : ring;
         const int64_t either = nothing + BAND * padded * LANES + pad * LANES + lines * line + rows * row;
         const int64_t sums = (backward ? 2 : 1) * (table + weights_size);
-        memory.reset(new float[either + sums + 16 + 2 * dilation]);  // in_classes may look, in vain, two planes too far
+        memory.reset(new float[either + sums + 16 + 2]);  // in_classes may look, in vain, two planes too far
         next = (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
         zeros = take(nothing), tile = take(BAND * padded * LANES), bias = take(table), weights = take(weights_size);
         (backward ? k_row : v_row) = take(ring * row);
@@ -212,18 +213,22 @@ struct Scratch {
     float* take(int64_t count) { return (next += count) - count; }
 
     // Finds the planes and masks of every block, and who sees whom.
-    void cut(int64_t pack, bool backward) {
-        const int64_t columns = width * pack;
-        std::vector<int64_t> low(blocks * LANES, INT64_MIN);  // lowest plane of each lane
+    void cut(const Problem& p, bool backward) {
+        std::vector<int64_t> low;  // lowest plane of each lane
+        for (int64_t segment = 0; segment < p.pack; segment++)
+            for (int64_t residue = 0; residue < dilation; residue++) {
+                const Group group(p.columns, residue);
+                for (int64_t at = 0; at < group.size; at++)
+                    column.push_back(group.index(at)), low.push_back(group.start(at) - at);
+            }
+        const int64_t columns = column.size();
+        low.resize(blocks * LANES, INT64_MIN);
         int64_t interior = -1;
         for (int64_t b = 0; b < blocks; b++) {
             int64_t first = INT64_MAX, last = INT64_MIN;
-            for (int64_t i = b * LANES; i < std::min((b + 1) * LANES, columns); i++) {
-                const int64_t x = i % width, p = x / dilation, size = (width - x % dilation + dilation - 1) / dilation;
-                low[i] = std::min(std::max<int64_t>(p - kw / 2, 0), size - kw) - p;
+            for (int64_t i = b * LANES; i < std::min((b + 1) * LANES, columns); i++)
                 first = std::min(first, low[i]), last = std::max(last, low[i]);
-            }
-            const auto key = [&](int64_t i, int64_t c) { return i + (first + c + (low[i] > first + c ? kw : 0)) * dilation; };
+            const auto key = [&](int64_t i, int64_t c) { return i + first + c + (low[i] > first + c ? kw : 0); };
             int64_t lowest = INT64_MAX, highest = INT64_MIN;
             for (int64_t i = b * LANES; i < std::min((b + 1) * LANES, columns); i++)
                 for (int64_t c = 0; c < kw; c++) {
@@ -246,11 +251,11 @@ struct Scratch {
         seen_from.assign(columns + 1, 0), seen.resize(columns * kw);
         for (const int32_t key : keys) seen_from[key / padded + 1]++;
         for (int64_t i = 0; i < columns; i++) seen_from[i + 1] += seen_from[i];
-        std::vector<int32_t> next(seen_from);
+        std::vector<int32_t> place(seen_from);
         for (int64_t i = 0; i < columns; i++)
             for (int64_t c = 0; c < kw; c++) {
                 const int64_t weight = i / LANES * BAND * window + c * kh * LANES + i % LANES;
-                seen[next[keys[i * kw + c] / padded]++] = {(int32_t)(i * padded), (int32_t)weight};
+                seen[place[keys[i * kw + c] / padded]++] = {(int32_t)(i * padded), (int32_t)weight};
             }
     }
 
@@ -318,13 +323,11 @@ struct Tokens {
     Tokens(const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t row, int64_t lane, T* nothing)
         : count(std::clamp<int64_t>(s.width * heads - lane, 0, LANES)) {
         T* first = (T*)map.data + image * map.image + head * map.head + row * map.row;
-        if (heads == 1)
+        if (heads == 1 && s.dilation == 1)
             for (int64_t i = 0; i < LANES; i++) at[i] = i < count ? first + (lane + i) * map.column : nothing;
         else
-            for (int64_t i = 0; i < LANES; i++) {
-                const int64_t segment = (lane + i) / s.width, x = (lane + i) % s.width;
-                at[i] = i < count ? first + x * map.column + segment * map.head : nothing;
-            }
+            for (int64_t i = 0; i < LANES; i++)
+                at[i] = i < count ? first + s.column[lane + i] * map.column + (lane + i) / s.width * map.head : nothing;
     }
 };
 
@@ -370,26 +373,25 @@ void store_block(const Scratch& s, const float* row, const float* factor, const 
 struct Ahead {
     struct Row {
         const char* first;
-        int64_t step;
+        int64_t step, bytes;
     };
     Row row[4 * BAND];
-    int64_t count = 0, next = 0, columns, bytes;
-    Ahead(int64_t columns, int64_t bytes) : columns(columns), bytes(bytes) {}
+    int64_t count = 0, next = 0;
     template <typename T>
-    void add(const Map& map, int64_t image, int64_t head, int64_t y) {
+    void add(const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t y) {
         const T* first = (const T*)map.data + image * map.image + head * map.head + y * map.row;
-        row[count++] = {(const char*)first, map.column * (int64_t)sizeof(T)};
+        row[count++] = {(const char*)first, map.column * (int64_t)sizeof(T), s.dim * (int64_t)sizeof(T)};
     }
     // Block b of one row more. Inlined because GCC takes a function that only asks for one without effect, and drops the call.
-    INLINE void ask(int64_t b) {
+    INLINE void ask(const Scratch& s, int64_t b) {
         if (next == count) return;
-        const auto [first, step] = row[next++];
-        for (int64_t x = b * LANES; x < std::min(columns, (b + 1) * LANES); x++)
-            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + x * step + at, 0, 2);
+        const auto [first, step, bytes] = row[next++];
+        for (int64_t i = b * LANES; i < std::min(s.width, (b + 1) * LANES); i++)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + s.column[i] * step + at, 0, 2);
     }
 };
 
-// How the keys of LANES queries and one class lie in a line: side by side; in two such places, `more` apart; or anywhere
+// How the keys of LANES queries and one class lie in a line: side by side; in two such places, kw apart; or anywhere
 // among 2 LANES columns, from which a register's worth is picked where an instruction does that.
 enum Reach { BESIDE, TWICE, NEAR };
 
@@ -416,12 +418,12 @@ INLINE lanes load_either(const float* p, int64_t more, const choice& mask) { ret
 INLINE lanes pick(const lanes& a, const lanes&, const int32_t*) { return a; }  // nothing is NEAR
 #endif
 
-// out[r][p] = init[r][p] + sum over d of q[r][d] * x[d] read p * step further on, for R rows and P classes; no init is 0.
-// `table` says of each class and lane whether it is `more` further on (TWICE) or which column it is (NEAR).
+// out[r][p] = init[r][p] + sum over d of q[r][d] * x[d] read p further on, for R rows and P classes; no init is 0. `table` says
+// of each class and lane whether it is `more` further on (TWICE) or which column it is (NEAR).
 template <int R, int P, Reach REACH>
 void scores(
-    const float* q, int64_t q_row, const float* x, int64_t step, int64_t more, const int32_t* table, int64_t dim,
-    int64_t stride, const float* const* init, int64_t init_class, float* const* out, int64_t out_class
+    const float* q, int64_t q_row, const float* x, int64_t more, const int32_t* table, int64_t dim, int64_t stride,
+    const float* const* init, int64_t init_class, float* const* out, int64_t out_class
 ) {
     lanes sum[R][P];
     choice mask[P];
@@ -436,8 +438,8 @@ void scores(
         for (int p = 0; p < P; p++) {
             const lanes key = once(
                 REACH == NEAR    ? pick(near[0], near[1], table + p * LANES)
-                : REACH == TWICE ? load_either(x + p * step, more, mask[p])
-                                 : load(x + p * step)
+                : REACH == TWICE ? load_either(x + p, more, mask[p])
+                                 : load(x + p)
             );
             for (int r = 0; r < R; r++) sum[r][p] += factor[r] * key;
         }
@@ -525,7 +527,7 @@ inline void score(
     const Block& block = s.block[b];
     q += b * LANES, x += b * LANES;
     for (int64_t i = band.base; i < band.end; i++) {
-        ahead.ask(b);
+        ahead.ask(s, b);
         int64_t r, last;
         band.seeing(i, s.kh, &r, &last);
         const float* line = x + i % s.ring * s.line;
@@ -540,8 +542,8 @@ inline void score(
             }
             DISPATCH(
                 scores, last - r, count, decltype(reach)::value, q + r * s.line, s.line,
-                line + (near ? block.lowest : (block.first + c) * s.dilation), s.dilation, s.kw * s.dilation, table, s.dim,
-                s.stride, bias ? init : nullptr, (2 * s.kh - 1) * LANES, to, s.kh * LANES
+                line + (near ? block.lowest : block.first + c), s.kw, table, s.dim, s.stride, bias ? init : nullptr,
+                (2 * s.kh - 1) * LANES, to, s.kh * LANES
             )
         });
     }
@@ -668,11 +670,11 @@ void forward_strip(
             float* line = s.q_line + r * s.line;
             load_row<T>(s, p.q, image, head, heads, rows.index(y + r), p.scale * 1.4426950408889634f, nullptr, line);
         }
-        Ahead ahead(s.width, s.dim * sizeof(T));
+        Ahead ahead;
         for (int64_t i = 0; i < BAND && heads == 1; i++) {  // several heads in a line are small maps
-            if (y + BAND + i < y1) ahead.add<T>(p.q, image, head, rows.index(y + BAND + i));
+            if (y + BAND + i < y1) ahead.add<T>(s, p.q, image, head, rows.index(y + BAND + i));
             if (loaded + i < rows.size)
-                for (const Map& map : {p.k, p.v}) ahead.add<T>(map, image, head, rows.index(loaded + i));
+                for (const Map& map : {p.k, p.v}) ahead.add<T>(s, map, image, head, rows.index(loaded + i));
         }
         for (int64_t b = 0; b * LANES < columns; b++) {
             ahead.next = 0;
@@ -750,12 +752,12 @@ void backward_strip(
             load_row<T>(s, p.q, image, head, heads, row, factor, s.q_row + r * s.row, s.q_line + r * s.line);
             load_row<T>(s, p.dout, image, head, heads, row, 1.f, s.dout_row + r * s.row, s.dout_line + r * s.line);
         }
-        Ahead ahead(s.width, s.dim * sizeof(T));
+        Ahead ahead;
         for (int64_t i = 0; i < BAND && heads == 1; i++) {
             if (y + BAND + i < y1)
-                for (const Map& map : {p.q, p.dout}) ahead.add<T>(map, image, head, rows.index(y + BAND + i));
+                for (const Map& map : {p.q, p.dout}) ahead.add<T>(s, map, image, head, rows.index(y + BAND + i));
             if (loaded + i < rows.size)
-                for (const Map& map : {p.k, p.v}) ahead.add<T>(map, image, head, rows.index(loaded + i));
+                for (const Map& map : {p.k, p.v}) ahead.add<T>(s, map, image, head, rows.index(loaded + i));
         }
         for (int64_t b = 0; b * LANES < columns; b++) {
             float *weights = s.weights + b * BAND * s.window, *dscores = s.dscores + b * BAND * s.window;
