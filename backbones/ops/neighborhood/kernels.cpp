@@ -95,7 +95,7 @@ constexpr int64_t PARTS = 8;
 struct Kernels {
     int64_t lanes;
     void (*forward)(const Problem&, int64_t, int64_t);
-    void (*backward)(const Problem&, int64_t, int64_t, int64_t, int64_t, float*);
+    void (*backward)(const Problem&, int64_t, int64_t, int64_t, int64_t, int64_t, float*);
 };
 
 // What torch reports obeys ATEN_CPU_CAPABILITY; the processor's word is asked for too because torch's level says
@@ -202,9 +202,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     at::Tensor partial =
         bias ? at::zeros({p.heads, slots, 2 * kernel[0] - 1, 2 * kernel[1] - 1}, wide) : at::empty({0}, wide);
     float* sums = bias ? partial.data_ptr<float>() : nullptr;
-    for (int64_t colour = 0; colour < std::min<int64_t>(2, p.strips); colour++)
+    const int64_t colours = std::min<int64_t>(2, p.strips), step = at::get_num_threads() == 1 ? colours : 1;
+    for (int64_t colour = 0; colour < colours; colour += step)
         at::parallel_for(0, head_groups * slots, 1, [&](int64_t begin, int64_t end) {
-            kernels().backward(p, colour, slots, begin, end, sums);
+            kernels().backward(p, colour, colour + step, slots, begin, end, sums);
         });
     at::Tensor dbias = !bias ? partial : slots == 1 ? partial.squeeze(1) : partial.sum(1);
     return {dq, dk.to(q.scalar_type()), dv.to(q.scalar_type()), dbias};

@@ -296,17 +296,23 @@ struct Scratch {
 
     // Adds the sums of dS to dbias, [heads, slots, 2 kh - 1, 2 kw - 1] at this slot of head `first`, and clears them.
     void add_dbias(float* out, int64_t slots, int64_t heads) {
-        float* sum = dbias;
+        const float* sum = dbias;
         each_table([&](const Block& at, const bits& segment, int64_t table) {
             for (int64_t c = 0; c < kw; c++)
-                for (int64_t r = 0; r < 2 * kh - 1; r++)
-                    for (int64_t i = 0; i < LANES; i++, sum++) {
-                        const int64_t s = at.first + c - kw * second[(table * kw + c) * LANES + i];
-                        if (heads == 1 || segment[i] < heads)
-                            out[((heads == 1 ? 0 : segment[i]) * slots * (2 * kh - 1) + r) * (2 * kw - 1) + s + kw - 1] += *sum;
-                        *sum = 0.f;
+                for (int64_t r = 0; r < 2 * kh - 1; r++, sum += LANES) {
+                    float* first = out + r * (2 * kw - 1) + at.first + c + kw - 1;
+                    if (heads == 1 && c >= at.twice) {  // one entry for all lanes
+                        float total = 0.f;
+                        for (int64_t i = 0; i < LANES; i++) total += sum[i];
+                        *first += total;
+                        continue;
                     }
+                    const bits plane = mask(table, c) * (int32_t)kw;  // -kw where it is the second
+                    for (int64_t i = 0; i < LANES; i++)
+                        if (segment[i] < heads) first[segment[i] * slots * (2 * kh - 1) * (2 * kw - 1) - plane[i]] += sum[i];
+                }
         });
+        std::memset(dbias, 0, tables * (2 * kh - 1) * kw * LANES * sizeof(float));
     }
     bits mask(int64_t table, int64_t c) const {
         bits x;
@@ -824,18 +830,20 @@ void forward(const Problem& p, int64_t begin, int64_t end) {
     }
 }
 
-// Slots [begin, end) of one colour of the backward. A slot is one group of heads and a contiguous share of its tasks
-// (image, row residue, strip of this colour); it alone adds to partial[head][share] of its heads, so dbias does not
+// Slots [begin, end) of the colours [from, to) of the backward. A slot is one group of heads and a contiguous share of its
+// tasks (image, row residue, strip of this colour); it alone adds to partial[head][share] of its heads, so dbias does not
 // depend on the number of threads.
-void backward(const Problem& p, int64_t colour, int64_t slots, int64_t begin, int64_t end, float* partial) {
+void backward(const Problem& p, int64_t from, int64_t to, int64_t slots, int64_t begin, int64_t end, float* partial) {
     Scratch s(p, true);
-    const int64_t strips = (p.strips - colour + 1) / 2, dh = p.rows.dilation, tasks = p.images * dh * strips;
     const int64_t table = (2 * s.kh - 1) * (2 * s.kw - 1), groups = (p.heads + p.pack - 1) / p.pack;
-    for (int64_t slot = begin; slot < end; slot++) {
-        const int64_t share = slot / groups, group = slot % groups;  // an image's heads lie together in memory
-        for (int64_t task = tasks * share / slots; task < tasks * (share + 1) / slots; task++)
-            run_strip(p, s, true, task / strips / dh, group, task / strips % dh, task % strips * 2 + colour);
-        const int64_t head = group * p.pack;
-        if (partial) s.add_dbias(partial + (head * slots + share) * table, slots, std::min(p.pack, p.heads - head));
+    for (int64_t colour = from; colour < to; colour++) {
+        const int64_t strips = (p.strips - colour + 1) / 2, dh = p.rows.dilation, tasks = p.images * dh * strips;
+        for (int64_t slot = begin; slot < end; slot++) {
+            const int64_t share = slot / groups, group = slot % groups;  // an image's heads lie together in memory
+            for (int64_t task = tasks * share / slots; task < tasks * (share + 1) / slots; task++)
+                run_strip(p, s, true, task / strips / dh, group, task / strips % dh, task % strips * 2 + colour);
+            const int64_t head = group * p.pack;
+            if (partial) s.add_dbias(partial + (head * slots + share) * table, slots, std::min(p.pack, p.heads - head));
+        }
     }
 }
