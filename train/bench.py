@@ -129,8 +129,10 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int, device: str) ->
 
 
 def once(variant: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one run. On a CPU a short run is repeated for 20 ms, which is long against the clock, after one that does not
-    count: it pays for what the variant before did to caches and heap."""
+    """Milliseconds of one run. On a CPU a short run is repeated for 20 ms, which is long against the clock.
+
+    The first of them does not count: it pays for what the variant before did to caches and heap.
+    """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
