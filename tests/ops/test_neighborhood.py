@@ -83,6 +83,7 @@ def test_outputs_and_gradients_match_the_authors_kernels(case, backend):
         ((1, 15, 34, 1, 48), (3, 13), (1, 2)),
         ((1, 26, 27, 1, 128), 11, 1),
         ((3, 19, 18, 1, 33), (9, 9), (2, 2)),
+        ((1, 6, 19, 2, 8), (1, 5), 1),  # rows that share no keys
         ((1, 4, 6, 1, 1), 1, 1),  # a kernel of 1 returns v
     ],
 )
