@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,7 +88,7 @@ class Cut:
     outputs: tuple[Any, Any]  # rows; columns
 
 
-def _cut(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], array: Callable = np.array) -> Cut:
+def _cut(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int], array: Callable) -> Cut:
     """The cut of a map; `array` makes an array or tensor of a list."""
     rows, columns = (_cut_axis(size[i], kernel[i], dilation[i]) for i in (0, 1))
     n, kinds, lines = columns.tiles, len(columns.patterns), len(columns.patterns) * columns.tile
@@ -105,7 +104,12 @@ def _cut(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, in
     )
 
 
-_cached_cut = functools.lru_cache(maxsize=256)(_cut)  # of arrays: a tensor of inference mode or a fake one would come back
+@functools.lru_cache(maxsize=256)
+def _cached_cut(size: tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> Cut:
+    """Of arrays: a tensor of inference mode or a fake one would come back in other calls."""
+    import numpy  # comes with torchvision
+
+    return _cut(size, kernel, dilation, numpy.array)
 
 
 def refuses(call: Call) -> str | None:
