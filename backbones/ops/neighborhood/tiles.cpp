@@ -337,7 +337,7 @@ struct Tokens {
     }
 };
 
-// A row of the map, times `factor`: as a row of tokens and, where `line` is given, as a line.
+// A row of the map, times `factor`, where they are given: as a row of tokens, as a line.
 template <typename T>
 void load_row(
     const Scratch& s, const Map& map, int64_t image, int64_t head, int64_t heads, int64_t y, float factor, float* row,
@@ -454,24 +454,12 @@ void scores(
         for (int p = 0; p < P; p++) store(out[r] + p * out_class, sum[r][p]);
 }
 
-// f<R, P, reach>(...) for R <= BAND and P <= PARTS known at run time.
-#define CLASSES_OF(f, R, P, reach, ...)                                            \
-    switch (P) {                                                                   \
-        case 1: f<R, 1, reach>(__VA_ARGS__); break;                                \
-        case 2: f<R, 2, reach>(__VA_ARGS__); break;                                \
-        case 3: f<R, 3, reach>(__VA_ARGS__); break;                                \
-        case 4: f<R, 4, reach>(__VA_ARGS__); break;                                \
-        case 5: if constexpr (PARTS >= 5) f<R, 5, reach>(__VA_ARGS__); break;      \
-        case 6: if constexpr (PARTS >= 6) f<R, 6, reach>(__VA_ARGS__); break;      \
-        case 7: if constexpr (PARTS >= 7) f<R, 7, reach>(__VA_ARGS__); break;      \
-        case 8: if constexpr (PARTS >= 8) f<R, 8, reach>(__VA_ARGS__); break;      \
-    }
-#define DISPATCH(f, rows, P, reach, ...)                                           \
-    switch (rows) {                                                                \
-        case 1: CLASSES_OF(f, 1, P, reach, __VA_ARGS__) break;                     \
-        case 2: CLASSES_OF(f, 2, P, reach, __VA_ARGS__) break;                     \
-        case 3: CLASSES_OF(f, 3, P, reach, __VA_ARGS__) break;                     \
-    }
+// f(n) with 0 < n <= MAX as a number known at compile time.
+template <int64_t MAX, typename F>
+INLINE void constant(int64_t n, const F& f) {
+    if (n == MAX) return f(std::integral_constant<int, MAX>());
+    if constexpr (MAX > 1) constant<MAX - 1>(n, f);
+}
 
 // first <= c < last in equal parts of at most PARTS: f(c, count).
 template <typename F>
@@ -546,11 +534,14 @@ inline void score(
                 init[j] = s.bias + ((block.table * s.kw + c) * (2 * s.kh - 1) + i - band.y - r - j + s.kh - 1) * LANES;
                 to[j] = out + ((r + j) * s.kw * s.kh + c * s.kh + i - band.start[r + j]) * LANES;
             }
-            DISPATCH(
-                scores, last - r, count, decltype(reach)::value, q + r * s.line, s.line,
-                line + (near ? block.lowest : block.first + c), s.kw, table, s.dim, s.stride, bias ? init : nullptr,
-                (2 * s.kh - 1) * LANES, to, s.kh * LANES
-            )
+            constant<BAND>(last - r, [&](auto queries) {
+                constant<PARTS>(count, [&](auto classes) {
+                    scores<decltype(queries)::value, decltype(classes)::value, decltype(reach)::value>(
+                        q + r * s.line, s.line, line + (near ? block.lowest : block.first + c), s.kw, table, s.dim, s.stride,
+                        bias ? init : nullptr, (2 * s.kh - 1) * LANES, to, s.kh * LANES
+                    );
+                });
+            });
         });
     }
 }
@@ -618,12 +609,9 @@ INLINE void in_vectors(const Scratch& s, const F& f) {
 inline void gather_block(const Scratch& s, const Band& band, int64_t b, int64_t columns, const float* w, const float* x) {
     const int64_t first = b * LANES, last = std::min(columns, first + LANES);
     in_vectors(s, [&](int64_t d, auto vectors) {
-        constexpr int N = decltype(vectors)::value;
-        switch (band.count) {
-            case 1: gather<1, N>(s, band, first, last, w, x, d, s.tile); break;
-            case 2: gather<2, N>(s, band, first, last, w, x, d, s.tile); break;
-            case 3: gather<3, N>(s, band, first, last, w, x, d, s.tile); break;
-        }
+        constant<BAND>(band.count, [&](auto queries) {
+            gather<decltype(queries)::value, decltype(vectors)::value>(s, band, first, last, w, x, d, s.tile);
+        });
     });
 }
 
@@ -637,18 +625,9 @@ inline void scatter_block(
             float* rows[PARTS];
             for (int64_t i = 0; i < count; i++) rows[i] = x + (band.start[r] + k + i) % s.ring * s.row;
             in_vectors(s, [&](int64_t d, auto vectors) {
-                constexpr int N = decltype(vectors)::value;
-                const float* from = w + k * LANES;
-                switch (count) {
-                    case 1: scatter<1, N>(s, first, last, from, y, rows, d); break;
-                    case 2: scatter<2, N>(s, first, last, from, y, rows, d); break;
-                    case 3: scatter<3, N>(s, first, last, from, y, rows, d); break;
-                    case 4: scatter<4, N>(s, first, last, from, y, rows, d); break;
-                    case 5: if constexpr (PARTS >= 5) scatter<5, N>(s, first, last, from, y, rows, d); break;
-                    case 6: if constexpr (PARTS >= 6) scatter<6, N>(s, first, last, from, y, rows, d); break;
-                    case 7: if constexpr (PARTS >= 7) scatter<7, N>(s, first, last, from, y, rows, d); break;
-                    case 8: if constexpr (PARTS >= 8) scatter<8, N>(s, first, last, from, y, rows, d); break;
-                }
+                constant<PARTS>(count, [&](auto keys) {
+                    scatter<decltype(keys)::value, decltype(vectors)::value>(s, first, last, w + k * LANES, y, rows, d);
+                });
             });
         });
 }
