@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as vision
 
-from train.transforms import AugmentConfig, Seeded, build_transform, evaluation_size, pick_nearest, seeded, timm_policy
+from train.schema import AugmentConfig
+from train.transforms import Seeded, build_transform, evaluation_size, pick_nearest, seeded, timm_policy
 
 
 @pytest.fixture(autouse=True)

@@ -36,12 +36,12 @@ import weights
 from train import checkpoint, loader, optim, sharding, syncbn, visualize
 from train import config as configuration
 from train.checks import RunError
-from train.config import Config, InferConfig
 from train.damaged import Damaged
 from train.data import DATASETS
 from train.data.check import refuse
 from train.inference import Predictor
 from train.log import Log, curves
+from train.schema import Config, InferConfig
 from train.tasks import Task
 from train.tasks.base import Names
 from train.transforms import Seeded, build_transform, describe_evaluation

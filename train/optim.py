@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from train.config import OptimConfig
+from train.schema import OptimConfig
 
 
 def head_parameters(model: nn.Module) -> set[int]:

@@ -9,8 +9,6 @@ torch; `Seeded` makes it a function of (seed, epoch, index).
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,52 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
-# How dense evaluation sizes an image: None: to the network's size, "native": not at all, (short, long): the ratio is kept, and
-# it ends where its short side is `short` or its long side `long` (mmsegmentation's scale=(long, short), keep_ratio=True).
-EvalResize = tuple[int, int] | Literal["native"] | None
-
-
-@dataclass
-class AugmentConfig:
-    """What changes a training image. Geometry moves image, mask and depth together; evaluation images are only resized.
-
-    Attributes:
-        crop: how the training size is reached. "resize": the whole image; "area": a random box of `scale` of the image's area
-            and `ratio` width:height, resized (classification); "scale": the image made to cover the size, times a factor drawn
-            from `scale`, then a random crop, padded where it is smaller (dense prediction); "native": the same from the image's
-            own size; "pad": the whole image resized, padded by `pad` pixels on every side, random crop.
-        scale: range of "area" (share of the area) or of "scale" and "native" (factor).
-        ratio: range of width:height of "area".
-        pad: pixels of "pad".
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip.
-        rotate: largest rotation in degrees, both ways.
-        zoom_depth: divide depth by the factor of "scale" or "native", as if the camera had moved instead of zoomed.
-        color_jitter: strength of random brightness, contrast and saturation, and a tenth of it of hue; 0 = off.
-        color_jitter_prob: probability of the jitter.
-        auto_augment: timm's policy text, e.g. rand-m9-mstd0.5-inc1; classification only.
-        cut_depth: probability that a strip of the image, of full height and random width, is replaced by the depth there
-            (CutDepth, Ishii and Yamashita 2021, as in GLPN).
-        random_erasing: probability that a box of noise is erased from the image; classification only.
-        eval_crop: share of the image a centre crop keeps at evaluation; classification only.
-        interpolation: of images.
-    """
-
-    crop: Literal["resize", "area", "scale", "native", "pad"] = "resize"
-    scale: tuple[float, float] = (1.0, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    pad: int = 4
-    hflip: float = 0.0
-    vflip: float = 0.0
-    rotate: float = 0.0
-    zoom_depth: bool = False
-    color_jitter: float = 0.0
-    color_jitter_prob: float = 0.5
-    auto_augment: str | None = None
-    cut_depth: float = 0.0
-    random_erasing: float = 0.0
-    eval_crop: float = 1.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+from train.schema import AugmentConfig, EvalResize
 
 
 def build_transform(

@@ -12,7 +12,8 @@ from PIL import Image
 from train import loader
 from train.data import DATASETS
 from train.data.packed import shard_files
-from train.transforms import AugmentConfig, Seeded, build_transform
+from train.schema import AugmentConfig
+from train.transforms import Seeded, build_transform
 
 SIZE = (12, 16)
 

@@ -8,7 +8,7 @@ import torch
 
 import heads
 from train import optim
-from train.config import OptimConfig
+from train.schema import OptimConfig
 
 TINY = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "kernel_size": 3}
 

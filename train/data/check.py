@@ -22,7 +22,7 @@ from train.data.base import SPLITS, ImageDataset
 from train.data.files import Unreadable
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from train.schema import Config
 
 DIVISORS = (1, 10, 100, 256, 1000, 5000)  # file units per metre seen in public depth data
 SHEET_ROWS = 6

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from train.visualize import Color, Panel, make_palette
 
 if TYPE_CHECKING:
-    from train.config import ModelConfig
     from train.data import ImageDataset
     from train.metrics import Metric
+    from train.schema import ModelConfig
 
 
 @dataclass

@@ -18,7 +18,7 @@ from train.tasks.base import Names, Task
 from train.visualize import Panel, label_panels, save_predictions
 
 if TYPE_CHECKING:
-    from train.config import ModelConfig
+    from train.schema import ModelConfig
 
 
 class Classification(Task):

@@ -16,8 +16,8 @@ from train.checks import arguments, hint, known
 from train.tasks.base import Task
 
 if TYPE_CHECKING:
-    from train.config import ModelConfig
     from train.metrics import Metric
+    from train.schema import ModelConfig
 
 
 class DenseTask(Task):

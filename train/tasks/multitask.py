@@ -19,7 +19,7 @@ from train.tasks.segmentation import Segmentation
 from train.visualize import Panel
 
 if TYPE_CHECKING:
-    from train.config import ModelConfig
+    from train.schema import ModelConfig
 
 PARTS: dict[str, type[DenseTask]] = {"segmentation": Segmentation, "depth": Depth}
 

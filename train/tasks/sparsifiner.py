@@ -13,7 +13,7 @@ from backbones.sparsifiner import DISTILLATION, RECONSTRUCTION, Sparsifiner, los
 from train.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    from train.config import ModelConfig
+    from train.schema import ModelConfig
 
 LOSSES = {"attn_recon": RECONSTRUCTION, "cls_distill": DISTILLATION}
 
