@@ -1,6 +1,7 @@
 """What two or more families share and timm.layers lacks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,18 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, :height, :width]
 
 
+MakeNorm = Callable[[int], nn.Module]  # channels -> a norm over the last axis
+layer_norm: MakeNorm = partial(nn.LayerNorm, eps=1e-5)
+
+
 class Block(nn.Module):
     """x + DP(attn(norm1 x)) where there is attention, then x + DP(mlp(norm2 x)); tokens in any layout, channels last."""
 
-    def __init__(self, dim: int, attn: nn.Module | None, mlp: nn.Module, drop_path: float, eps: float = 1e-5):
+    def __init__(self, dim: int, attn: nn.Module | None, mlp: nn.Module, drop_path: float, make_norm: MakeNorm = layer_norm):
         super().__init__()
-        self.norm1 = None if attn is None else nn.LayerNorm(dim, eps=eps)
+        self.norm1 = None if attn is None else make_norm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = make_norm(dim)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
@@ -58,24 +63,24 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each mapped to `dim` channels, then LayerNorm; the image is padded to whole patches."""
+    """Non-overlapping patches, each mapped to `dim` channels, then a norm; the image is padded to whole patches."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int):
+    def __init__(self, in_chans: int, dim: int, patch_size: int, make_norm: MakeNorm = layer_norm):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim, eps=1e-5)
+        self.norm = make_norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B H/p W/p C
         return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """Swin's downsampling: each 2x2 block of tokens becomes one, LayerNorm(4C), Linear 4C -> 2C; odd maps are padded."""
+    """Swin's downsampling: each 2x2 block of tokens becomes one, norm of 4C, Linear 4C -> 2C; odd maps are padded."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, make_norm: MakeNorm = layer_norm):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=1e-5)
+        self.norm = make_norm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 2C

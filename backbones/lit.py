@@ -13,6 +13,7 @@ Shapes: B batch, H W map height and width, N = H * W, C channels, h heads, d = C
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -239,7 +240,8 @@ class LITTi(StagedBackbone):
 
         def block(i: int, rate: float) -> Block:
             attn = Attention(dims[i], heads[i], qkv_bias) if i > 1 else None
-            return Block(dims[i], attn, Mlp(dims[i], int(dims[i] * mlp_ratios[i]), drop=proj_drop_rate), rate, eps=1e-6)
+            mlp = Mlp(dims[i], int(dims[i] * mlp_ratios[i]), drop=proj_drop_rate)
+            return Block(dims[i], attn, mlp, rate, partial(nn.LayerNorm, eps=1e-6))
 
         self.patch_embed = patches(in_chans, dims[0], pad=False)
         self.stages = nn.ModuleList(

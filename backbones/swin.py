@@ -17,15 +17,26 @@ Shapes: B batch, H W map height and width, C channels, h heads, d = C // h, n wi
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import Mlp, to_2tuple
 from timm.models import register_model, register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build, init_linear
-from backbones.layers import Block, PatchEmbed, PatchMerging, crop, drop_path_rates, pad_to_multiple, relative_bias
+from backbones.layers import (
+    Block,
+    MakeNorm,
+    PatchEmbed,
+    PatchMerging,
+    crop,
+    drop_path_rates,
+    layer_norm,
+    pad_to_multiple,
+    relative_bias,
+)
 from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -137,8 +148,8 @@ def cached_shift_mask(rows: int, columns: int, window: int, shift: int, device: 
 class PositionedPatchEmbed(PatchEmbed):
     """Patches plus a learned embedding of their absolute position, resized bicubically for maps of another size than `grid`."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, grid: tuple[int, int]):
-        super().__init__(in_chans, dim, patch_size)
+    def __init__(self, in_chans: int, dim: int, patch_size: int, make_norm: MakeNorm, grid: tuple[int, int]):
+        super().__init__(in_chans, dim, patch_size, make_norm)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, dim, *grid))
         nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
@@ -157,11 +168,33 @@ class PositionedPatchEmbed(PatchEmbed):
 
 
 class Swin(StagedBackbone):
-    """img_size: side, or (height, width), of the images whose maps follow the authors' classification code; others run too.
+    """Swin, and the host of families that vary it.
 
-    embed_dim: channels of the first stage, doubled by each next one; depths, num_heads: of the stages; window_size: tokens per
-    side; ape: add a learned absolute position; drop_path_rate: at the last block, rising linearly from 0; dense: follow the
-    authors' dense-prediction code at every size; feature_norms: a norm for each returned map as in that code, implies dense.
+    Such a family subclasses it and overrides `make_attn` (the attention of a block), `make_norm` (all norms but feature_norms)
+    and `window_side`. What these read must be set before Swin's constructor runs. An attention maps B H W C to the same shape,
+    at any size, and has `set_window(window, unshifted)` as WindowAttention has it.
+
+    Args:
+        img_size: side, or (height, width), of the images at which the model does what the authors' classification code does.
+            Images of another size run too.
+        patch_size: side of a patch, pixels.
+        embed_dim: channels of the first stage, doubled by each next one.
+        depths: blocks of each stage.
+        num_heads: heads of each stage.
+        window_size: tokens per side of a window.
+        mlp_ratio: hidden channels of an MLP per channel.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        ape: add a learned absolute position.
+        patch_norm: norm after the patch embedding.
+        in_chans: channels of an image.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or "" for none.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after projections and inside MLPs.
+        drop_path_rate: stochastic depth at the last block, rising linearly from 0.
+        dense: follow the authors' dense-prediction code at every size.
+        feature_norms: a norm for each returned map as in that code; implies dense.
     """
 
     family = "swin"
@@ -180,6 +213,7 @@ class Swin(StagedBackbone):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         ape: bool = False,
+        patch_norm: bool = True,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -193,51 +227,70 @@ class Swin(StagedBackbone):
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads must name {len(depths)} stages like depths {tuple(depths)}, got {tuple(num_heads)}")
         self.patch_size, self.window_size, self.dense = patch_size, window_size, dense or feature_norms
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = to_2tuple(img_size)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates = drop_path_rates(drop_path_rate, depths)
+        attention = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "proj_drop": proj_drop_rate}
+        stem_norm = self.make_norm if patch_norm else identity
         if ape:
-            self.patch_embed = PositionedPatchEmbed(in_chans, embed_dim, patch_size, self.grid(0))
+            self.patch_embed = PositionedPatchEmbed(in_chans, embed_dim, patch_size, stem_norm, self.grid(0))
         else:
-            self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+            self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stem_norm)
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
             blocks = []
             for j, rate in enumerate(rates[i]):
-                window = self.window(i)
-                attn = WindowAttention(dim, num_heads[i], window[0], j % 2 == 1, window[1], qkv_bias, qk_scale, proj_drop_rate)
-                blocks.append(Block(dim, attn, Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate), rate))
-            self.stages.append(Stage(PatchMerging(dims[i - 1]) if i else nn.Identity(), blocks))
-        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
-        norms = [nn.LayerNorm(dim, eps=1e-5) for dim in dims] if feature_norms else None
+                attn = self.make_attn(i, j, dim, num_heads[i], **attention)
+                blocks.append(Block(dim, attn, Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate), rate, self.make_norm))
+            self.stages.append(Stage(PatchMerging(dims[i - 1], self.make_norm) if i else nn.Identity(), blocks))
+        self.norm = self.make_norm(dims[-1])
+        norms = [layer_norm(dim) for dim in dims] if feature_norms else None
         self.finish(dims, [patch_size * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, norms)
         self.apply(init_linear)
+
+    def make_norm(self, dim: int) -> nn.Module:
+        """A norm over the last axis; all but those of returned maps."""
+        return layer_norm(dim)
+
+    def make_attn(self, stage: int, block: int, dim: int, num_heads: int, **attention: Any) -> nn.Module:
+        """The attention of a block; attention: qkv_bias, qk_scale and proj_drop, as WindowAttention takes them."""
+        side, unshifted = self.window(stage, block)
+        return WindowAttention(dim, num_heads, side, block % 2 == 1, unshifted, **attention)
+
+    def window_side(self, stage: int, block: int) -> int:
+        """Window side of a block on maps that are larger."""
+        return self.window_size
 
     def grid(self, stage: int) -> tuple[int, int]:
         """Map size of a stage for images of img_size."""
         stride = self.patch_size * 2**stage
         return -(-self.img_size[0] // stride), -(-self.img_size[1] // stride)
 
-    def window(self, stage: int) -> tuple[int, tuple[int, int] | None]:
-        """Window side of a stage, and the map size on which it does not shift: the authors' rule for small maps."""
-        grid = self.grid(stage)
-        return (self.window_size, None) if self.dense or min(grid) > self.window_size else (min(grid), grid)
+    def window(self, stage: int, block: int) -> tuple[int, tuple[int, int] | None]:
+        """Window side of a block, and the map size on which it does not shift: the authors' rule for small maps."""
+        grid, side = self.grid(stage), self.window_side(stage, block)
+        return (side, None) if self.dense or min(grid) > side else (min(grid), grid)
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, window_size: int | None = None) -> None:
         """Another native image size (side, or height and width) or window: tables and embedding are resampled, in place."""
         if img_size is not None:
-            self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+            self.img_size = to_2tuple(img_size)
         self.window_size = window_size or self.window_size
         if isinstance(self.patch_embed, PositionedPatchEmbed):
             self.patch_embed.set_grid(self.grid(0))
         for i, stage in enumerate(self.stages):
-            for block in stage.blocks:
-                block.attn.set_window(*self.window(i))
+            for j, block in enumerate(stage.blocks):
+                block.attn.set_window(*self.window(i, j))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         kept = ("relative_position_bias_table", "absolute_pos_embed")
         return {name for name, _ in self.named_parameters() if name.endswith(kept)}
+
+
+def identity(dim: int) -> nn.Module:
+    """No norm where one could be."""
+    return nn.Identity()
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> Swin:

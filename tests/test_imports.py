@@ -20,6 +20,8 @@ MAY = {
 CORE = {"torch", "torchvision", "timm"}
 WEIGHTS_CORE = {"torch", "yaml", "safetensors"}
 FAMILIES = {path.stem for path in (ROOT / "weights" / "convert").glob("*.py")} - {"__init__"}
+# A family that is another with some parts exchanged: it may import its hosts and their rename rules, never the other way round.
+VARIES = {"flatten": {"swin"}, "slab": {"flatten", "swin"}}
 FILES = sorted(path for package in MAY for path in (ROOT / package).rglob("*.py"))
 
 
@@ -57,14 +59,33 @@ def test_imports_follow_the_arrows(path):
     assert not wrong, f"{package} may import {sorted(MAY[package])}"
 
 
+def foreign_families(path: Path, family: str) -> set[str]:
+    """Other families that a family's file imports, from backbones or weights.convert, and does not vary."""
+    parts = [name.removeprefix("weights.").split(".") for name in imports(path)]
+    found = {part[1] for part in parts if part[0] in ("backbones", "convert") and len(part) > 1 and part[1] in FAMILIES}
+    return found - {family} - VARIES.get(family, set())
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_families_do_not_import_each_other(family):
+def test_families_import_no_other_but_the_hosts_they_vary(family):
     for path in (ROOT / "backbones" / f"{family}.py", ROOT / "weights" / "convert" / f"{family}.py"):
         if path.exists():
-            others = {f"{package}.{other}" for package in ("backbones", "weights.convert") for other in FAMILIES - {family}}
-            prefix = "backbones." if path.parent.name == "backbones" else "weights.convert."
-            wrong = [name for name in imports(path) for other in others if name == other or name.startswith(f"{other}.")]
-            assert not [name for name in wrong if name.startswith(prefix) or path.parent.name == "backbones"]
+            assert not foreign_families(path, family), f"{path}: a family that varies another stands in VARIES"
+
+
+def test_no_host_varies_what_varies_it():
+    for family, hosts in VARIES.items():
+        assert family not in hosts and not any(family in VARIES.get(host, ()) for host in hosts)
+
+
+def test_this_test_sees_a_host_that_imports_what_varies_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(globals(), "FAMILIES", {"swin", "flatten", "nat"})
+    (tmp_path / "backbones").mkdir()
+    path = tmp_path / "backbones" / "x.py"
+    path.write_text("from backbones import nat, swin\nfrom weights.convert import flatten\nfrom backbones.swin import Swin\n")
+    assert foreign_families(path, "swin") == {"nat", "flatten"}
+    assert foreign_families(path, "flatten") == {"nat"}
 
 
 def test_weights_imports_timm_only_inside_functions():

@@ -16,8 +16,8 @@ from backbones.swin import Swin, WindowAttention, cached_shift_mask, shift_mask
 from weights.convert.swin import relative_position_index, source_format, to_official
 
 TINY = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "num_classes": 5}
-IGNORED = ("drop_path_rate", "drop_rate", "attn_drop_rate")  # no effect in a fixture, which is made in eval mode
-ALWAYS = {"patch_norm": True, "in_chans": 3}  # the only values of published models
+# No effect in a fixture, which is made in eval mode.
+IGNORED = ("drop_path_rate", "drop_rate", "attn_drop_rate", "use_checkpoint", "fused_window_process", "frozen_stages")
 
 
 def facts() -> dict:
@@ -37,7 +37,6 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 def from_official(kwargs: dict) -> Swin:
     """The model that the authors' constructor arguments describe."""
     kwargs = {key: value for key, value in kwargs.items() if key not in IGNORED}
-    assert all(kwargs.pop(key, value) == value for key, value in ALWAYS.items())
     if "pretrain_img_size" in kwargs:
         kwargs["img_size"] = kwargs.pop("pretrain_img_size")
     dense = kwargs.pop("out_indices", None) is not None
@@ -113,6 +112,58 @@ def test_timm_weights_load_and_give_timms_numbers_on_square_images():
     ours.load_state_dict(weights.convert_state_dict(theirs.state_dict(), ours), strict=True)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_norm_after_the_patch_embedding():
+    """The authors' patch_norm=False: no such weights, in both directions."""
+    model = randomised(Swin(**TINY, patch_norm=False, img_size=32))
+    official = to_official(model.state_dict(), model)
+    assert not any(key.startswith("patch_embed.norm") for key in official)
+    again = Swin(**TINY, patch_norm=False, img_size=32).eval()
+    weights.load_checkpoint(again, official)
+    image = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(again(image), model(image))
+
+
+class PlainAttention(nn.Module):
+    """Another attention for the test of a family that varies Swin: a linear layer, windows remembered."""
+
+    def __init__(self, dim: int, window: int):
+        super().__init__()
+        self.window, self.fc = window, nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+    def set_window(self, window: int, unshifted: tuple[int, int] | None) -> None:
+        self.window = window
+
+
+class Varied(Swin):
+    """Plain attention in wider windows in the first stage, Swin's own after it; RMSNorm everywhere."""
+
+    def make_attn(self, stage, block, dim, num_heads, **attention):
+        if stage == 0:
+            return PlainAttention(dim, self.window(stage, block)[0])
+        return super().make_attn(stage, block, dim, num_heads, **attention)
+
+    def make_norm(self, dim):
+        return nn.RMSNorm(dim)
+
+    def window_side(self, stage, block):
+        return 8 if stage == 0 else self.window_size
+
+
+def test_a_family_may_vary_attention_windows_and_norms():
+    model = Varied(**TINY, img_size=64)
+    first, second = ([block.attn for block in stage.blocks] for stage in model.stages)
+    assert [type(attn) for attn in first + second] == [PlainAttention] * 2 + [WindowAttention] * 2
+    assert [attn.window for attn in first + second] == [8, 8, 4, 4]
+    assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    model.set_input_size(24)
+    assert [attn.window for attn in first + second] == [6, 6, 3, 3]
+    assert {type(m) for m in Varied(**TINY, feature_norms=True).feature_norms.values()} == {nn.LayerNorm}  # for dense heads
 
 
 def test_norm_eps_and_gelu_are_those_of_the_released_weights():
