@@ -5,6 +5,8 @@ import timm
 from backbones import cvt, lit, litv2, nat, pit, poolformer, registers, sparsifiner, swin  # noqa: F401
 from backbones.fuse import fuse  # noqa: F401
 
+__version__ = "0.1.0"  # of the whole zoo; pyproject.toml reads it here
+
 
 def list_models(filter: str = "") -> list[str]:
     """Names of the zoo's models, sorted; `filter` with wildcards as in timm.list_models, e.g. "poolformer_*_gn"."""

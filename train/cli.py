@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zoo", description="Backbones, heads and training. `zoo COMMAND --help` says more.", allow_abbrev=False
     )
+    parser.add_argument("--version", action=_Version, help="the zoo's version and those of torch and timm")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, keys: bool = False, **options: Any) -> argparse.ArgumentParser:
@@ -132,6 +133,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", help="a model to say it for")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions and ends; they cost an import, so only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import timm
+        import torch
+
+        import backbones
+
+        print(f"backbone-zoo {backbones.__version__} (torch {torch.__version__}, timm {timm.__version__})")
+        parser.exit()
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

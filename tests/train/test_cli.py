@@ -1,13 +1,16 @@
 """The zoo command: what it prints, and one sentence with exit code 2 for every mistake."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from PIL import Image
 
+import backbones
 from train import cli, engine
 
 
@@ -155,3 +158,13 @@ def test_export_to_onnx_runs_in_onnxruntime(capsys, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install backbone-zoo[export]")
     code, out, err = zoo(capsys, "export", "poolformer_s12_gn", tmp_path / "model.onnx", "--size", 64, 64)
     assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and "random weights" in err
+
+
+def test_the_version_is_the_packages_own(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"backbone-zoo {backbones.__version__} (torch {torch.__version__}, timm ")
+    pyproject = (Path(backbones.__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'version = {attr = "backbones.__version__"}' in pyproject
