@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchmetrics
 
-from train.data.depth import DepthSpec
+from train.depth import DepthSpec
 from train.metrics import ClassificationMetric, DepthMetric, SegmentationMetric, crop_rows_columns
 
 

@@ -241,7 +241,8 @@ def data_check(args: argparse.Namespace) -> int:
     from train import config
     from train.data.check import check
 
-    return check(config.load(args.config, args.overrides), args.count, args.out)
+    loaded = config.load(args.config, args.overrides)
+    return check(loaded.data, config.build_task(loaded), args.count, args.out)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ against its signature. Text such as 1e-4, which YAML reads as a string, becomes 
 """
 
 import dataclasses
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -166,7 +165,7 @@ def _check_names(config: Config) -> None:
     config.task = {"name": task["name"], **arguments(TASKS[task["name"]], args, "task")}
     known("data.name", data.name, DATASETS)
     data.args = arguments(DATASETS[data.name], data.args, "data.args", skip=("root", "split", "targets", "transform"))
-    if "root" in inspect.signature(DATASETS[data.name]).parameters:
+    if not DATASETS[data.name].in_memory:
         if data.root is None:
             raise ValueError(f"data.root is missing: {data.name} needs the folder that holds its files")
     elif data.root is not None:

@@ -9,7 +9,6 @@ so a run that was killed goes on as if it had not been.
 import contextlib
 import dataclasses
 import errno
-import inspect
 import json
 import math
 import re
@@ -37,7 +36,7 @@ from train import checkpoint, loader, optim, sharding, syncbn, visualize
 from train import config as configuration
 from train.checks import RunError
 from train.damaged import Damaged
-from train.data import DATASETS
+from train.data import open_split
 from train.data.check import refuse
 from train.inference import Predictor
 from train.log import Log, curves
@@ -275,10 +274,8 @@ def open_folder(folder: Path, config: Config, resume: bool) -> None:
 def dataset(config: Config, task: Task, split: str) -> Dataset:
     """A split with its transform: seeded by the draw for training. Raises ValueError if it does not fit the task."""
     data = config.data
-    cls = DATASETS[data.name]
-    root = {"root": data.root} if "root" in inspect.signature(cls).parameters else {}
     train = split == "train"
-    plain = cls(**root, split=split, targets=task.targets, **data.args)
+    plain = open_split(data, split, task.targets)
     task.check(plain)
     if not len(plain):
         raise ValueError(f"{data.name} has no {split} samples")

@@ -9,7 +9,7 @@ import abc
 import torch
 from torch import Tensor
 
-from train.data.depth import DepthSpec
+from train.depth import DepthSpec
 
 
 class Metric(abc.ABC):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.data.depth import DepthSpec
+from train.depth import DepthSpec
 
 Color = tuple[int, int, int]
 VOID: Color = (0, 0, 0)

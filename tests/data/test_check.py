@@ -249,13 +249,14 @@ def test_a_configuration_is_checked_and_the_exit_status_says_so(tmp_path, capsys
     root = pairs(tmp_path / "d", mask=lambda split, i: stripes([0, 1, 2]))
     (tmp_path / "c.yaml").write_text(CONFIG.replace("ROOT", str(root)))
     settings = config.load(str(tmp_path / "c.yaml"), [])
-    assert check(settings, count=2, out=tmp_path / "out") == 0
+    task = config.build_task(settings)
+    assert check(settings.data, task, count=2, out=tmp_path / "out") == 0
     assert "train: 3 samples, 2 of them looked at" in capsys.readouterr().out
     (root / "masks/val/0.png").write_bytes(b"")
-    assert check(settings) == 1
+    assert check(settings.data, task) == 1
     assert "ERROR   val: cannot be read" in capsys.readouterr().out
     settings.data.root = str(tmp_path / "nowhere")
-    assert check(settings) == 1
+    assert check(settings.data, task) == 1
     assert f"data.root is {tmp_path}/nowhere, which is not a folder" in capsys.readouterr().out
 
 

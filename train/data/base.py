@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from train.data.depth import DepthSpec
 from train.data.files import Unreadable
+from train.depth import DepthSpec
 
 SPLITS = ("train", "val")
 
@@ -23,7 +23,7 @@ class ImageDataset(Dataset, abc.ABC):
 
     A sample is {"image": uint8 3 H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
     (metres, 0 = missing), "path": str} with the requested targets only. may_skip: damaged files that another sample may stand
-    for, whose complaint is then in "unreadable".
+    for, whose complaint is then in "unreadable". in_memory: reads no files, so its constructor takes no root.
 
     Raises ValueError for an unknown split or a target the data do not have, and when reading a sample: for a label or a mask id
     outside `classes`, or for a map of another size than its image.
@@ -35,6 +35,7 @@ class ImageDataset(Dataset, abc.ABC):
     ignore_index: int = 255
     depth: DepthSpec | None = None
     may_skip: int = 0
+    in_memory: bool = False
 
     def __init__(self, root: str | Path | None, split: str, targets: tuple[str, ...], transform: Callable | None = None):
         if split not in SPLITS:

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from train import visualize
+from train.data import open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.files import Unreadable
-
-if TYPE_CHECKING:
-    from train.schema import Config
+from train.schema import DataConfig
+from train.tasks import Task
 
 DIVISORS = (1, 10, 100, 256, 1000, 5000)  # file units per metre seen in public depth data
 SHEET_ROWS = 6
@@ -386,7 +386,7 @@ def sheet(datasets: list[ImageDataset], path: Path) -> None:
 
 def run(
     datasets: list[ImageDataset],
-    task: Any = None,
+    task: Task | None = None,
     out: str | Path | None = None,
     count: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -444,20 +444,12 @@ def progress(done: int, total: int) -> None:
     print(f"\rread {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
 
-def check(config: "Config", count: int | None = None, out: str | Path | None = None) -> int:
+def check(data: DataConfig, task: Task, count: int | None = None, out: str | Path | None = None) -> int:
     """`zoo data-check`: prints the report of a configuration's data; 0 if training may start, 1 if not."""
-    import inspect
-
-    from train.config import build_task
-    from train.data import DATASETS
-
-    task = build_task(config)
-    kind = DATASETS[config.data.name]
-    root = {"root": config.data.root} if "root" in inspect.signature(kind).parameters else {}
     datasets = []
     for split in SPLITS:
         try:
-            datasets.append(kind(**root, split=split, targets=task.targets, **config.data.args))
+            datasets.append(open_split(data, split, task.targets))
         except (FileNotFoundError, ValueError) as error:
             print(f"ERROR   {split}: {error}")
     if not datasets:

@@ -13,6 +13,7 @@ class Digits(ImageDataset):
     """A fixed stratified fifth (360 images) is the validation split, the other 1437 train; grey becomes RGB."""
 
     provides = ("label",)
+    in_memory = True
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str, targets: tuple[str, ...], transform: Callable | None = None):

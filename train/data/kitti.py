@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from train.data.base import ImageDataset
-from train.data.depth import DepthSpec
 from train.data.files import inside, need, read_depth, read_list, read_rgb, root_folder
+from train.depth import DepthSpec
 
 CROP = (352, 1216)  # the benchmark's: bottom, centred
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.depth import DepthSpec
 from train.data.files import inside, need, read_depth, read_ids, read_list, read_rgb, root_folder
+from train.depth import DepthSpec
 
 SPEC = DepthSpec(divisor=1000, min_depth=1e-3, max_depth=10.0)
 CLASSES = [

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from train.data.base import ImageDataset
-from train.data.depth import DepthSpec
+from train.depth import DepthSpec
 
 CLASSES = ["wall", "floor", "sphere", "box", "cylinder", "cone"]
 PALETTE = [(148, 163, 184), (101, 82, 66), (239, 68, 68), (59, 130, 246), (250, 204, 21), (34, 197, 94)]
@@ -31,6 +31,7 @@ class Scenes(ImageDataset):
     """
 
     provides = ("mask", "depth")
+    in_memory = True
     classes = CLASSES
     palette = PALETTE
     depth = DepthSpec(min_depth=0.5, max_depth=10.0)

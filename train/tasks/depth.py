@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from heads.depth import DepthRule
 from train.checks import arguments
-from train.data.depth import DepthSpec
 from train.data.files import Unreadable
+from train.depth import DepthSpec
 from train.losses import DEPTH_LOSSES
 from train.metrics import DepthMetric, crop_rows_columns
 from train.tasks.base import Names
