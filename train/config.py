@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import backbones  # noqa: F401  (registers our models with timm)
+from backbones.edits import EDITS
 from heads import HEADS
 from train.checks import arguments, hint, known
 from train.data import DATASETS
@@ -179,9 +180,20 @@ def _check_names(config: Config) -> None:
             given = getattr(model, args)  # defaults are left to the head: some depend on the backbone
             checked = arguments(HEADS[head], given, f"model.{args}", skip=("channels", "out_channels"))
             setattr(model, args, {key: checked[key] for key in given})
+    model.edits = [_checked_edit(edit, f"model.edits[{i}]") for i, edit in enumerate(model.edits)]
     if model.aux_head is None and model.aux_args:
         raise ValueError("model.aux_args is set but model.aux_head is not")
     known("optim.name", optim.name, timm.optim.list_optimizers())
+
+
+def _checked_edit(edit: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One entry of model.edits with its name and the types of its arguments checked; the model is seen when it is built."""
+    if "name" not in edit:
+        raise ValueError(f"{where}: name is missing; {hint('', EDITS)}")
+    known(f"{where}.name", edit["name"], EDITS)
+    given = {key: value for key, value in edit.items() if key != "name"}
+    checked = arguments(EDITS[edit["name"]], given, where, skip=("model",))
+    return {"name": edit["name"], **{key: checked[key] for key in given}}
 
 
 def _check_numbers(config: Config) -> None:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import backbones.edits
 import weights
 from train import checkpoint, loader, optim, sharding, syncbn, visualize
 from train import config as configuration
@@ -289,11 +290,18 @@ def dataset(config: Config, task: Task, split: str) -> Dataset:
     return plain
 
 
-def build(config: Config, task: Task, say: Any = print) -> nn.Module:
-    """The task's model as the config wants it: weights, memory format, checkpointing of activations, frozen parts."""
+def build(config: Config, task: Task, say: Any = print, own: Path | None = None) -> nn.Module:
+    """The task's model as the config wants it: weights, edits, memory format, checkpointing of activations, frozen parts.
+
+    Released weights come first, then model.checkpoint, then model.edits, which find the weights of the plain model there; then
+    `own`, a file of this run, which holds the edited model.
+    """
     net = task.build(config.model)
     if config.model.checkpoint is not None:
         say(load_weights(net, config.model.checkpoint))
+    net = edit_backbone(net, config.model.edits)
+    if own is not None:
+        say(load_weights(net, str(own)))
     if config.model.freeze_backbone:
         optim.freeze_backbone(net)
     if config.run.grad_checkpointing:
@@ -301,6 +309,14 @@ def build(config: Config, task: Task, say: Any = print) -> nn.Module:
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
         net.set_grad_checkpointing(True)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
+
+
+def edit_backbone(net: nn.Module, edits: Sequence[dict[str, Any]]) -> nn.Module:
+    """The model with the edits applied to its backbone; they find it under a head, or as the whole of a classifier."""
+    if not hasattr(net, "backbone"):
+        return backbones.edits.apply(net, edits)
+    net.backbone.model = backbones.edits.apply(net.backbone.model, edits)
+    return net
 
 
 def load_weights(net: nn.Module, source: str) -> Any:
@@ -388,9 +404,9 @@ def open_run(
     folder, config = Path(folder), configuration.load_run(folder, overrides)
     if not (folder / weights).is_file():
         raise FileNotFoundError(f"{folder} has no {weights}: the run has not been evaluated yet")
-    config.model.pretrained, config.model.checkpoint = False, str(folder / weights)
+    config.model.pretrained, config.model.checkpoint = False, None  # the run's own file holds everything
     task = configuration.build_task(config)
-    model = build(config, task, say=lambda text: None)
+    model = build(config, task, say=lambda text: None, own=folder / weights)
     with safe_open(folder / weights, "pt") as file:
         names = Names(**json.loads((file.metadata() or {}).get("names", "{}")))
     return config, task, model.eval(), names

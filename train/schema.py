@@ -16,6 +16,8 @@ class ModelConfig:
         backbone: any timm model name; ours are listed by `zoo list`.
         pretrained: load the backbone's released weights.
         checkpoint: file or run folder whose weights are loaded after building (whole model if it fits, else the backbone).
+        edits: changes to the backbone once it has these weights, in order: a name of backbones.edits.EDITS and its arguments,
+            e.g. [{name: test_time_registers, neurons: {9: [12]}}].
         backbone_args: arguments of the backbone, e.g. {drop_path_rate: 0.2}.
         head: a name of heads.HEADS; ignored by classification, which uses the backbone's own classifier.
         head_args: arguments of the head class.
@@ -30,6 +32,7 @@ class ModelConfig:
     backbone: str = "nat_mini"
     pretrained: bool = False
     checkpoint: str | None = None
+    edits: list[dict[str, Any]] = field(default_factory=list)
     backbone_args: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
     head_args: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Numbers and pictures of what a vision transformer does inside. Nothing of the model is changed."""

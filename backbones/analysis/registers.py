@@ -1,0 +1,202 @@
+"""Which neurons make a ViT's outlier tokens, and how strong these artefacts are.
+
+Papers: Darcet et al. 2023, "Vision Transformers Need Registers", https://arxiv.org/abs/2309.16588
+        Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", https://arxiv.org/abs/2506.08010
+Source: github.com/nickjiang2378/test-time-registers @ 860df43
+
+    neurons = find_register_neurons(model, images)           # any layer range, images streamed
+    add_test_time_registers(model, neurons.top(50))          # in place
+    measure_artefacts(model, images, threshold=...)          # before and after, at the same threshold
+
+Shapes: B batch, N tokens, P prefix tokens (class token, registers), R registers added, C channels, K neurons edited in a layer.
+A neuron is a hidden unit of an MLP, read after the non-linearity (SwiGLU: after gating), before the last linear layer.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from backbones.edits.registers import RULES, mlp_blocks
+
+
+@dataclass
+class RegisterNeurons:
+    """Neurons ranked by how strongly they fire at outlier tokens.
+
+    neurons: n 2 (layer, neuron), highest score first; scores: n; images: how many had an outlier, of `seen`; threshold: the
+    norm above which a token is one.
+    """
+
+    neurons: Tensor
+    scores: Tensor
+    images: int
+    seen: int
+    threshold: float
+
+    def top(self, count: int) -> dict[int, list[int]]:
+        """The first `count` neurons of positive score as layer -> neurons, as add_test_time_registers takes them."""
+        found: dict[int, list[int]] = {}
+        for (layer, neuron), score in zip(self.neurons[:count].tolist(), self.scores[:count].tolist()):
+            if score > 0:
+                found.setdefault(layer, []).append(neuron)
+        return found
+
+
+@torch.no_grad()
+def find_register_neurons(
+    model: nn.Module,
+    images: Tensor | Iterable,
+    threshold: float | None = None,
+    detect_layer: int = -2,
+    layers: Iterable[int] | None = None,
+    rule: str = "code",
+    sparse_share: float | None = None,
+    sparse_below: float = 0.5,
+    batch_size: int = 8,
+) -> RegisterNeurons:
+    """Rank the neurons of a timm ViT by their activation at tokens that become outliers on these images (paper, algorithm 1).
+
+    images: n 3 H W, taken `batch_size` at a time, or an iterable of batches (a tensor, a tuple that starts with one, or a
+    dictionary with "image"). A token is an outlier if the norm of the output of block `detect_layer` exceeds `threshold`, by
+    default mean + 3 std over the patches of all images (then images are read twice); images without one do not count. An
+    image's score of a neuron is its mean activation over the outliers, in magnitude (rule "code") or signed ("paper"); with
+    sparse_share, 0 unless at least that share of all tokens is below sparse_below (the authors' notebook: 0.5). layers: which
+    to rank, default all. The authors' settings for DINOv2-L: threshold 150, layers up to 17, the top 50.
+
+    Each batch runs twice, first for the norms, then for the scores, so memory does not grow with layers or images: one
+    layer's activations at a time. Raises ValueError if no image has an outlier.
+    """
+    blocks = mlp_blocks(model)
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    searched = sorted(set(range(len(blocks)) if layers is None else layers))
+    if not searched or not 0 <= searched[0] <= searched[-1] < len(blocks):
+        raise ValueError(f"layers must be some of 0..{len(blocks) - 1}, got {searched}")
+    if threshold is None:
+        if isinstance(images, Iterator):
+            raise ValueError("images can be read only once; give a threshold, or a list, DataLoader or tensor of images")
+        threshold = measure_artefacts(model, images, detect_layer, batch_size=batch_size).threshold
+    scores: dict[int, Tensor] = {}
+    seen = used = 0
+    largest = 0.0
+    for batch in batches(model, images, batch_size):
+        norms = _token_norms(model, batch, detect_layer)
+        outliers = norms > threshold
+        seen, used = seen + len(batch), used + int(outliers.any(1).sum())
+        largest = max(largest, norms.max().item())
+        if not outliers.any():
+            continue
+
+        def add(module, inputs, layer, outliers=outliers):
+            x = outlier_scores(inputs[0], outliers, rule, sparse_share, sparse_below).sum(0).double()
+            scores[layer] = scores[layer] + x if layer in scores else x
+
+        hooks = [(blocks[layer].mlp.drop1, partial(add, layer=layer)) for layer in searched]
+        _run(model, batch, searched[-1], hooks)
+    if not used:
+        raise ValueError(f"none of {seen} images has a token with norm above {threshold:g}; the largest is {largest:g}")
+    order = [torch.stack([torch.full_like(s, layer), torch.arange(len(s), device=s.device)], 1) for layer, s in scores.items()]
+    flat, pairs = torch.cat(list(scores.values())) / used, torch.cat(order).long()
+    flat, ranks = flat.sort(descending=True, stable=True)
+    return RegisterNeurons(pairs[ranks].cpu(), flat.float().cpu(), used, seen, threshold)
+
+
+def outlier_scores(x: Tensor, outliers: Tensor, rule: str, sparse_share: float | None, sparse_below: float) -> Tensor:
+    """Mean activation at the outlier tokens, by image and neuron; 0 for an image without any.
+
+    x: B N K activations of a layer; outliers: B N bool. Returns B K. See find_register_neurons for the options.
+    """
+    x = x.float()
+    share = outliers / outliers.sum(1, keepdim=True).clamp(min=1)
+    scores = torch.einsum("bn,bnk->bk", share.to(x.dtype), x if rule == "paper" else x.abs())
+    if sparse_share is not None:
+        scores = scores * ((x < sparse_below).float().mean(1) >= sparse_share)
+    return scores
+
+
+@dataclass
+class Artefacts:
+    """How much a ViT's patches suffer: largest patch norm, share of patches above `threshold`, number of patches measured."""
+
+    largest_norm: float
+    outlier_share: float
+    threshold: float
+    patches: int
+
+
+@torch.no_grad()
+def measure_artefacts(
+    model: nn.Module, images: Tensor | Iterable, layer: int = -2, threshold: float | None = None, batch_size: int = 8
+) -> Artefacts:
+    """Norms of the patch tokens (class token and registers apart) at the output of block `layer`, before any final norm.
+
+    images: as in find_register_neurons. threshold: what counts as an outlier; default mean + 3 std of these norms, the paper's
+    heuristic. Compare a model before and after registers at the same threshold, that of before.
+    """
+    mlp_blocks(model)
+    norms = [
+        _token_norms(model, batch, layer)[:, model.num_prefix_tokens :].flatten()
+        for batch in batches(model, images, batch_size)
+    ]
+    if not norms:
+        raise ValueError("no images to measure")
+    flat = torch.cat(norms)
+    if threshold is None:
+        threshold = (flat.mean() + 3 * flat.std()).item()
+    return Artefacts(flat.max().item(), (flat > threshold).float().mean().item(), threshold, flat.numel())
+
+
+def batches(model: nn.Module, images: Tensor | Iterable, batch_size: int) -> Iterator[Tensor]:
+    """Batches of images, B 3 H W, where the model is."""
+    parameter = next(model.parameters())
+    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
+        batch = batch["image"] if isinstance(batch, Mapping) else batch
+        batch = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(batch, Tensor) or batch.ndim != 4:
+            raise ValueError(f"a batch of images must be a tensor B 3 H W, got {getattr(batch, 'shape', type(batch))}")
+        yield batch.to(parameter.device, parameter.dtype)
+
+
+def _token_norms(model: nn.Module, images: Tensor, layer: int) -> Tensor:
+    """Norms of all tokens, prefix included, at the output of block `layer` (negative from the end): B N."""
+    count = len(model.blocks)
+    if not -count <= layer < count:
+        raise ValueError(f"layer {layer} is not in {-count}..{count - 1}")
+    norms: list[Tensor] = []
+    last = layer % count
+
+    def keep(module, inputs, output):
+        norms.append(output.float().norm(dim=-1))
+
+    handle = model.blocks[last].register_forward_hook(keep)
+    try:
+        _run(model, images, last)
+    finally:
+        handle.remove()
+    return norms[0]
+
+
+def _run(model: nn.Module, images: Tensor, last: int, hooks: Sequence[tuple] = ()) -> None:
+    """The model up to block `last` in evaluation mode, with forward pre-hooks (module, function)."""
+    with evaluation(model):
+        handles = [module.register_forward_pre_hook(function) for module, function in hooks]
+        try:
+            model.forward_intermediates(images, indices=[last], stop_early=True, intermediates_only=True, output_fmt="NLC")
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; the mode of before outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

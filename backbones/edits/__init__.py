@@ -1,0 +1,55 @@
+"""Changes to an existing model, by name: EDITS[name](model, **args) -> model.
+
+    model = timm.create_model("vit_small_patch14_dinov2", pretrained=True)
+    model = edits.apply(model, [{"name": "test_time_registers", "neurons": {9: [12, 40]}}])
+
+An edit changes the model it is given, in place where it can, and returns it; it refuses a model that it does not understand
+with a ValueError that names what is missing. Edits are applied in the order of the list, to a model that already has its
+weights: many of them rename or reshape parameters, so a checkpoint of the plain model no longer fits afterwards.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from backbones.edits.registers import add_test_time_registers
+
+EDITS: dict[str, Callable[..., nn.Module]] = {
+    "test_time_registers": add_test_time_registers,
+}
+
+
+def apply(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
+    """Apply edits in the given order; returns the edited model, which may be another object.
+
+    Args:
+        model: a timm model or one of ours, with its weights loaded.
+        edits: for each edit its "name" and its arguments, e.g. {"name": "test_time_registers", "neurons": {9: [12]}}.
+
+    Raises ValueError for an unknown name or argument, and for a model that an edit cannot change, before a later edit runs.
+    """
+    steps = []
+    for i, entry in enumerate(edits):
+        if "name" not in entry:
+            raise ValueError(f"edit {i} has no name; {_nearest('', EDITS)}")
+        name, args = entry["name"], {key: value for key, value in entry.items() if key != "name"}
+        if name not in EDITS:
+            raise ValueError(f"unknown edit {name!r}: {_nearest(name, EDITS)}")
+        valid = [key for key in inspect.signature(EDITS[name]).parameters if key != "model"]
+        for key in args:
+            if key not in valid:
+                raise ValueError(f"edit {name!r} has no argument {key!r}: {_nearest(key, valid)}")
+        steps.append((name, args))
+    for name, args in steps:
+        model = EDITS[name](model, **args)
+    return model
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, or all of them."""
+    names = sorted(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"

@@ -1,0 +1,92 @@
+"""model.edits of a configuration: checked, applied after the weights they work on, and part of a run's own file."""
+
+import pytest
+import timm
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from train import config, engine
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+EDITS = [{"name": "test_time_registers", "neurons": {1: [3, 5]}, "num_registers": 2}]
+
+
+def values(**model):
+    return tiny.values() | {
+        "task": {"name": "classification", "num_classes": 10},
+        "model": {"backbone": "vit_tiny_patch16_224", "backbone_args": VIT, "edits": EDITS} | model,
+        "data": {"name": "digits", "size": [32, 32], "eval_batch": 50},
+        "augment": {},
+        "optim": {"lr": 1e-3, "steps": 2, "global_batch": 8},
+        "run": {"log_every": 1, "eval_every": 2, "device": "cpu"},
+    }
+
+
+def dense(**model):
+    args = {key: value for key, value in VIT.items() if key != "img_size"}
+    head = {"backbone": "vit_tiny_patch16_224", "backbone_args": args, "head": "linear", "edits": EDITS}
+    return tiny.values(model=head | model, data={"size": [32, 32]})
+
+
+def resolved(folder, given):
+    made = config.resolve(given)
+    made.run.dir = str(folder)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"neurons": {}}, r"model.edits\[0\]: name is missing"),
+        ({"name": "test_time_register"}, r"model.edits\[0\].name: unknown name 'test_time_register'; did you mean"),
+        ({"name": "test_time_registers", "scales": 2.0}, r"model.edits\[0\]: unknown key 'scales'.*did you mean 'scale'"),
+        ({"name": "test_time_registers", "num_registers": "two"}, r"model.edits\[0\].num_registers: 'two' is not int"),
+    ],
+    ids=["no name", "name", "argument", "type"],
+)
+def test_a_wrong_edit_is_one_sentence_before_anything_is_built(edit, message):
+    with pytest.raises(ValueError, match=message):
+        config.resolve(values(edits=[edit]))
+
+
+def test_edits_survive_being_written_as_yaml(tmp_path):
+    made = config.resolve(values())
+    path = tmp_path / "again.yaml"
+    path.write_text(config.as_yaml(made))
+    again = config.load(str(path))
+    assert engine.build(again, config.build_task(again)).num_prefix_tokens == 3
+
+
+def test_checkpoints_of_the_plain_model_are_loaded_before_the_edits(tmp_path):
+    """The edit folds the class token's position into the class token, so the weights must be there already."""
+    torch.manual_seed(1)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, **VIT)
+    torch.nn.init.normal_(plain.pos_embed)
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    made = config.resolve(values(checkpoint=str(tmp_path / "plain.safetensors")))
+    net = engine.build(made, config.build_task(made))
+    assert torch.equal(net.cls_token, plain.cls_token + plain.pos_embed[:, :1])
+    assert torch.equal(net.blocks[1].mlp.fc1.weight, plain.blocks[1].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "dense"])
+def test_a_runs_own_file_is_loaded_after_the_edits(tmp_path, kind):
+    made = resolved(tmp_path / "run", values() if kind == "classifier" else dense())
+    engine.fit(made)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    _, _, model, _ = engine.open_run(tmp_path / "run")
+    state = model.state_dict()
+    assert sorted(state) == sorted(saved) and all(torch.equal(state[key], saved[key]) for key in saved)
+    vit = model if kind == "classifier" else model.backbone.model
+    assert vit.num_prefix_tokens == 3 and vit.reg_token.abs().sum() > 0  # registers trained, not those the edit starts with
+
+
+def test_a_run_with_edits_needs_its_first_checkpoint_no_more(tmp_path):
+    torch.manual_seed(1)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, **VIT)
+    path = tmp_path / "plain.safetensors"
+    save_file(plain.state_dict(), path)
+    engine.fit(resolved(tmp_path / "run", values(checkpoint=str(path))))
+    path.unlink()
+    assert engine.open_run(tmp_path / "run")[2].num_prefix_tokens == 3
