@@ -281,10 +281,10 @@ def export(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    from train import bench
+    from train.bench.run import run
 
     size = tuple(args.size) if args.size else None
-    bench.run(args.what, size, args.batches, device=args.device, training=not args.inference)
+    run(args.what, size, args.batches, device=args.device, training=not args.inference)
 
 
 def doctor(args: argparse.Namespace) -> int | None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import backbones  # noqa: F401  (registers the zoo's models with timm)
 from backbones.ops import neighborhood
-from train.bench import measure, processor, shown, table
+from train.bench.clock import measure, processor, shown, table
 from train.checks import hint
 
 OPTIONAL = (

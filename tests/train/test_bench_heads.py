@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from heads import HEADS
-from train import bench_heads
-from train.bench_heads import CASES, Case
+from train.bench import heads as bench_heads
+from train.bench.heads import CASES, Case
 
 
 def test_every_head_is_measured():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from heads import HEADS, FeatureBackbone
 from heads.features import on_meta
-from train.bench import measure, one_thread, peak_resident, shown, training_step
+from train.bench.clock import in_own_process, measure, one_thread, peak_resident, shown, training_step
 
 CLASSES = 150
 PYRAMID = ("swin_t", [96, 192, 384, 768], [4, 8, 16, 32])  # backbone, channels, strides
@@ -216,11 +215,8 @@ def peak_memory(index: int, name: str, size: tuple[int, int], device: str) -> tu
     """MB that a forward, and a forward with backward, add to the peak; on a CPU in a process of its own."""
     if device != "cuda" and sys.platform != "linux":
         return "-", "-"
-    command = f"from train.bench_heads import added_peak; added_peak({index}, {name!r}, {tuple(size)}, {device!r})"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name!r} failed: {done.stderr.strip().splitlines()[-1]}")
-    first, second = json.loads(done.stdout.strip().splitlines()[-1])
+    call = f"added_peak({index}, {name!r}, {tuple(size)}, {device!r})"
+    first, second = json.loads(in_own_process("train.bench.heads", call, f"measuring the memory of {name!r}"))
     return f"{first:.0f}", f"{second:.0f}"
 
 

@@ -1,0 +1,1 @@
+"""Speed: `zoo bench ops`, `zoo bench heads`, `zoo bench MODEL`."""
