@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import BatchNorm2d, ConvNormAct, resize, resize_double, round_up
 
 READOUTS = ("ignore", "add", "project")
 PREDICTORS = ("depth", "segmentation", "linear")
 
 
-class DPT(nn.Module):
+class DPT(Head):
     """Reassemble tokens into a pyramid, fuse it coarse to fine with residual units, predict.
 
     channels: of each map, finest first, any number of levels. A map may be a pair (map B C H W, prefix tokens B P C).
@@ -45,7 +46,7 @@ class DPT(nn.Module):
     """
 
     family = "dpt"
-    pyramid = False
+    takes_one_scale = True
 
     def __init__(
         self,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import ConvNormAct
 
 
-class FCN(nn.Module):
+class FCN(Head):
     """`depth` 3x3 convolutions with batch norm and ReLU on the map `index`, then a 1x1 classifier.
 
     channels: of each map, finest first; index: which map is read (negative counts from the coarsest; the published auxiliary
@@ -15,9 +16,6 @@ class FCN(nn.Module):
     mmsegmentation on in the main head of its FCN baselines, off in auxiliary heads). Parameter names are those of its FCNHead
     (`convs.0.conv`, `conv_cat.conv`, `conv_seg`).
     """
-
-    family = "heads"
-    pyramid = False
 
     def __init__(
         self,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import ConvNormAct, resize, top_down
 
 
-class FPN(nn.Module):
+class FPN(Head):
     """Feature pyramid, then per level 3x3 convolutions that double the size until the finest, summed, 1x1 classifier.
 
     channels: of each map, finest first, any number of levels; width: of the pyramid; head_width: of the scale heads.
@@ -16,7 +17,6 @@ class FPN(nn.Module):
     Parameter names are those of mmsegmentation's FPN neck and FPNHead (`lateral_convs.0.conv`, `scale_heads.1.0.conv`).
     """
 
-    family = "heads"
     pyramid = True
 
     def __init__(

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import BatchNorm2d, resize
 
 
-class GLPN(nn.Module):
+class GLPN(Head):
     """Coarse to fine: each level is mixed with the path by two learned attention maps; then 4 times larger, two convolutions.
 
     channels: of each map, finest first, two or more levels; width: of the decoder. The authors add no convolution to the finest
@@ -17,7 +18,6 @@ class GLPN(nn.Module):
     Parameter names are the authors' (`decoder.bot_conv`, `decoder.fusion1.conv1.0`, `last_layer_depth.0`).
     """
 
-    family = "heads"
     pyramid = True
 
     def __init__(self, channels: Sequence[int], out_channels: int, width: int = 64):

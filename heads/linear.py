@@ -4,18 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import BatchNorm2d, fuse
 
 
-class Linear(nn.Module):
+class Linear(Head):
     """All maps resized to the finest and concatenated, batch norm, dropout, 1x1 convolution.
 
     channels: of each map, finest first, any number of levels; out_channels: classes, or what the depth rule reads.
     dropout: probability of dropping a whole channel before the convolution.
     """
-
-    family = "heads"
-    pyramid = False
 
     def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0):
         super().__init__()

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import ConvNormAct, top_down
 
 
-class MaskTransformer(nn.Module):
+class MaskTransformer(Head):
     """A pixel decoder (feature pyramid) and `queries` cluster centres that are refined on its maps, coarse to fine.
 
     Every pixel of the finest map is a mixture of clusters (softmax over the centres), and every centre carries one output
@@ -26,7 +27,6 @@ class MaskTransformer(nn.Module):
     heads: of the self-attention among centres; they divide the width.
     """
 
-    family = "heads"
     pyramid = True
 
     def __init__(

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import HEADS
+from .base import tensors
 from .features import FeatureBackbone
-from .model import build_head, predict
+from .model import at_image_size, build_head, run_head
+from .table import HEADS
 
 NARROW = {  # arguments that make a head small: only shapes and gradients are checked
     "linear": {},
@@ -46,10 +47,11 @@ def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tenso
     leaves = [m.detach().requires_grad_() for m in maps]
     try:
         neck, module = build_head(head, features, 3, NARROW.get(head, {"width": 16}))
-        out = predict(features, neck, module, leaves, images)
+        output = run_head(neck, module, leaves)
+        out = at_image_size(module.scores(output), features.padded_size(*images.shape[-2:]), images)
         if out.shape != (2, 3, *images.shape[-2:]):
             return f"gives {tuple(out.shape)} for images of {tuple(images.shape)}"
-        out.square().mean().backward()
+        sum(part.square().mean() for part in [out, *tensors(output)] if part.requires_grad).backward()
     except Exception as error:
         return sentence(error)
     if not out.isfinite().all():

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .features import FeatureBackbone
 from .model import build_head
+from .table import HEADS
 
 NEEDED = ("mmseg", "mmengine", "mmcv", "ftfy", "regex")
 
@@ -166,12 +167,16 @@ class ZooHead(BaseDecodeHead):
             init_cfg=init_cfg,
         )
         del self.conv_seg
+        if head in HEADS and HEADS[head].returns_names:
+            raise ValueError(
+                f"head {head!r} returns named outputs, which mmsegmentation's losses cannot read: train it with the zoo's tasks"
+            )
         maps = types.SimpleNamespace(channels=in_channels, one_scale=one_scale)  # what build_head reads of a backbone
         self.pyramid, self.head = build_head(head, maps, self.out_channels, head_args)
 
     def forward(self, inputs: Sequence) -> Tensor:  # [B C_i H_i W_i], or pairs with prefix tokens -> B K h w
         maps = self._transform_inputs(inputs)
-        if not getattr(self.head, "prefix_tokens", False):
+        if not self.head.prefix_tokens:
             maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
         elif any(isinstance(m, Tensor) for m in maps):
             raise ValueError("this head reads the class token: give the ZooBackbone prefix_tokens=True")

@@ -3,50 +3,72 @@
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from . import HEADS
+from .base import Head, Maps, Output
 from .blocks import Pyramid, resize
 from .features import FeatureBackbone
+from .table import HEADS
+
+
+class Levels(Protocol):
+    """What a head is built for: channels of each map, finest first, and whether all maps have one size."""
+
+    channels: list[int]
+    one_scale: bool
 
 
 def build_head(
-    head: str | type[nn.Module], backbone: FeatureBackbone, out_channels: int, head_args: dict | None = None
-) -> tuple[nn.Module | None, nn.Module]:
+    head: str | type[Head], backbone: Levels, out_channels: int, head_args: Mapping[str, Any] | None = None
+) -> tuple[Pyramid | None, Head]:
     """(neck or None, head) for this backbone. The neck makes a pyramid of one-scale maps for heads that need one.
 
-    ValueError names the nearest head if the name is unknown; TypeError lists the arguments the head takes if one is wrong.
+    ValueError names the nearest head if the name is unknown; TypeError lists the arguments the head takes if one is wrong, and
+    refuses a class that does not derive from `heads.Head`.
     """
     if isinstance(head, str):
         if head not in HEADS:
             near = difflib.get_close_matches(head, HEADS, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the heads are {', '.join(sorted(HEADS))}"
             raise ValueError(f"unknown head {head!r}: {hint}")
-        name, head = head, HEADS[head]
+        name, cls = head, HEADS[head]
+    elif isinstance(head, type) and issubclass(head, Head):
+        name, cls = head.__name__, head
     else:
-        name = head.__name__
+        raise TypeError(f"a head is a name of heads.HEADS or a class that derives from heads.Head, got {head!r}")
     args = dict(head_args or {})
-    valid = [p for p in inspect.signature(head).parameters if p not in ("channels", "out_channels")]
+    valid = [p for p in inspect.signature(cls).parameters if p not in ("channels", "out_channels")]
     for key in args:
         if key not in valid:
             near = difflib.get_close_matches(key, valid, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(valid)}"
             raise TypeError(f"head {name!r} has no argument {key!r}: {hint}")
-    if "one_scale" in valid:
+    if cls.takes_one_scale:
         args.setdefault("one_scale", backbone.one_scale)
-    neck = Pyramid(backbone.channels) if getattr(head, "pyramid", False) and backbone.one_scale else None
-    return neck, head(neck.channels if neck else backbone.channels, out_channels, **args)
+    neck = Pyramid(backbone.channels) if cls.pyramid and backbone.one_scale else None
+    make: Any = cls  # arguments are each head's own
+    return neck, make(neck.channels if neck else backbone.channels, out_channels, **args)
 
 
 class DensePredictor(nn.Module):
-    """images B 3 H W -> B K H W. The one resize to the images' size happens here; heads work at the sizes of their maps.
+    """A backbone and a head: images B 3 H W -> scores B K H W in evaluation, named outputs while training.
 
-    backbone: timm name, module, or a FeatureBackbone; head: a name of `heads.HEADS` or a head class; out_channels: K.
-    head_args: the head's own arguments; backbone_args: of `timm.create_model`, and `out_indices`, `norm` of FeatureBackbone.
-    aux_head, aux_args: a second head on the same maps (usually "fcn") that only training uses; it adds nothing to inference.
-    img_size: (H, W) the images will have; only models bound to one size need it.
+    The one resize to the images' size happens here; heads work at the sizes of their maps.
+
+    Args:
+        backbone: timm name, module, or a FeatureBackbone.
+        head: a name of `heads.HEADS`, or a class that derives from `heads.Head`.
+        out_channels: K: classes, or what the depth rule reads.
+        head_args: the head's own arguments.
+        pretrained: load the backbone's released weights.
+        backbone_args: of `timm.create_model`, and `out_indices`, `norm` of FeatureBackbone.
+        aux_head: a second head on the same maps (usually "fcn") that only training uses; it adds nothing to inference.
+        aux_args: the second head's own arguments.
+        in_chans: image channels.
+        img_size: (H, W) the images will have; only models bound to one size need it.
     """
 
     family = "dense"
@@ -54,13 +76,13 @@ class DensePredictor(nn.Module):
     def __init__(
         self,
         backbone: str | nn.Module,
-        head: str | type[nn.Module],
+        head: str | type[Head],
         out_channels: int,
-        head_args: dict | None = None,
+        head_args: Mapping[str, Any] | None = None,
         pretrained: bool = False,
-        backbone_args: dict | None = None,
-        aux_head: str | type[nn.Module] | None = None,
-        aux_args: dict | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
+        aux_head: str | type[Head] | None = None,
+        aux_args: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
     ):
@@ -68,23 +90,35 @@ class DensePredictor(nn.Module):
         self.backbone = as_features(backbone, pretrained, backbone_args, in_chans, img_size)
         self.out_channels = out_channels
         self.neck, self.head = build_head(head, self.backbone, out_channels, head_args)
-        self.aux_neck, self.aux_head = None, None
+        self.aux_neck: Pyramid | None = None
+        self.aux_head: Head | None = None
         if aux_head is not None:
             self.aux_neck, self.aux_head = build_head(aux_head, self.backbone, out_channels, aux_args)
         elif aux_args:
             raise TypeError(f"aux_args {sorted(aux_args)} without an aux_head")
-        want_prefix_tokens(self.backbone, [self.head, self.aux_head])
+        want_prefix_tokens(self.backbone, [head for head in (self.head, self.aux_head) if head is not None])
 
-    def forward(self, images: Tensor, aux: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """B K H W; with aux=True and an auxiliary head the pair (main, auxiliary), both B K H W."""
+    def forward(self, images: Tensor) -> Tensor | dict[str, Any]:
+        """In evaluation the head's scores B K H W at the size of the images; while training what `outputs` gives."""
+        if self.training:
+            return self.outputs(images)
+        return scores(self.backbone, self.neck, self.head, self.backbone(images), images)
+
+    def outputs(self, images: Tensor) -> dict[str, Any]:
+        """{"main": .., "aux": ..}, in training and evaluation alike; "aux" only with an auxiliary head.
+
+        A head's one map is B K H W at the size of the images. Named outputs stay as the head returned them, at the head's own
+        sizes, because a loss may sample points of a mask or want a disparity at each size; "padded_size" then says what image
+        size their maps cover: (H, W) of the images after the backbone's padding, right and bottom.
+        """
         maps = self.backbone(images)
-        main = predict(self.backbone, self.neck, self.head, maps, images)
-        if not aux or self.aux_head is None:
-            return main
-        return main, predict(self.backbone, self.aux_neck, self.aux_head, maps, images)
+        named = outputs(self.backbone, self.neck, self.head, maps, images)
+        if self.aux_head is not None:
+            named["aux"] = outputs(self.backbone, self.aux_neck, self.aux_head, maps, images)["main"]
+        return named
 
-    def get_classifier(self) -> nn.Module:
-        """The head's last layer, which depends on the number of classes."""
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The head's last layer (or layers), which depends on the number of classes."""
         return self.head.get_classifier()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -98,9 +132,17 @@ class DensePredictor(nn.Module):
 
 
 class MultiPredictor(nn.Module):
-    """One backbone, several heads: images B 3 H W -> {name: B K H W}.
+    """One backbone, several heads: images B 3 H W -> {name: B K H W} in evaluation.
 
-    heads: {"mask": ("upernet", 150, {}), "depth": ("dpt", 1, {"width": 128})}: name -> (head, out_channels, head arguments).
+    While training every name has the outputs of its head as DensePredictor gives them: {name: {"main": ..}}.
+
+    Args:
+        backbone: timm name, module, or a FeatureBackbone.
+        heads: name -> (head, out_channels, head arguments): {"mask": ("fpn", 19, {}), "depth": ("dpt", 1, {"width": 128})}.
+        pretrained: load the backbone's released weights.
+        backbone_args: of `timm.create_model`, and `out_indices`, `norm` of FeatureBackbone.
+        in_chans: image channels.
+        img_size: (H, W) the images will have; only models bound to one size need it.
     """
 
     family = "dense"
@@ -108,9 +150,9 @@ class MultiPredictor(nn.Module):
     def __init__(
         self,
         backbone: str | nn.Module,
-        heads: dict[str, tuple[str | type[nn.Module], int, dict | None]],
+        heads: Mapping[str, tuple[str | type[Head], int, Mapping[str, Any] | None]],
         pretrained: bool = False,
-        backbone_args: dict | None = None,
+        backbone_args: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
     ):
@@ -124,9 +166,10 @@ class MultiPredictor(nn.Module):
             self.necks[name] = neck or nn.Identity()
         want_prefix_tokens(self.backbone, self.heads.values())
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Any]:
         maps = self.backbone(images)
-        return {name: predict(self.backbone, self.necks[name], head, maps, images) for name, head in self.heads.items()}
+        run = outputs if self.training else scores
+        return {name: run(self.backbone, self.necks[name], head, maps, images) for name, head in self.heads.items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.model.set_grad_checkpointing(enable)
@@ -138,7 +181,13 @@ class MultiPredictor(nn.Module):
         return group_matcher(self.backbone, coarse)
 
 
-def as_features(backbone, pretrained, backbone_args, in_chans, img_size) -> FeatureBackbone:
+def as_features(
+    backbone: str | nn.Module,
+    pretrained: bool,
+    backbone_args: Mapping[str, Any] | None,
+    in_chans: int,
+    img_size: int | Sequence[int] | None,
+) -> FeatureBackbone:
     if isinstance(backbone, FeatureBackbone):
         if pretrained or backbone_args or img_size is not None:
             raise TypeError("pretrained, img_size and backbone_args describe a backbone to create; a FeatureBackbone was given")
@@ -146,18 +195,35 @@ def as_features(backbone, pretrained, backbone_args, in_chans, img_size) -> Feat
     return FeatureBackbone(backbone, pretrained, in_chans=in_chans, img_size=img_size, **(backbone_args or {}))
 
 
-def want_prefix_tokens(backbone: FeatureBackbone, heads) -> None:
-    if any(getattr(head, "prefix_tokens", False) for head in heads):
+def want_prefix_tokens(backbone: FeatureBackbone, heads: Iterable[Head]) -> None:
+    if any(head.prefix_tokens for head in heads):
         backbone.return_prefix_tokens()
 
 
-def predict(backbone: FeatureBackbone, neck: nn.Module | None, head: nn.Module, maps: list, images: Tensor) -> Tensor:
-    """Maps -> B K H W at the size of the images: the head's output resized to the padded size, then cropped."""
-    if not getattr(head, "prefix_tokens", False):
+def run_head(neck: nn.Module | None, head: Head, maps: Maps) -> Output:
+    """A head's output on the backbone's maps; the prefix tokens are left out where the head does not ask for them."""
+    if not head.prefix_tokens:
         maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
-    out = head(neck(maps) if neck is not None else maps)
+    return head(neck(maps) if neck is not None else maps)
+
+
+def scores(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> Tensor:
+    """Maps -> B K H W at the size of the images."""
+    return at_image_size(head.scores(run_head(neck, head, maps)), backbone.padded_size(*images.shape[-2:]), images)
+
+
+def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> dict[str, Any]:
+    """Maps -> {"main": ..}, as `DensePredictor.outputs` describes it."""
+    output, padded_size = run_head(neck, head, maps), backbone.padded_size(*images.shape[-2:])
+    if isinstance(output, Tensor):
+        return {"main": at_image_size(output, padded_size, images)}
+    return {"main": output, "padded_size": padded_size}
+
+
+def at_image_size(x: Tensor, padded_size: Sequence[int], images: Tensor) -> Tensor:
+    """Resize a map B K h w that covers the padded images to their size, and crop it to the size of the images."""
     height, width = images.shape[-2:]
-    return resize(out, like=backbone.padded_size(height, width))[..., :height, :width]
+    return resize(x, like=padded_size)[..., :height, :width]
 
 
 def no_weight_decay(backbone: FeatureBackbone) -> set[str]:

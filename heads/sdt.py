@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import BatchNorm2d, resize
 
 
-class SDT(nn.Module):
+class SDT(Head):
     """All maps projected to one width and averaged with learned weights, details added, 16 times larger by learned sampling.
 
     channels: of each map; a map may be a pair (map B C H W, prefix tokens B P C). Maps of one size are expected (plain ViTs);
@@ -20,9 +21,6 @@ class SDT(nn.Module):
     width: after the projection; readout: "project" concatenates the class token to every token before it, "ignore" does not.
     The result has no final activation (AnyDepth: ReLU plus 1 mm, `heads.depth`). Parameter names are the authors'.
     """
-
-    family = "heads"
-    pyramid = False
 
     def __init__(self, channels: Sequence[int], out_channels: int, width: int = 256, readout: str = "ignore"):
         super().__init__()

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import ConvNormAct
 
 
-class SegFormer(nn.Module):
+class SegFormer(Head):
     """Every map projected to one width, resized to the finest, concatenated, mixed by one 1x1 convolution, classified.
 
     channels: of each map, finest first, any number of levels; width: of the projections (256 for MiT-B0 and B1, else 768).
     Parameter names are those of mmsegmentation's SegformerHead (`convs.0.conv`, `fusion_conv.conv`, `conv_seg`).
     """
 
-    family = "heads"
     pyramid = True
 
     def __init__(self, channels: Sequence[int], out_channels: int, width: int = 256, dropout: float = 0.1):

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import Head
 from .blocks import ConvNormAct, top_down
 
 
-class UPerNet(nn.Module):
+class UPerNet(Head):
     """Pyramid pooling on the coarsest map, feature pyramid, all levels fused at the finest, 1x1 classifier.
 
     channels: of each map, finest first, any number of levels, any sizes (also all equal); pool_scales: bins of the pooling.
     Parameter names are those of mmsegmentation's UPerHead, so its checkpoints load as they are.
     """
 
-    family = "heads"
     pyramid = True
 
     def __init__(

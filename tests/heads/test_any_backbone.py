@@ -61,7 +61,7 @@ def test_every_head_on_every_kind(kind, head):
     torch.manual_seed(0)
     model = DensePredictor(backbone, head, 3, SMALL.get(head, {"width": 8} if head != "linear" else {}))
     model.zero_grad()
-    out = model(torch.randn(2, 3, *SIZE))
+    out = model.train()(torch.randn(2, 3, *SIZE))["main"]
     assert out.shape == (2, 3, *SIZE)
     out.square().mean().backward()
     lost = [name for name, p in model.head.named_parameters() if p.grad is None]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
 import weights
-from heads import HEADS, DensePredictor, MultiPredictor
+from heads import HEADS, DensePredictor, Head, MultiPredictor, matrix
+from heads.base import tensors
 from heads.blocks import BatchNorm2d, Pyramid, conv_over, fuse, resize
 from heads.depth import DepthRule
 from heads.mask_transformer import KMeansLayer
@@ -249,22 +250,90 @@ def test_the_auxiliary_output_is_for_training_only():
     torch.manual_seed(0)
     model = DensePredictor("test_resnet", "fpn", 4, {"width": 8}, aux_head="fcn", aux_args={"width": 8})
     images = torch.randn(2, 3, 64, 96)
-    main, aux = model.eval()(images, aux=True)
-    assert main.shape == aux.shape == (2, 4, 64, 96)
-    assert torch.equal(model(images), main)
-    assert DensePredictor("test_resnet", "linear", 4)(images, aux=True).shape == (2, 4, 64, 96)
+    out = model.train()(images)
+    assert {name: tuple(value.shape) for name, value in out.items()} == dict.fromkeys(["main", "aux"], (2, 4, 64, 96))
+    assert torch.equal(model.eval()(images), model.outputs(images)["main"])
+    assert list(DensePredictor("test_resnet", "linear", 4)(images)) == ["main"]
     with pytest.raises(TypeError, match="without an aux_head"):
         DensePredictor("test_resnet", "linear", 4, aux_args={"width": 8})
+
+
+class Queries(Head):
+    """A throw-away head of named outputs: each query has a mask and class logits, after every layer."""
+
+    pyramid = True
+    returns_names = True
+
+    def __init__(self, channels, out_channels, queries=3, layers=2):
+        super().__init__()
+        self.masks = torch.nn.ModuleList(torch.nn.Conv2d(channels[0], queries, 1) for _ in range(layers))
+        self.classes = torch.nn.Parameter(torch.randn(layers, queries, out_channels))
+
+    def get_classifier(self):
+        return self.masks[-1], self.masks[0]
+
+    def forward(self, maps):
+        layers = [{"masks": mask(maps[0]), "classes": c} for mask, c in zip(self.masks, self.classes, strict=True)]
+        return layers[-1] | {"layers": layers[:-1]}
+
+    def scores(self, output):
+        return torch.einsum("bnhw,nk->bkhw", output["masks"], output["classes"])
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_a_head_of_named_outputs_keeps_them_in_training_and_scores_in_evaluation(backbone):
+    torch.manual_seed(0)
+    model = DensePredictor(backbone, Queries, 4, aux_head="fcn", aux_args={"width": 8})
+    images = torch.randn(2, 3, 40, 72)
+    out = model(images)
+    assert set(out) == {"main", "aux", "padded_size"} and out["aux"].shape == (2, 4, 40, 72)
+    assert out["padded_size"] == model.backbone.padded_size(40, 72)
+    assert out["main"]["masks"].shape[1] == 3 and out["main"]["masks"].shape[-1] < 72, "at the head's own size"
+    sum(tensor.square().mean() for tensor in tensors(out)).backward()
+    assert [name for name, p in model.head.named_parameters() if p.grad is None] == []
+    model.eval()
+    main = model.outputs(images)["main"]
+    whole = resize(torch.einsum("bnhw,nk->bkhw", main["masks"], main["classes"]), like=out["padded_size"])
+    assert torch.equal(model(images), whole[..., :40, :72]) and len(model.get_classifier()) == 2
+
+
+def test_the_matrix_and_several_heads_take_a_head_of_named_outputs(monkeypatch):
+    monkeypatch.setitem(HEADS, "queries", Queries)
+    monkeypatch.setitem(matrix.NARROW, "queries", {"layers": 3})
+    assert matrix.row("test_resnet", heads=["queries", "linear"]) == {"queries": "ok", "linear": "ok"}
+    model = MultiPredictor("test_resnet", {"parts": ("queries", 4, {}), "depth": ("linear", 1, {})})
+    images = torch.randn(2, 3, 64, 96)
+    assert set(model(images)["parts"]) == {"main", "padded_size"} and set(model(images)["depth"]) == {"main"}
+    assert {name: tuple(x.shape) for name, x in model.eval()(images).items()} == {
+        "parts": (2, 4, 64, 96),
+        "depth": (2, 1, 64, 96),
+    }
+
+
+def test_a_head_without_its_protocol_says_what_is_missing():
+    class Silent(Queries):
+        scores = Head.scores
+        get_classifier = Head.get_classifier
+
+    model = DensePredictor("test_resnet", Silent, 4).eval()
+    with pytest.raises(NotImplementedError, match="Silent returns masks, classes, layers: scores\\(\\) must make B K h w"):
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(NotImplementedError, match="Silent does not say which layer"):
+        model.get_classifier()
+    with pytest.raises(TypeError, match="derives from heads.Head"):
+        DensePredictor("test_resnet", torch.nn.Identity, 4)
 
 
 def test_several_heads_share_one_backbone():
     model = MultiPredictor(
         "test_vit", {"mask": ("upernet", 5, {"width": 8}), "depth": ("dpt", 1, {"width": 8, "readout": "project"})}
     )
-    out = model(torch.randn(2, 3, 40, 56))
+    images = torch.randn(2, 3, 40, 56)
+    out = {name: value["main"] for name, value in model(images).items()}
     assert {name: tuple(value.shape) for name, value in out.items()} == {"mask": (2, 5, 40, 56), "depth": (2, 1, 40, 56)}
     sum(value.mean() for value in out.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert {name: value.shape for name, value in model.eval()(images).items()} == {name: x.shape for name, x in out.items()}
     with pytest.raises(ValueError, match="needs a head"):
         MultiPredictor("test_vit", {})
 
@@ -287,7 +356,7 @@ def test_checkpointing_changes_no_number():
     images = torch.randn(1, 3, 32, 32)
     plain = model(images)
     model.set_grad_checkpointing()
-    torch.testing.assert_close(model(images), plain)
+    torch.testing.assert_close(model(images), plain)  # named outputs, compared one by one
 
 
 def test_a_copy_is_independent():

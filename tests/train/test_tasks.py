@@ -42,7 +42,7 @@ class Pixelwise(nn.Module):
         channels = {"MultiTask": 5, "Classification": 4}.get(self.kind) or task.out_channels
         self.conv = nn.Conv2d(3, channels, 1)
 
-    def forward(self, images, aux=False):
+    def forward(self, images):
         out = self.conv(images)
         if self.kind == "Classification":
             return out.mean((2, 3))

@@ -26,8 +26,8 @@ class DenseTask(Task):
     out_channels: int
 
     def build(self, model: ModelConfig) -> nn.Module:
-        """A heads.DensePredictor with `out_channels` outputs."""
-        return heads.DensePredictor(
+        """A heads.DensePredictor with `out_channels` outputs. Raises ValueError for a head that returns named outputs."""
+        predictor = heads.DensePredictor(
             model.backbone,
             model.head,
             self.out_channels,
@@ -36,6 +36,7 @@ class DenseTask(Task):
             aux_args=model.aux_args,
             **backbone_arguments(model),
         )
+        return one_map(predictor, type(self).__name__.lower())
 
     def measure(self, metric: Metric, output: Tensor, batch: dict[str, Any]) -> Any:
         """Image by image, because each target has its own size; the prediction is resized to it before it is rounded."""
@@ -86,10 +87,18 @@ def backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def forward(model: nn.Module, images: Tensor, auxiliary: bool) -> tuple[Tensor, Tensor | None]:
-    """(main, auxiliary) output; the second is None if the model has no auxiliary head or none is asked for."""
-    output = model(images, aux=True) if auxiliary else model(images)
-    return output if isinstance(output, tuple) else (output, None)
+def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(main, auxiliary) output; the second is None in evaluation and if the model has no auxiliary head."""
+    output = model(images)
+    return (output["main"], output.get("aux")) if isinstance(output, dict) else (output, None)
+
+
+def one_map(predictor: nn.Module, task: str) -> nn.Module:
+    """The predictor. ValueError if one of its heads returns named outputs, which need a task of their own."""
+    for head in predictor.modules():
+        if isinstance(head, heads.Head) and head.returns_names:
+            raise ValueError(f"{type(head).__name__} returns named outputs; task {task} trains heads that return one map")
+    return predictor
 
 
 def resized(output: Tensor, size: tuple[int, int] | None) -> Tensor:

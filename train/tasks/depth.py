@@ -83,7 +83,7 @@ class Depth(DenseTask):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         target = self.spec.target(batch["depth"])
-        main, auxiliary = forward(model, batch["image"], model.training)
+        main, auxiliary = forward(model, batch["image"])
         loss = self.pixels(main, target)
         return loss if auxiliary is None else loss + self.aux_weight * self.pixels(auxiliary, target)
 

@@ -13,7 +13,7 @@ import heads
 from train.checks import arguments, known
 from train.metrics import Metric
 from train.tasks.base import Names, Task
-from train.tasks.dense import DenseTask, backbone_arguments
+from train.tasks.dense import DenseTask, backbone_arguments, one_map
 from train.tasks.depth import Depth
 from train.tasks.segmentation import Segmentation
 from train.visualize import Panel
@@ -57,7 +57,7 @@ class MultiTask(Task):
         for name, part in self.parts.items():
             head, args = self.heads[name]
             chosen[name] = (head, part.out_channels, args) if head else (model.head, part.out_channels, args or model.head_args)
-        return heads.MultiPredictor(model.backbone, chosen, **backbone_arguments(model))
+        return one_map(heads.MultiPredictor(model.backbone, chosen, **backbone_arguments(model)), "multitask")
 
     def check(self, dataset: Any) -> None:
         for part in self.parts.values():
@@ -99,11 +99,11 @@ class MultiTask(Task):
 class Computed(nn.Module):
     """Stands for a model whose output is already there, so that a part's loss can be asked as usual."""
 
-    def __init__(self, output: Tensor):
+    def __init__(self, output: Tensor | dict[str, Tensor]):
         super().__init__()
         self.output = output
 
-    def forward(self, images: Tensor, aux: bool = False) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         return self.output
 
 

@@ -59,7 +59,7 @@ class Segmentation(DenseTask):
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """One mean per loss, 1-d."""
-        main, auxiliary = forward(model, batch["image"], model.training)
+        main, auxiliary = forward(model, batch["image"])
         loss = self.losses(main, batch["mask"])
         return loss if auxiliary is None else loss + self.aux_weight * self.losses(auxiliary, batch["mask"])
 

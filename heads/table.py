@@ -1,0 +1,24 @@
+"""The heads by the name that a config or a call gives them."""
+
+from .base import Head
+from .dpt import DPT
+from .fcn import FCN
+from .fpn import FPN
+from .glpn import GLPN
+from .linear import Linear
+from .mask_transformer import MaskTransformer
+from .sdt import SDT
+from .segformer import SegFormer
+from .upernet import UPerNet
+
+HEADS: dict[str, type[Head]] = {
+    "linear": Linear,
+    "fcn": FCN,
+    "fpn": FPN,
+    "upernet": UPerNet,
+    "segformer": SegFormer,
+    "dpt": DPT,
+    "sdt": SDT,
+    "glpn": GLPN,
+    "mask_transformer": MaskTransformer,
+}
