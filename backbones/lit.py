@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, build, check_img_size, init_linear
 from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias
-from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import resample_bias_table, resample_position_embedding
 
 default_cfgs = _default_cfgs("lit")
 

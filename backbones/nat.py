@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from backbones.base import Stage, StagedBackbone, build, init_linear
 from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias
 from backbones.ops.neighborhood import neighborhood_attention
-from weights.convert import resample_bias_table
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import resample_bias_table
 
 default_cfgs = _default_cfgs("nat")
 

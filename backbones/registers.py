@@ -13,7 +13,6 @@ are importable from here.
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_model, register_notrace_function
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from backbones.analysis.registers import (
 from backbones.base import build
 from backbones.edits.registers import RegisterEdit, add_test_time_registers
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import dino_positions
 
 __all__ = [
     "Artefacts",
@@ -43,22 +43,8 @@ __all__ = [
 default_cfgs = _default_cfgs("registers")
 
 
-@torch.fx.wrap  # both: FX looks only into the module that defines `forward`, which is timm's
-@register_notrace_function
-def dino_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool, offset: float) -> Tensor:
-    """DINOv2's position embedding of patches, 1 (h w) C, resized from grid `old` to `new`; the same tensor if they are equal.
-
-    Bicubic. offset 0: to the new size, as the models with trained registers. Else by the factors (new + offset) / old, which
-    are also the steps of the sampling: not quite the same as resizing to the new size.
-    """
-    if tuple(old) == tuple(new):
-        return table
-    image = table.float().mT.unflatten(2, old)
-    how = {"scale_factor": tuple((n + offset) / o for n, o in zip(new, old))} if offset else {"size": tuple(new)}
-    image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=antialias, **how)
-    if tuple(image.shape[-2:]) != tuple(new):
-        raise ValueError(f"positions of a {old} grid cannot be resized to {new} with offset {offset}")
-    return image.flatten(2).mT.to(table.dtype)
+torch.fx.wrap("dino_positions")  # both: FX looks only into the module that defines `forward`, which is timm's
+register_notrace_function(dino_positions)
 
 
 class RegisterViT(VisionTransformer):

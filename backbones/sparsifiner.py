@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from backbones.base import build, check_size, init_linear
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates
-from weights.convert import resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import resample_position_embedding
 
 default_cfgs = _default_cfgs("sparsifiner")
 

@@ -37,8 +37,8 @@ from backbones.layers import (
     pad_to_multiple,
     relative_bias,
 )
-from weights.convert import resample_bias_table, resample_position_embedding
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import resample_bias_table, resample_position_embedding
 
 default_cfgs = _default_cfgs("swin")
 

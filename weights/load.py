@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weights.convert import backbone, converter, layers, recording, source_format, split, to_native, unwrap
+from weights.convert import backbone, converter, fit_shapes, layers, source_format, split, to_native, unwrap
 
 FRESH = r"feature_norms\."  # norms of returned maps: classification files lack them; they start as the identity's affine part
 COUNTER = "num_batches_tracked"  # of BatchNorm; used by no result in evaluation
@@ -70,15 +70,13 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     *wrappers, target = layers(model)
     for wrapper in wrappers:
         own, rest = split(state, wrapper)
-        with recording() as resized:
-            whole = to_native(own, wrapper)
+        whole, resized = fit_shapes(to_native(own, wrapper), wrapper, own)
         wanted, form = wrapper.state_dict(), source_format(own, wrapper)
         extra = sorted(whole.keys() - wanted.keys())
         if form == "official-dense" and strict:
             _check_dense(source, [name for name in wanted if name not in whole and not name.endswith(COUNTER)], extra)
         if wanted.keys() <= whole.keys():
-            report = Report(source, form, unexpected=sorted([*rest, *extra]))
-            report.resized = {name: (resized[id(v)], tuple(v.shape)) for name, v in whole.items() if id(v) in resized}
+            report = Report(source, form, unexpected=sorted([*rest, *extra]), resized=resized)
             if not strict and hasattr(wrapper, "get_classifier"):
                 for name in [name for name in wanted if name.startswith(classifier_names(wrapper))]:
                     if whole[name].shape != wanted[name].shape:
@@ -87,10 +85,8 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
 
     own, heads = split(state, target)
     report = Report(source, source_format(own, target), unexpected=sorted(heads))
-    with recording() as resized:
-        native = to_native(own, target)
+    native, report.resized = fit_shapes(to_native(own, target), target, own)
     wanted = target.state_dict()
-    report.resized = {name: (resized[id(value)], tuple(value.shape)) for name, value in native.items() if id(value) in resized}
     report.untouched = _outside(model, target)
     classifier = classifier_names(target)
 
@@ -202,7 +198,8 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
     timm compares names only when the number of classes is the file's; this always does. feature_norms that the file lacks, and
     the final norm if the model will only give features, keep the model's values.
     """
-    native, wanted = to_native(split(unwrap(state_dict), model)[0], model), model.state_dict()
+    own, wanted = split(unwrap(state_dict), model)[0], model.state_dict()
+    native = fit_shapes(to_native(own, model), model, own)[0]
     kept = FRESH + (r"|norm\." if features else "") + rf"|.*\.{COUNTER}$"
     native |= {name: value for name, value in wanted.items() if name not in native and re.match(kept, name)}
     report = Report("the checkpoint", "pretrained")

@@ -1,21 +1,17 @@
 """Foreign state dicts -> ours, and back; one module per family, named by the model's attribute `family`.
 
-A family's module defines `to_native(state_dict, model)`, `to_official(state_dict, model)` and `source_format(keys)`. What all
-of them share is here: taking off the wrappings of a training program, finding the backbone inside a wrapped model, and
-resampling the tables and position embeddings whose shape depends on the image size.
+A family's module defines `to_native(state_dict, model)` and `to_official(state_dict, model)`, which rename,
+`source_format(keys)` and, where a shape depends on the image size or the kernel, `resize(name, value, model)`: the tensor for
+the model's size, or as it is. What all of them share is here: taking off the wrappings of a training program, finding the
+backbone inside a wrapped model, and fitting the sizes.
 """
 
-import contextlib
-import contextvars
 import importlib.util
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")  # an average is preferred to the raw weights
@@ -31,7 +27,8 @@ def convert_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     backbone, and converted for a dense predictor.
     """
     model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
-    return to_native(split(unwrap(state_dict), model)[0], model)
+    own = split(unwrap(state_dict), model)[0]
+    return fit_shapes(to_native(own, model), model, own)[0]
 
 
 def rename(key: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
@@ -85,11 +82,66 @@ def converter(model: nn.Module) -> ModuleType | None:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Names without wrappings -> the names and shapes of `model`, a backbone of the zoo or of timm (by timm's own filter)."""
+    """Names without wrappings -> the names of `model`, a backbone of the zoo or of timm (whose own filter also resizes)."""
     if module := converter(model):
         return module.to_native(state_dict, model)
-    timm_filter = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return timm_filter(state_dict, model) if timm_filter else state_dict
+    if state_dict.keys() <= model.state_dict().keys():
+        return dict(state_dict)  # timm's filters can take a model without its classifier for an old one, and rename it again
+    return timm_filter(state_dict, model)
+
+
+def timm_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """What the filter of a timm model makes of foreign names and other sizes; unchanged if its architecture has none.
+
+    ValueError if the filter cannot read the names: timm's filters expect the files they were written for.
+    """
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    apply = next((f for module in modules if (f := getattr(module, "checkpoint_filter_fn", None))), None)
+    if apply is None:
+        return dict(state_dict)
+    try:
+        return dict(apply(dict(state_dict), model))
+    except (
+        Exception
+    ) as error:  # KeyError, AttributeError, RuntimeError: whatever a name or a shape that it does not know leads to
+        raise ValueError(
+            f"timm cannot read these names as weights of {type(model).__name__}, {', '.join(list(state_dict)[:3])}, ... "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # name -> (shape in the file, shape now)
+
+
+def fit_shapes(
+    native: dict[str, Tensor], model: nn.Module, source: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], Shapes]:
+    """Tensors whose size depends on the image size or the kernel, resampled for `model`; and which were.
+
+    native: by the model's names; source: the file's names and tensors, which say by what rule a dense file is resized, and what
+    timm's filter has resized already. What cannot be resampled stays as it is.
+    """
+    module, source = converter(model), source or {}
+    if hasattr(module, "fit_shapes"):
+        return module.fit_shapes(native, model, source)
+    own = model.state_dict()
+    wrong = [name for name, value in native.items() if name in own and own[name].shape != value.shape]
+    fitted, resized = dict(native), {}
+    if hasattr(module, "resize"):
+        fitted |= {name: module.resize(name, native[name], model) for name in wrong}
+    elif module is None:
+        if wrong and (filtered := timm_filter(native, model)):
+            fitted |= {name: filtered[name] for name in wrong if name in filtered and filtered[name].shape == own[name].shape}
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        for name in source.keys() & native.keys():
+            old, new = source[name], native[name]
+            without_prefix = old.ndim == 3 and 0 <= old.shape[1] - new.shape[1] <= prefix  # entries of tokens taken off
+            if old.ndim == new.ndim and old.numel() != new.numel() and not without_prefix:
+                resized[name] = tuple(old.shape), tuple(new.shape)
+    for name in wrong:
+        if native[name].shape != fitted[name].shape:
+            resized[name] = tuple(native[name].shape), tuple(fitted[name].shape)
+    return fitted, resized
 
 
 def source_format(keys: Iterable[str], model: nn.Module) -> str:
@@ -98,92 +150,3 @@ def source_format(keys: Iterable[str], model: nn.Module) -> str:
     if module:
         return module.source_format(keys)
     return "native" if set(keys) & set(model.state_dict()) else "official"
-
-
-_resized = contextvars.ContextVar("resized", default=None)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[int, tuple]]:
-    """Inside, the mapping it gives collects id of a resampled tensor -> its shape before. Keep the tensors while you use it."""
-    token = _resized.set({})
-    try:
-        yield _resized.get()
-    finally:
-        _resized.reset(token)
-
-
-def note(new: Tensor, old: Tensor) -> Tensor:
-    """new, remembered as a resampling of old if somebody is `recording`."""
-    if _resized.get() is not None:
-        _resized.get()[id(new)] = tuple(old.shape)
-    return new
-
-
-def resample_bias_table(
-    table: Tensor, shape: tuple[int, int], old_shape: tuple[int, int] | None = None, mode: str = "bicubic"
-) -> Tensor:
-    """A relative position bias table for another window: one image per head, resized (align_corners False, no antialias).
-
-    table: heads x rows x columns (NAT), or positions x heads with row-major positions (Swin); shape: new (rows, columns), that
-    is 2 * window - 1 each; old_shape: (rows, columns) of a flat table, square unless given. Returns the layout that came in,
-    and the same tensor when its size is right already. Raises ValueError if a flat table does not have old_shape's positions.
-    """
-    flat = table.ndim == 2
-    if flat:
-        rows, columns = old_shape or square(len(table), "a bias table")
-        if rows * columns != len(table):
-            raise ValueError(f"a bias table of {len(table)} positions is not {rows}x{columns}")
-        images = table.T.reshape(-1, rows, columns)
-    elif table.ndim == 3:
-        images = table
-    else:
-        raise ValueError(f"a bias table has 2 or 3 dimensions, got shape {tuple(table.shape)}")
-    if images.shape[-2:] == tuple(shape):
-        return table
-    images = _resize(images[None], shape, mode, antialias=False)[0]
-    return note(images.flatten(1).T.contiguous() if flat else images, table)
-
-
-def resample_position_embedding(
-    embedding: Tensor,
-    grid: tuple[int, int],
-    prefix_tokens: int = 0,
-    old_grid: tuple[int, int] | None = None,
-    mode: str = "bicubic",
-    antialias: bool = False,
-) -> Tensor:
-    """A learned position embedding for another grid (align_corners False).
-
-    embedding: 1 C h w, or 1 tokens C with `prefix_tokens` entries (class token, registers) before the row-major grid; they are
-    kept as they are. grid: new (rows, columns); old_grid: (rows, columns) of a token embedding, square unless given. Returns
-    the layout that came in, and the same tensor when its grid is right already.
-    """
-    if embedding.ndim == 4:
-        if embedding.shape[-2:] == tuple(grid):
-            return embedding
-        return note(_resize(embedding, grid, mode, antialias), embedding)
-    if embedding.ndim != 3:
-        raise ValueError(f"a position embedding has 3 or 4 dimensions, got shape {tuple(embedding.shape)}")
-    prefix, tokens = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
-    rows, columns = old_grid or square(tokens.shape[1], "a position embedding")
-    if rows * columns != tokens.shape[1]:
-        raise ValueError(f"a position embedding of {tokens.shape[1]} tokens is not {rows}x{columns}")
-    if (rows, columns) == tuple(grid):
-        return embedding
-    image = tokens.mT.reshape(1, -1, rows, columns)
-    return note(torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1), embedding)
-
-
-def square(count: int, what: str) -> tuple[int, int]:
-    """(side, side) of `count` row-major positions; ValueError, naming `what`, if they make no square."""
-    side = math.isqrt(count)
-    if side * side != count:
-        raise ValueError(f"{what} of {count} positions is not square: give its old rows and columns")
-    return side, side
-
-
-def _resize(image: Tensor, grid: tuple[int, int], mode: str, antialias: bool) -> Tensor:
-    """Interpolated in float32 whatever the type, as bfloat16 weights would lose digits."""
-    resized = F.interpolate(image.float(), tuple(grid), mode=mode, align_corners=False, antialias=antialias)
-    return resized.to(image.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weights import convert
+from weights.resample import dino_positions, resample_bias_table, resample_position_embedding, square
 
 FORMATS = {  # name -> (a name that only this format has, what its backbone's names start with)
     "mmsegmentation": (r"decode_head\.", "backbone."),
@@ -103,32 +104,61 @@ def backbone_to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[
     if convert.converter(model) is not None:
         return convert.to_native(state_dict, model)
     state_dict = {key: value for key, value in state_dict.items() if not key.endswith(BUFFERS)}
-    architecture = type(model).__module__.rpartition(".")[2]
-    if special := {"beit": beit, "vision_transformer": vit, "levit": levit, "nextvit": next_vit}.get(architecture):
-        return special(state_dict, model)
+    architecture = architectures(model)
+    if architecture & {"beit", "vision_transformer"} and "register_tokens" not in state_dict:
+        return {key: value for key, value in state_dict.items() if key != "mask_token"}  # timm's names already
+    for name, rename in (("levit", levit), ("nextvit", next_vit)):
+        if name in architecture:
+            return rename(state_dict, model)
     return convert.to_native(state_dict, model)
 
 
-def vit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Position embedding resized as DPT and MiDaS do: bilinear, without antialiasing, prefix entries kept."""
-    if "mask_token" in state_dict:  # DINOv2: its position embedding has an entry for the class token only
-        return convert.to_native(state_dict, model)
-    position, own = state_dict.get("pos_embed"), getattr(model, "pos_embed", None)
-    if position is not None and own is not None:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        grid = tuple(model.patch_embed.grid_size)
-        state_dict["pos_embed"] = convert.resample_position_embedding(position, grid, prefix, mode="bilinear")
-    return state_dict
+def architectures(model: nn.Module) -> set[str]:
+    """The modules that define the model's class and its bases, such as "vision_transformer"."""
+    return {kind.__module__.rpartition(".")[2] for kind in type(model).__mro__}
 
 
-def beit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Bias tables resized as MiDaS does: the map of offsets bilinearly, the three entries of the class token kept."""
-    for key, value in state_dict.items():
-        if key.endswith("relative_position_bias_table"):
-            height, width = model.get_submodule(key.rpartition(".")[0]).window_size
-            offsets = convert.resample_bias_table(value[:-3], (2 * height - 1, 2 * width - 1), mode="bilinear")
-            state_dict[key] = value if offsets.data_ptr() == value.data_ptr() else torch.cat([offsets, value[-3:]])
-    return state_dict
+def fit_shapes(
+    native: dict[str, Tensor], model: nn.Module, source: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], convert.Shapes]:
+    """As weights.convert.fit_shapes, for the backbone inside a dense predictor.
+
+    The positions of a timm ViT or BEiT are resized by the rule of the program that wrote the file, anything else by its own.
+    """
+    prefix, backbone, form = "backbone.model.", model.backbone.model, program(source)
+    inner = {key.removeprefix(prefix): value for key, value in native.items() if key.startswith(prefix)}
+    encoder = FORMATS[form][1] if form else prefix
+    written = {key.removeprefix(encoder): value for key, value in source.items() if key.startswith(encoder)}
+    fitted = dict(inner)
+    if convert.converter(backbone) is None and form in ("isl", "depth-anything"):
+        own = backbone.state_dict()
+        for name, value in inner.items():
+            if name in own and own[name].shape != value.shape:
+                fitted[name] = resize_positions(name, value, backbone, form)
+    by_rule = {name: (tuple(inner[name].shape), tuple(fitted[name].shape)) for name in inner}
+    fitted, resized = convert.fit_shapes(fitted, backbone, written)
+    resized = {name: shapes for name, shapes in by_rule.items() if shapes[0] != shapes[1]} | resized
+    return native | {prefix + name: value for name, value in fitted.items()}, {prefix + k: v for k, v in resized.items()}
+
+
+def resize_positions(name: str, value: Tensor, model: nn.Module, form: str) -> Tensor:
+    """The positions of a timm ViT or BEiT for its grid, by the rule of DPT, MiDaS or Depth-Anything; other tensors as they are.
+
+    DPT and MiDaS: bilinear, without antialiasing; BEiT's three entries of the class token are kept. Depth-Anything: DINOv2's.
+    """
+    if name.endswith("relative_position_bias_table") and "beit" in architectures(model):
+        height, width = model.get_submodule(name.rpartition(".")[0]).window_size
+        offsets = resample_bias_table(value[:-3], (2 * height - 1, 2 * width - 1), mode="bilinear")
+        return torch.cat([offsets, value[-3:]])
+    if name != "pos_embed" or "vision_transformer" not in architectures(model):
+        return value
+    count = 0 if model.no_embed_class else model.num_prefix_tokens
+    grid = tuple(model.patch_embed.grid_size)
+    if form == "isl":
+        return resample_position_embedding(value, grid, count, mode="bilinear")
+    old = square(value.shape[1] - count, "a position embedding")
+    positions = dino_positions(value[:, count:], old, grid, antialias=False, offset=0.1)
+    return torch.cat([value[:, :count], positions], 1)
 
 
 LEVIT = [  # inside an attention or MLP half

@@ -4,7 +4,8 @@ import re
 
 from torch import Tensor, nn
 
-from weights.convert import rename, resample_bias_table, resample_position_embedding
+from weights.convert import rename
+from weights.resample import resample_bias_table, resample_position_embedding
 
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     # LIT-S/M/B
@@ -54,26 +55,27 @@ def source_format(keys) -> str:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Bias tables and position embeddings of another size than the model's are resampled, square maps assumed in the file."""
     head = "head." if hasattr(model, "class_token") else "head.fc."  # LIT-Ti : LIT-S/M/B
-    own, native = dict(model.named_parameters()), {}
+    native = {}
     for key, value in state_dict.items():
         if key.endswith("relative_position_index"):
             continue  # follows from the map's size
         key = re.sub(r"^head\.(?:fc\.)?(weight|bias)$", rf"{head}\1", rename(key, OFFICIAL))
         if key == "stages.3.cls_token" and getattr(model, "class_token", True) is False:
             continue  # the dense network has none
-        if key in own and own[key].shape != value.shape and key.endswith(("bias_table", "pos_embed")):
-            value = resample(value, model.get_submodule(key.rpartition(".")[0]).size, own[key])
         native[key] = value
     return native
 
 
-def resample(value: Tensor, size: tuple[int, int], like: Tensor) -> Tensor:
-    """A bias table or position embedding -> one for the map `size` = (rows, columns), of the shape of `like`."""
-    if value.ndim == 2:
-        return resample_bias_table(value, (2 * size[0] - 1, 2 * size[1] - 1))
-    return resample_position_embedding(value, size, like.shape[1] - size[0] * size[1], mode="bilinear")
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """Bias tables and position embeddings for the model's maps, square maps assumed in the file."""
+    if not name.endswith(("bias_table", "pos_embed")):
+        return value
+    rows, columns = model.get_submodule(name.rpartition(".")[0]).size
+    if name.endswith("bias_table"):
+        return resample_bias_table(value, (2 * rows - 1, 2 * columns - 1))
+    prefix = model.get_parameter(name).shape[1] - rows * columns
+    return resample_position_embedding(value, (rows, columns), prefix, mode="bilinear")
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from weights.convert import rename, resample_bias_table
+from weights.convert import rename
+from weights.resample import resample_bias_table
 
 OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
@@ -51,16 +52,16 @@ def source_format(keys) -> str:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Our names; the index buffers of vitrpb dropped, bias tables resized where the model's kernel or grid is another."""
+    """Our names; the index buffers of vitrpb dropped."""
     if source_format(state_dict) == "huggingface":
         state_dict = from_huggingface(state_dict)
-    tables = {key: value.shape[-2:] for key, value in model.named_parameters() if key.endswith(".rpb")}
-    native = {}
-    for key, value in state_dict.items():
-        key = rename(key, OFFICIAL)
-        if not key.endswith("relative_position_index"):
-            native[key] = resample_bias_table(value, tables[key]) if key in tables else value
-    return native
+    native = {rename(key, OFFICIAL): value for key, value in state_dict.items()}
+    return {key: value for key, value in native.items() if not key.endswith("relative_position_index")}
+
+
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """Bias tables for the model's kernel or grid."""
+    return resample_bias_table(value, model.get_parameter(name).shape[-2:]) if name.endswith(".rpb") else value
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

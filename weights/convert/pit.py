@@ -4,7 +4,8 @@ import re
 
 from torch import Tensor, nn
 
-from weights.convert import rename, resample_position_embedding
+from weights.convert import rename
+from weights.resample import resample_position_embedding
 
 FOREIGN = [  # authors' or timm's name -> ours, as regular expressions
     (r"^patch_embed\.conv\.", "patch_embed."),
@@ -34,10 +35,12 @@ def source_format(keys) -> str:
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if source_format(state_dict) != "native":
         state_dict = {rename(key, FOREIGN): value for key, value in state_dict.items()}
-    if "pos_embed" in state_dict:
-        grid = tuple(model.pos_embed.shape[-2:])
-        state_dict = state_dict | {"pos_embed": resample_position_embedding(state_dict["pos_embed"], grid)}
     return state_dict
+
+
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """The position embedding for the model's grid."""
+    return resample_position_embedding(value, model.pos_embed.shape[-2:]) if name == "pos_embed" else value
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

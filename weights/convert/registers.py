@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from weights.convert import resample_position_embedding
+from weights.resample import resample_position_embedding
 
 ADDED = "test_time_register_tokens"  # 1 R C, in files of ours whose test-time registers were trained
 
@@ -42,20 +42,22 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 
 def split_table(table: Tensor, state_dict: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(positions of the model's grid, the class token's entry if the table has one)."""
+    """(positions of the patches, the class token's entry if the table has one)."""
     entry = None
     foreign = source_format(state_dict) == "official" or table.shape[1] not in (model.pos_embed.shape[1], square(table) ** 2)
     if foreign:
         entry, table = table[:, :1], table[:, 1:]
-    grid = model.patch_embed.grid_size
-    if table.shape[1] != math.prod(grid):
-        old = (square(table),) * 2
-        resize = getattr(model, "resize_positions", None)
-        if resize:
-            table = resize(table, old, grid)
-        else:  # a timm model: as timm does
-            table = resample_position_embedding(table, grid, old_grid=old, antialias=True)
     return table, entry
+
+
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """The position embedding for the model's grid, by the model's own rule if it has one."""
+    if name != "pos_embed":
+        return value
+    grid, old = model.patch_embed.grid_size, (square(value),) * 2
+    if hasattr(model, "resize_positions"):
+        return model.resize_positions(value, old, grid)
+    return resample_position_embedding(value, grid, old_grid=old, antialias=True)  # a timm model: as timm does
 
 
 def square(table: Tensor) -> int:

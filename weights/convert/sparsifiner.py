@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from weights.convert import note, resample_position_embedding
+from weights.resample import resample_position_embedding
 
 
 def source_format(keys) -> str:
@@ -13,24 +13,26 @@ def source_format(keys) -> str:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Position embedding and predictors of another token count are resampled, a square grid assumed in the file.
+    return dict(state_dict)
+
+
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """Position embedding and predictors of another token count, a square grid assumed in the file.
 
     Predictors keep the file's number of reduced tokens, which the model's `adapt` makes room for.
     """
-    own, grid = dict(model.named_parameters(remove_duplicate=False)), model.patch_embed.grid_size
-    native = {}
-    for key, value in state_dict.items():
-        if key == "pos_embed" and own[key].shape != value.shape:
-            value = resample_position_embedding(value, grid, 1, antialias=True)
-        elif key in own and re.search(r"\.proj(_back)?_n$", key) and len(own[key]) != len(value):
-            if own[re.sub(r"_back_n$", "_n", key)] is own[re.sub(r"proj_n$", "proj_back_n", key)]:
-                raise ValueError(
-                    f"{key} is for {len(value)} tokens, the model's for {len(own[key])}, and with share_proj it cannot be "
-                    "resampled for good: create the model at the file's image size, it runs any other as well"
-                )
-            value = resample_predictor(value, grid, summing=key.endswith("proj_n"))
-        native[key] = value
-    return native
+    grid = model.patch_embed.grid_size
+    if name == "pos_embed":
+        return resample_position_embedding(value, grid, 1, antialias=True)
+    own = model.get_parameter(name)
+    if not re.search(r"\.proj(_back)?_n$", name) or len(own) == len(value):
+        return value
+    if model.get_parameter(re.sub(r"_back_n$", "_n", name)) is model.get_parameter(re.sub(r"proj_n$", "proj_back_n", name)):
+        raise ValueError(
+            f"{name} is for {len(value)} tokens, the model's for {len(own)}, and with share_proj it cannot be "
+            "resampled for good: create the model at the file's image size, it runs any other as well"
+        )
+    return resample_predictor(value, grid, summing=name.endswith("proj_n"))
 
 
 def resample_predictor(matrix: Tensor, grid: tuple[int, int], summing: bool) -> Tensor:
@@ -38,7 +40,7 @@ def resample_predictor(matrix: Tensor, grid: tuple[int, int], summing: bool) -> 
     new = resample_position_embedding(matrix[None], grid, 1, antialias=True)[0]
     if summing:
         new[1:] *= (len(matrix) - 1) / (len(new) - 1)
-    return note(new, matrix)
+    return new
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

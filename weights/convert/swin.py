@@ -6,7 +6,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from weights.convert import rename, resample_bias_table, resample_position_embedding
+from weights.convert import rename
+from weights.resample import resample_bias_table, resample_position_embedding, square
 
 COMMON = [  # equal in the authors' files and timm's
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
@@ -24,6 +25,7 @@ NATIVE = [  # ours -> the authors'
     (r"^patch_embed\.absolute_pos_embed$", "absolute_pos_embed"),
 ]
 TABLE = "relative_position_bias_table"
+POSITIONS = "patch_embed.absolute_pos_embed"
 
 
 def source_format(keys) -> str:
@@ -38,7 +40,7 @@ def source_format(keys) -> str:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Our names; masks and indices dropped, bias tables and positions resized where the model's window or grid is another."""
+    """Our names; masks and indices dropped, absolute positions laid out as a map."""
     rules = {"native": [], "timm": TIMM}.get(source_format(state_dict), OFFICIAL)
     own = dict(model.named_parameters())
     native = {}
@@ -46,12 +48,18 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         key = rename(key, rules)
         if key.endswith(("relative_position_index", "attn_mask")):
             continue
-        if key.endswith(TABLE) and key in own:
-            value = resample_bias_table(value, (math.isqrt(len(own[key])),) * 2)
-        if key == "patch_embed.absolute_pos_embed" and key in own:
-            value = position_map(value, own[key].shape[2:])
+        if key == POSITIONS and key in own:
+            value = position_map(value, tuple(own[key].shape[2:]))
         native[key] = value
     return native
+
+
+def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    """Bias tables for the model's window, absolute positions for its grid."""
+    own = model.get_parameter(name)
+    if name.endswith(TABLE):
+        return resample_bias_table(value, (math.isqrt(len(own)),) * 2)
+    return resample_position_embedding(value, own.shape[2:]) if name == POSITIONS else value
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -81,9 +89,11 @@ def relative_position_index(window: int, device: torch.device | None = None) -> 
 
 
 def position_map(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Absolute positions, 1 L C of the classification code or 1 C h w of the dense code, as 1 C rows columns of `grid`."""
-    if embedding.ndim == 3:
-        tokens = embedding.shape[1]
-        sides = tuple(grid) if tokens == grid[0] * grid[1] else None
-        embedding = resample_position_embedding(embedding, grid, old_grid=sides).mT.unflatten(2, tuple(grid))
-    return resample_position_embedding(embedding, grid)
+    """Absolute positions, 1 L C of the classification code or 1 C h w of the dense code, as 1 C h w.
+
+    grid: the model's, which L positions are taken for if they fill it; any others are taken for a square.
+    """
+    if embedding.ndim != 3:
+        return embedding
+    tokens = embedding.shape[1]
+    return embedding.mT.unflatten(2, grid if tokens == grid[0] * grid[1] else square(tokens, "a position embedding"))

@@ -1,0 +1,96 @@
+"""Resizing what depends on the image size: relative bias tables and position embeddings.
+
+Backbones use these at run time, converters when a file was written for another size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resample_bias_table(
+    table: Tensor, shape: Sequence[int], old_shape: Sequence[int] | None = None, mode: str = "bicubic"
+) -> Tensor:
+    """A relative position bias table for another window: one image per head, resized (align_corners False, no antialias).
+
+    table: heads x rows x columns (NAT), or positions x heads with row-major positions (Swin); shape: new (rows, columns), that
+    is 2 * window - 1 each; old_shape: (rows, columns) of a flat table, square unless given. Returns the layout that came in,
+    and the same tensor when its size is right already. Raises ValueError if a flat table does not have old_shape's positions.
+    """
+    flat = table.ndim == 2
+    if flat:
+        rows, columns = old_shape or square(len(table), "a bias table")
+        if rows * columns != len(table):
+            raise ValueError(f"a bias table of {len(table)} positions is not {rows}x{columns}")
+        images = table.T.reshape(-1, rows, columns)
+    elif table.ndim == 3:
+        images = table
+    else:
+        raise ValueError(f"a bias table has 2 or 3 dimensions, got shape {tuple(table.shape)}")
+    if images.shape[-2:] == tuple(shape):
+        return table
+    images = _resize(images[None], shape, mode, antialias=False)[0]
+    return images.flatten(1).T.contiguous() if flat else images
+
+
+def resample_position_embedding(
+    embedding: Tensor,
+    grid: Sequence[int],
+    prefix_tokens: int = 0,
+    old_grid: Sequence[int] | None = None,
+    mode: str = "bicubic",
+    antialias: bool = False,
+) -> Tensor:
+    """A learned position embedding for another grid (align_corners False).
+
+    embedding: 1 C h w, or 1 tokens C with `prefix_tokens` entries (class token, registers) before the row-major grid; they are
+    kept as they are. grid: new (rows, columns); old_grid: (rows, columns) of a token embedding, square unless given. Returns
+    the layout that came in, and the same tensor when its grid is right already.
+    """
+    if embedding.ndim == 4:
+        if embedding.shape[-2:] == tuple(grid):
+            return embedding
+        return _resize(embedding, grid, mode, antialias)
+    if embedding.ndim != 3:
+        raise ValueError(f"a position embedding has 3 or 4 dimensions, got shape {tuple(embedding.shape)}")
+    prefix, tokens = embedding[:, :prefix_tokens], embedding[:, prefix_tokens:]
+    rows, columns = old_grid or square(tokens.shape[1], "a position embedding")
+    if rows * columns != tokens.shape[1]:
+        raise ValueError(f"a position embedding of {tokens.shape[1]} tokens is not {rows}x{columns}")
+    if (rows, columns) == tuple(grid):
+        return embedding
+    image = tokens.mT.reshape(1, -1, rows, columns)
+    return torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1)
+
+
+def dino_positions(table: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool, offset: float) -> Tensor:
+    """DINOv2's position embedding of patches, 1 (h w) C, resized from grid `old` to `new`; the same tensor if they are equal.
+
+    Bicubic. offset 0: to the new size, as the models with trained registers. Else by the factors (new + offset) / old, which
+    are also the steps of the sampling: not quite the same as resizing to the new size.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    image = table.float().mT.unflatten(2, tuple(old))
+    how = {"scale_factor": tuple((n + offset) / o for n, o in zip(new, old, strict=True))} if offset else {"size": tuple(new)}
+    image = F.interpolate(image, mode="bicubic", align_corners=False, antialias=antialias, **how)
+    if tuple(image.shape[-2:]) != tuple(new):
+        raise ValueError(f"positions of a {tuple(old)} grid cannot be resized to {tuple(new)} with offset {offset}")
+    return image.flatten(2).mT.to(table.dtype)
+
+
+def square(count: int, what: str) -> tuple[int, int]:
+    """(side, side) of `count` row-major positions; ValueError, naming `what`, if they make no square."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"{what} of {count} positions is not square: give its old rows and columns")
+    return side, side
+
+
+def _resize(image: Tensor, grid: Sequence[int], mode: str, antialias: bool) -> Tensor:
+    """Interpolated in float32 whatever the type, as bfloat16 weights would lose digits."""
+    resized = F.interpolate(image.float(), tuple(grid), mode=mode, align_corners=False, antialias=antialias)
+    return resized.to(image.dtype)
