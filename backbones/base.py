@@ -6,11 +6,13 @@ Shapes: B batch, H W map height and width, C channels.
 import contextlib
 import functools
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint_seq, register_notrace_function
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model, register_notrace_function
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -63,7 +65,8 @@ class StagedBackbone(nn.Module):
     family: str  # names the converter, weights/convert/<family>.py
     nhwc = False
     min_size = 32  # pixels; the smallest image side that the family accepts
-    default_out_indices: tuple[int, ...] = (0, 1, 2, 3)  # what features_only returns unless told
+    # What features_only returns unless told: stages, or a function of the constructor's arguments.
+    default_out_indices: Sequence[int] | Callable[..., Sequence[int]] = (0, 1, 2, 3)
 
     def finish(
         self,
@@ -197,7 +200,28 @@ class StagedBackbone(nn.Module):
         return set()
 
 
-def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device=None, dtype=None, **kwargs) -> nn.Module:
+def register_variants(cls: type[nn.Module], rows: dict[str, dict[str, Any]]) -> None:
+    """Register models with timm: name -> the arguments of `cls` that make it, which those of `timm.create_model` override.
+
+    The names also become functions `name(pretrained=False, **kwargs)` of the module of `cls`, which holds its `default_cfgs`.
+    """
+    for name, row in rows.items():
+        setattr(sys.modules[cls.__module__], name, register_model(_entry_point(cls, name, row)))
+
+
+def _entry_point(cls: type[nn.Module], name: str, row: dict[str, Any]) -> Callable[..., nn.Module]:
+    """What timm calls to make model `name`, and what it knows the model by."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(cls, name, pretrained, **row | kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = cls.__module__
+    entry.__doc__ = f"{cls.__name__} with {', '.join(f'{key}={value}' for key, value in row.items())}."
+    return entry
+
+
+def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None, dtype=None, **kwargs) -> nn.Module:
     """Model `name` of class `cls` as timm builds it: pretrained cfg, weights in any known format, features_only.
 
     device, dtype: where and in which type parameters are made ("meta" makes none). With pretrained, the file is the manifest's,
@@ -208,7 +232,8 @@ def build(cls: type[StagedBackbone], name: str, pretrained: bool = False, device
         check_img_size(img_size, cls.min_size)
     if "img_size" not in inspect.signature(cls).parameters:
         kwargs.pop("img_size", None)
-    feature_cfg = {"out_indices": cls.default_out_indices, "feature_cls": "getter"}
+    indices = cls.default_out_indices
+    feature_cfg = {"out_indices": indices(**kwargs) if callable(indices) else indices, "feature_cls": "getter"}
     source = contextlib.nullcontext()
     if pretrained:
         names = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, QuickGELU
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -310,35 +309,11 @@ class CvT(StagedBackbone):
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> CvT:
-    return build(CvT, name, pretrained, **kwargs)
-
-
-CVT_13 = {"dims": (64, 192, 384), "depths": (1, 2, 10), "heads": (1, 3, 6)}
-CVT_21 = {"dims": (64, 192, 384), "depths": (1, 4, 16), "heads": (1, 3, 6)}
-CVT_W24 = {"dims": (192, 768, 1024), "depths": (2, 2, 20), "heads": (3, 12, 16)}
-
-
-@register_model
-def cvt_13(pretrained: bool = False, **kwargs) -> CvT:
-    return _create("cvt_13", pretrained, **CVT_13 | kwargs)
-
-
-@register_model
-def cvt_21(pretrained: bool = False, **kwargs) -> CvT:
-    return _create("cvt_21", pretrained, **CVT_21 | kwargs)
-
-
-@register_model
-def cvt_13_384(pretrained: bool = False, **kwargs) -> CvT:
-    return _create("cvt_13_384", pretrained, **CVT_13 | kwargs)
-
-
-@register_model
-def cvt_21_384(pretrained: bool = False, **kwargs) -> CvT:
-    return _create("cvt_21_384", pretrained, **CVT_21 | kwargs)
-
-
-@register_model
-def cvt_w24_384(pretrained: bool = False, **kwargs) -> CvT:
-    return _create("cvt_w24_384", pretrained, **CVT_W24 | kwargs)
+VARIANTS = {
+    "cvt_13": {"dims": (64, 192, 384), "depths": (1, 2, 10), "heads": (1, 3, 6)},
+    "cvt_21": {"dims": (64, 192, 384), "depths": (1, 4, 16), "heads": (1, 3, 6)},
+    "cvt_13_384": {"dims": (64, 192, 384), "depths": (1, 2, 10), "heads": (1, 3, 6)},
+    "cvt_21_384": {"dims": (64, 192, 384), "depths": (1, 4, 16), "heads": (1, 3, 6)},
+    "cvt_w24_384": {"dims": (192, 768, 1024), "depths": (2, 2, 20), "heads": (3, 12, 16)},
+}
+register_variants(CvT, VARIANTS)

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
-from timm.models import register_model, register_notrace_function
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, check_img_size, init_linear
+from backbones.base import Stage, StagedBackbone, check_img_size, init_linear, register_variants
 from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_bias_table, resample_position_embedding
@@ -324,28 +324,14 @@ class LITTi(StagedBackbone):
         return {"stages.3.cls_token"}
 
 
-def _create(cls: type[StagedBackbone], name: str, pretrained: bool, **kwargs) -> StagedBackbone:
-    return build(cls, name, pretrained, **kwargs)
+TI_VARIANTS = {
+    "lit_ti": {"depths": (3, 4, 6, 3), "dims": (64, 128, 320, 512), "heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)},
+}
+register_variants(LITTi, TI_VARIANTS)
 
-
-@register_model
-def lit_ti(pretrained: bool = False, **kwargs) -> LITTi:
-    return _create(LITTi, "lit_ti", pretrained, **kwargs)
-
-
-@register_model
-def lit_s(pretrained: bool = False, **kwargs) -> LIT:
-    args = {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)}
-    return _create(LIT, "lit_s", pretrained, **args | kwargs)
-
-
-@register_model
-def lit_m(pretrained: bool = False, **kwargs) -> LIT:
-    args = {"depths": (2, 2, 18, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)}
-    return _create(LIT, "lit_m", pretrained, **args | kwargs)
-
-
-@register_model
-def lit_b(pretrained: bool = False, **kwargs) -> LIT:
-    args = {"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)}
-    return _create(LIT, "lit_b", pretrained, **args | kwargs)
+VARIANTS = {
+    "lit_s": {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},
+    "lit_m": {"depths": (2, 2, 18, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},
+    "lit_b": {"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)},
+}
+register_variants(LIT, VARIANTS)

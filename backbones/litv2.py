@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models import register_model
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import Block, DeformableMerge, crop, drop_path_rates, pad_to_multiple
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -155,28 +154,10 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.dwconv.bias)
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> LITv2:
-    return build(LITv2, name, pretrained, **kwargs)
-
-
-S, B = (96, 192, 384, 768), (128, 256, 512, 1024)
-
-
-@register_model
-def litv2_s(pretrained: bool = False, **kwargs) -> LITv2:
-    return _create("litv2_s", pretrained, **{"depths": (2, 2, 6, 2), "dims": S, "heads": (3, 6, 12, 24)} | kwargs)
-
-
-@register_model
-def litv2_m(pretrained: bool = False, **kwargs) -> LITv2:
-    return _create("litv2_m", pretrained, **{"depths": (2, 2, 18, 2), "dims": S, "heads": (3, 6, 12, 24)} | kwargs)
-
-
-@register_model
-def litv2_b(pretrained: bool = False, **kwargs) -> LITv2:
-    return _create("litv2_b", pretrained, **{"depths": (2, 2, 18, 2), "dims": B, "heads": (4, 8, 16, 32)} | kwargs)
-
-
-@register_model
-def litv2_b_384(pretrained: bool = False, **kwargs) -> LITv2:
-    return _create("litv2_b_384", pretrained, **{"depths": (2, 2, 18, 2), "dims": B, "heads": (4, 8, 16, 32)} | kwargs)
+VARIANTS = {
+    "litv2_s": {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},
+    "litv2_m": {"depths": (2, 2, 18, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)},
+    "litv2_b": {"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)},
+    "litv2_b_384": {"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "heads": (4, 8, 16, 32)},
+}
+register_variants(LITv2, VARIANTS)

@@ -15,14 +15,15 @@ Shapes: B batch, H W map height and width, C channels, h heads, d = C // h.
 
 import difflib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
-from timm.models import register_model, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias
 from backbones.ops.neighborhood import neighborhood_attention
 from weights.manifest import default_cfgs as _default_cfgs
@@ -236,6 +237,11 @@ class Isotropic(StagedBackbone):
     min_size = 1
     layout = "isotropic"
 
+    @staticmethod
+    def default_out_indices(depth: int = 12, **others: Any) -> list[int]:
+        """The ends of the four quarters of a network of `depth` blocks."""
+        return sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)})
+
     def __init__(
         self,
         make_attn: Callable[[int], nn.Module],
@@ -343,10 +349,6 @@ def block_dilations(dilations: Sequence[Sequence[int]] | str | None, depths: Seq
     return [[pattern[j % len(pattern)] for j in range(depth)] for pattern, depth in zip(dilations, depths)]
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> NAT:
-    return build(NAT, name, pretrained, **kwargs)
-
-
 TINY = {"embed_dim": 64, "depths": (3, 4, 18, 5), "num_heads": (2, 4, 8, 16), "mlp_ratio": 3}
 MINI = TINY | {"depths": (3, 4, 6, 5)}
 SMALL = {"embed_dim": 96, "depths": (3, 4, 18, 5), "num_heads": (3, 6, 12, 24), "mlp_ratio": 2}
@@ -358,123 +360,41 @@ S_BASE = S_SMALL | {"embed_dim": 128, "num_heads": (4, 8, 16, 32)}
 S_LARGE = S_SMALL | {"embed_dim": 192, "num_heads": (6, 12, 24, 48)}
 AT_224 = {"dilations": ((1, 8), (1, 4), (1, 2), (1,))}
 AT_384 = {"dilations": ((1, 13), (1, 6), (1, 3), (1,))}
+SCALE = {"layer_scale": 1e-5}
 
-
-@register_model
-def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_mini", pretrained, **MINI | kwargs)
-
-
-@register_model
-def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_tiny", pretrained, **TINY | kwargs)
-
-
-@register_model
-def nat_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_small", pretrained, **SMALL | {"layer_scale": 1e-5} | kwargs)
-
-
-@register_model
-def nat_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("nat_base", pretrained, **BASE | {"layer_scale": 1e-5} | kwargs)
-
-
-@register_model
-def dinat_mini(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_mini", pretrained, **MINI | AT_224 | kwargs)
-
-
-@register_model
-def dinat_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_tiny", pretrained, **TINY | AT_224 | kwargs)
-
-
-@register_model
-def dinat_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_small", pretrained, **SMALL | AT_224 | kwargs)  # no LayerScale, unlike nat_small
-
-
-@register_model
-def dinat_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_base", pretrained, **BASE | AT_224 | {"layer_scale": 1e-5} | kwargs)
-
-
-@register_model
-def dinat_large(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_large", pretrained, **LARGE | AT_224 | kwargs)
-
-
-@register_model
-def dinat_large_384(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_large_384", pretrained, **LARGE | AT_384 | kwargs)
-
-
-@register_model
-def dinat_large_384_11x11(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_large_384_11x11", pretrained, **LARGE | AT_224 | {"kernel_size": 11} | kwargs)
-
-
-@register_model
-def dinat_s_tiny(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_tiny", pretrained, **S_TINY | AT_224 | kwargs)
-
-
-@register_model
-def dinat_s_small(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_small", pretrained, **S_SMALL | AT_224 | kwargs)
-
-
-@register_model
-def dinat_s_base(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_base", pretrained, **S_BASE | AT_224 | kwargs)
-
-
-@register_model
-def dinat_s_large(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_large", pretrained, **S_LARGE | AT_224 | kwargs)
-
-
-@register_model
-def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
-    return _create("dinat_s_large_384", pretrained, **S_LARGE | AT_384 | kwargs)
-
-
-def _isotropic(cls: type[Isotropic], name: str, pretrained: bool, depth: int, **kwargs) -> Isotropic:
-    if kwargs.get("features_only"):  # unless told, the ends of the four quarters of the network
-        kwargs.setdefault("out_indices", sorted({-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)}))
-    return build(cls, name, pretrained, depth=depth, **kwargs)
-
+VARIANTS = {
+    "nat_mini": MINI,
+    "nat_tiny": TINY,
+    "nat_small": SMALL | SCALE,
+    "nat_base": BASE | SCALE,
+    "dinat_mini": MINI | AT_224,
+    "dinat_tiny": TINY | AT_224,
+    "dinat_small": SMALL | AT_224,  # no LayerScale, unlike nat_small
+    "dinat_base": BASE | AT_224 | SCALE,
+    "dinat_large": LARGE | AT_224,
+    "dinat_large_384": LARGE | AT_384,
+    "dinat_large_384_11x11": LARGE | AT_224 | {"kernel_size": 11},
+    "dinat_s_tiny": S_TINY | AT_224,
+    "dinat_s_small": S_SMALL | AT_224,
+    "dinat_s_base": S_BASE | AT_224,
+    "dinat_s_large": S_LARGE | AT_224,
+    "dinat_s_large_384": S_LARGE | AT_384,
+}
+register_variants(NAT, VARIANTS)
 
 ISO_SMALL = {"embed_dim": 384, "depth": 12, "num_heads": 12}
 ISO_BASE = {"embed_dim": 768, "depth": 12, "num_heads": 24}
 
+ISOTROPIC_VARIANTS = {
+    "nat_isotropic_small": ISO_SMALL,
+    "nat_isotropic_base": ISO_BASE,
+    "dinat_isotropic_small": ISO_SMALL | {"dilation": 2},
+    "dinat_isotropic_base": ISO_BASE | {"dilation": 2},
+}
+register_variants(NATIsotropic, ISOTROPIC_VARIANTS)
 
-@register_model
-def nat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return _isotropic(NATIsotropic, "nat_isotropic_small", pretrained, **ISO_SMALL | kwargs)
-
-
-@register_model
-def nat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return _isotropic(NATIsotropic, "nat_isotropic_base", pretrained, **ISO_BASE | kwargs)
-
-
-@register_model
-def dinat_isotropic_small(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return _isotropic(NATIsotropic, "dinat_isotropic_small", pretrained, **ISO_SMALL | {"dilation": 2} | kwargs)
-
-
-@register_model
-def dinat_isotropic_base(pretrained: bool = False, **kwargs) -> NATIsotropic:
-    return _isotropic(NATIsotropic, "dinat_isotropic_base", pretrained, **ISO_BASE | {"dilation": 2} | kwargs)
-
-
-@register_model
-def vitrpb_small(pretrained: bool = False, **kwargs) -> ViTRPB:
-    return _isotropic(ViTRPB, "vitrpb_small", pretrained, **ISO_SMALL | kwargs)
-
-
-@register_model
-def vitrpb_base(pretrained: bool = False, **kwargs) -> ViTRPB:
-    return _isotropic(ViTRPB, "vitrpb_base", pretrained, **ISO_BASE | kwargs)
+VITRPB_VARIANTS = {
+    "vitrpb_small": ISO_SMALL,
+    "vitrpb_base": ISO_BASE,
+}
+register_variants(ViTRPB, VITRPB_VARIANTS)

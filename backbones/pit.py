@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model, register_notrace_function
+from timm.models import register_notrace_function
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, check_img_size
+from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("pit")
@@ -223,47 +223,16 @@ TI = {"patch_size": 16, "stride": 8, "base_dims": (32, 32, 32), "depths": (2, 6,
 XS = {"patch_size": 16, "stride": 8, "base_dims": (48, 48, 48), "depths": (2, 6, 4), "heads": (2, 4, 8)}
 S = {"patch_size": 16, "stride": 8, "base_dims": (48, 48, 48), "depths": (2, 6, 4), "heads": (3, 6, 12)}
 B = {"patch_size": 14, "stride": 7, "base_dims": (64, 64, 64), "depths": (3, 6, 4), "heads": (4, 8, 16)}
+DISTILLED = {"distilled": True}
 
-
-def _create(name: str, pretrained: bool, **kwargs) -> PiT:
-    return build(PiT, name, pretrained, **kwargs)
-
-
-@register_model
-def pit_ti(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_ti", pretrained, **TI | kwargs)
-
-
-@register_model
-def pit_xs(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_xs", pretrained, **XS | kwargs)
-
-
-@register_model
-def pit_s(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_s", pretrained, **S | kwargs)
-
-
-@register_model
-def pit_b(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_b", pretrained, **B | kwargs)
-
-
-@register_model
-def pit_ti_distilled(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_ti_distilled", pretrained, **TI | {"distilled": True} | kwargs)
-
-
-@register_model
-def pit_xs_distilled(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_xs_distilled", pretrained, **XS | {"distilled": True} | kwargs)
-
-
-@register_model
-def pit_s_distilled(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_s_distilled", pretrained, **S | {"distilled": True} | kwargs)
-
-
-@register_model
-def pit_b_distilled(pretrained: bool = False, **kwargs) -> PiT:
-    return _create("pit_b_distilled", pretrained, **B | {"distilled": True} | kwargs)
+VARIANTS = {
+    "pit_ti": TI,
+    "pit_xs": XS,
+    "pit_s": S,
+    "pit_b": B,
+    "pit_ti_distilled": TI | DISTILLED,
+    "pit_xs_distilled": XS | DISTILLED,
+    "pit_s_distilled": S | DISTILLED,
+    "pit_b_distilled": B | DISTILLED,
+}
+register_variants(PiT, VARIANTS)

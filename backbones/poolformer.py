@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, LayerScale2d, Mlp
-from timm.models import register_model, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build
+from backbones.base import Stage, StagedBackbone, register_variants
 from backbones.layers import drop_path_rates
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -117,33 +117,13 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> PoolFormer:
-    return build(PoolFormer, name, pretrained, **kwargs)
-
-
 S, M = (64, 128, 320, 512), (96, 192, 384, 768)
 
-
-@register_model
-def poolformer_s12_gn(pretrained: bool = False, **kwargs) -> PoolFormer:
-    return _create("poolformer_s12_gn", pretrained, **{"depths": (2, 2, 6, 2), "dims": S, "layer_scale": 1e-5} | kwargs)
-
-
-@register_model
-def poolformer_s24_gn(pretrained: bool = False, **kwargs) -> PoolFormer:
-    return _create("poolformer_s24_gn", pretrained, **{"depths": (4, 4, 12, 4), "dims": S, "layer_scale": 1e-5} | kwargs)
-
-
-@register_model
-def poolformer_s36_gn(pretrained: bool = False, **kwargs) -> PoolFormer:
-    return _create("poolformer_s36_gn", pretrained, **{"depths": (6, 6, 18, 6), "dims": S, "layer_scale": 1e-6} | kwargs)
-
-
-@register_model
-def poolformer_m36_gn(pretrained: bool = False, **kwargs) -> PoolFormer:
-    return _create("poolformer_m36_gn", pretrained, **{"depths": (6, 6, 18, 6), "dims": M, "layer_scale": 1e-6} | kwargs)
-
-
-@register_model
-def poolformer_m48_gn(pretrained: bool = False, **kwargs) -> PoolFormer:
-    return _create("poolformer_m48_gn", pretrained, **{"depths": (8, 8, 24, 8), "dims": M, "layer_scale": 1e-6} | kwargs)
+VARIANTS = {
+    "poolformer_s12_gn": {"depths": (2, 2, 6, 2), "dims": S, "layer_scale": 1e-5},
+    "poolformer_s24_gn": {"depths": (4, 4, 12, 4), "dims": S, "layer_scale": 1e-5},
+    "poolformer_s36_gn": {"depths": (6, 6, 18, 6), "dims": S, "layer_scale": 1e-6},
+    "poolformer_m36_gn": {"depths": (6, 6, 18, 6), "dims": M, "layer_scale": 1e-6},
+    "poolformer_m48_gn": {"depths": (8, 8, 24, 8), "dims": M, "layer_scale": 1e-6},
+}
+register_variants(PoolFormer, VARIANTS)

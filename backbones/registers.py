@@ -13,7 +13,7 @@ are importable from here.
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.models import register_model, register_notrace_function
+from timm.models import register_notrace_function
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from backbones.analysis.registers import (
     measure_artefacts,
     outlier_scores,
 )
-from backbones.base import build
+from backbones.base import register_variants
 from backbones.edits.registers import RegisterEdit, add_test_time_registers
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import dino_positions
@@ -114,26 +114,13 @@ LARGE_NEURONS = {
     16: (2301, 3576, 1940, 3463, 1244, 407, 3152, 2517, 3465),
     17: (884, 133, 1427, 3464, 2373, 2436, 841, 3574, 2129, 3355, 4047, 3341, 1330, 4031, 844, 944, 464),
 }
-DINOV2 = {"patch_size": 14, "init_values": 1e-5}
+SMALL = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 384, "depth": 12, "num_heads": 6}
+BASE = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 768, "depth": 12, "num_heads": 12}
+LARGE = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 
-
-def _create(name: str, pretrained: bool, **kwargs) -> RegisterViT:
-    return build(RegisterViT, name, pretrained, **DINOV2 | kwargs)
-
-
-@register_model
-def vit_small_patch14_ttreg_dinov2(pretrained: bool = False, **kwargs) -> RegisterViT:
-    size = {"embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("vit_small_patch14_ttreg_dinov2", pretrained, **size | kwargs)
-
-
-@register_model
-def vit_base_patch14_ttreg_dinov2(pretrained: bool = False, **kwargs) -> RegisterViT:
-    size = {"embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vit_base_patch14_ttreg_dinov2", pretrained, **size | kwargs)
-
-
-@register_model
-def vit_large_patch14_ttreg_dinov2(pretrained: bool = False, **kwargs) -> RegisterViT:
-    size = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "register_neurons": LARGE_NEURONS}
-    return _create("vit_large_patch14_ttreg_dinov2", pretrained, **size | kwargs)
+VARIANTS = {
+    "vit_small_patch14_ttreg_dinov2": SMALL,
+    "vit_base_patch14_ttreg_dinov2": BASE,
+    "vit_large_patch14_ttreg_dinov2": LARGE | {"register_neurons": LARGE_NEURONS},
+}
+register_variants(RegisterViT, VARIANTS)

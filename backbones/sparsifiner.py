@@ -26,13 +26,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
-from timm.models import register_model, register_notrace_function, register_notrace_module
+from timm.models import register_notrace_function, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import build, check_size, init_linear
+from backbones.base import check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates
 from weights.manifest import default_cfgs as _default_cfgs
@@ -759,15 +759,8 @@ def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict
     return {name: weight * terms[name]() for name, weight in weights.items()}
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> Sparsifiner:
-    return build(Sparsifiner, name, pretrained, **kwargs)
-
-
-@register_model
-def sparsifiner_deit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
-    return _create("sparsifiner_deit_s", pretrained, **{"depth": 12, "mlp_ratio": 4.0} | kwargs)
-
-
-@register_model
-def sparsifiner_lvvit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
-    return _create("sparsifiner_lvvit_s", pretrained, **{"depth": 16, "mlp_ratio": 3.0, "lvvit": True} | kwargs)
+VARIANTS = {
+    "sparsifiner_deit_s": {"depth": 12, "mlp_ratio": 4.0},
+    "sparsifiner_lvvit_s": {"depth": 16, "mlp_ratio": 3.0, "lvvit": True},
+}
+register_variants(Sparsifiner, VARIANTS)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, to_2tuple
-from timm.models import register_model, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import (
     Block,
     MakeNorm,
@@ -293,42 +293,18 @@ def identity(dim: int) -> nn.Module:
     return nn.Identity()
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> Swin:
-    return build(Swin, name, pretrained, **kwargs)
-
-
+T = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}
+S = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
+B = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+L = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
 AT_384 = {"img_size": 384, "window_size": 12}
 
-
-@register_model
-def swin_t(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_t", pretrained, **{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)} | kwargs)
-
-
-@register_model
-def swin_s(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_s", pretrained, **{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)} | kwargs)
-
-
-BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
-
-
-@register_model
-def swin_b(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_b", pretrained, **BASE | kwargs)
-
-
-@register_model
-def swin_l(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_l", pretrained, **LARGE | kwargs)
-
-
-@register_model
-def swin_b_384(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_b_384", pretrained, **BASE | AT_384 | kwargs)
-
-
-@register_model
-def swin_l_384(pretrained: bool = False, **kwargs) -> Swin:
-    return _create("swin_l_384", pretrained, **LARGE | AT_384 | kwargs)
+VARIANTS = {
+    "swin_t": T,
+    "swin_s": S,
+    "swin_b": B,
+    "swin_l": L,
+    "swin_b_384": B | AT_384,
+    "swin_l_384": L | AT_384,
+}
+register_variants(Swin, VARIANTS)

@@ -6,6 +6,7 @@ network (all of a family that has none in KINDS), with few blocks, on small imag
 
 import copy
 import functools
+import importlib
 import inspect
 import math
 import re
@@ -134,6 +135,17 @@ def test_the_configuration_describes_the_model(each):
     unpooled = bare.forward_head(features)
     assert unpooled.ndim == features.ndim and channels_of(unpooled) == model.num_features
     assert model.forward_head(features).shape == unpooled.shape
+
+
+@pytest.mark.parametrize("each", NAMES)
+def test_a_name_is_a_row_of_its_family_and_a_function_of_its_module(each):
+    entry = timm.model_entrypoint(each)
+    module = importlib.import_module(entry.__module__)
+    assert entry.__name__ == each and getattr(module, each) is entry and each in module.__all__
+    tables = [table for name, table in vars(module).items() if name.endswith("VARIANTS")]
+    (row,) = [table[each] for table in tables if each in table]
+    assert isinstance(module.__dict__[each](device="meta", **row), type(on_meta(each)))  # arguments given again change nothing
+    assert each in timm.list_models(module=module.__name__.split(".")[-1])
 
 
 @pytest.mark.parametrize("each", NAMES)
