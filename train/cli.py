@@ -218,9 +218,9 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from train import engine
+    from train.evaluation import evaluate_run
 
-    metrics = engine.evaluate_run(args.folder, args.overrides, args.weights)
+    metrics = evaluate_run(args.folder, args.overrides, args.weights)
     if int(os.environ.get("RANK", 0)) == 0:
         print_pairs(metrics)
 
@@ -264,7 +264,7 @@ def export(args: argparse.Namespace) -> None:
 
     import backbones  # noqa: F401  (registers our models with timm)
     from train.checks import hint
-    from train.engine import open_run
+    from train.evaluation import open_run
     from train.export import export
 
     if Path(args.source).is_dir():

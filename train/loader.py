@@ -6,11 +6,13 @@ workers or on having been interrupted. Augmentation is seeded with the position.
 """
 
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -73,6 +75,24 @@ class Steps:
 def training_batches(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> Iterator[dict[str, Any]]:
     """Micro-batches in order, of a dataset indexed by (sample, position): train.transforms.Seeded."""
     return iter(DataLoader(dataset, batch_sampler=steps, **_options(workers, pin)))
+
+
+def take(
+    batches: Iterator[dict[str, Any]], count: int, device: torch.device, channels_last: bool = False
+) -> tuple[list[dict[str, Any]], float]:
+    """The next `count` batches on the device, and the seconds spent waiting for them."""
+    clock = time.perf_counter()
+    micro = [next(batches) for _ in range(count)]
+    waited = time.perf_counter() - clock
+    return [on_device(batch, device, channels_last) for batch in micro], waited
+
+
+def on_device(batch: dict[str, Any], device: torch.device, channels_last: bool = False) -> dict[str, Any]:
+    """The batch with its tensors on the device, images in the memory format asked for."""
+    batch = send_to_device(batch, device, non_blocking=True)
+    if channels_last:
+        batch["image"] = batch["image"].contiguous(memory_format=torch.channels_last)
+    return batch
 
 
 def evaluation_batches(

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 
 from train import visualize
 from train.data.files import IMAGE_SUFFIXES, open_image, rgb_array
-from train.engine import inference, open_run
+from train.evaluation import inference, open_run
 from train.loader import collate
 from train.transforms import build_transform
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tiny
 
-from train import engine
+from train import engine, evaluation, results
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train.engine"])
@@ -23,7 +23,7 @@ def start(world: int, folder: Path, changes: dict, resume: bool = False) -> list
 
 
 def evaluate(world: int, folder: Path) -> dict:
-    """engine.evaluate_run of a run folder, in several processes."""
+    """evaluation.evaluate_run of a run folder, in several processes."""
     finish(_start(world, folder, _evaluate, str(folder)), folder)
     return json.loads(Path(f"{folder}.json").read_text())
 
@@ -50,12 +50,12 @@ def _run(rank: int, world: int, port: int, folder: str, function: Callable, argu
 
 
 def _fit(folder: str, changes: dict, resume: bool) -> None:
-    engine.curves = engine.pictures = lambda *args: None  # drawing takes longer than these runs
+    results.curves = results.pictures = lambda *args: None  # drawing takes longer than these runs
     engine.fit(tiny.make(folder, **changes), resume)
 
 
 def _evaluate(folder: str) -> None:
-    metrics = engine.evaluate_run(folder)
+    metrics = evaluation.evaluate_run(folder)
     if os.environ["RANK"] == "0":
         Path(f"{folder}.json").write_text(json.dumps(metrics))
 

@@ -11,15 +11,15 @@ import yaml
 from PIL import Image
 
 import backbones
-from train import cli, engine
+from train import cli, engine, results
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "curves", lambda folder: None)
-        patch.setattr(engine, "pictures", lambda *args: None)
+        patch.setattr(results, "curves", lambda folder: None)
+        patch.setattr(results, "pictures", lambda *args: None)
         engine.fit(tiny.make(folder, optim={"steps": 1, "warmup_steps": 0}))
     return folder
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import equal
 
-from train import engine, log
+from train import engine, evaluation, failures, log, results
 from train.checks import RunError
 
 MODEL = {"backbone": "nat_mini", "backbone_args": tiny.VALUES["model"]["backbone_args"]}
@@ -19,8 +19,8 @@ MODEL = {"backbone": "nat_mini", "backbone_args": tiny.VALUES["model"]["backbone
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """20 training and 5 validation images of two classes; a truncated JPEG, a truncated PNG and an empty file among them."""
-    monkeypatch.setattr(engine, "pictures", lambda *args: None)
-    monkeypatch.setattr(engine, "curves", lambda folder: None)
+    monkeypatch.setattr(results, "pictures", lambda *args: None)
+    monkeypatch.setattr(results, "curves", lambda folder: None)
     generator = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 5)):
         for i in range(count):
@@ -73,7 +73,7 @@ def test_few_are_skipped_and_counted_alike_by_workers_and_processes(folder):
     processes.fit(2, folder / "two", changes(folder, skip_unreadable=0.2))
     assert json.loads((folder / "two" / "summary.json").read_text())["unreadable"] == summary["unreadable"]
     assert (folder / "two" / "unreadable.txt").read_text().splitlines() == listed
-    metrics = engine.evaluate_run(folder / "alone", weights="last.safetensors")
+    metrics = evaluation.evaluate_run(folder / "alone", weights="last.safetensors")
     assert metrics["unreadable"] == 1 and metrics["samples"] == 5 and metrics["top1"] == summary["last"]["top1"]
     assert metrics["top1"] * 4 == round(metrics["top1"] * 4), "four of the five images count"
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_skips_and_counts_the_same(folder, monkeypatch):
     whole = engine.fit(make(folder, "whole", skip_unreadable=0.2))
     stopped = make(folder, "run", skip_unreadable=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Stop, "agreed", lambda self, accelerator, now: (folder / "run" / "checkpoints").is_dir())
+        patch.setattr(failures.Stop, "agreed", lambda self, accelerator, now: (folder / "run" / "checkpoints").is_dir())
         assert engine.fit(stopped)["stopped"]
     summary = engine.fit(stopped, resume=True)
     assert summary["unreadable"] == whole["unreadable"]

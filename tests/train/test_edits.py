@@ -6,7 +6,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import config, engine
+from train import config, engine, evaluation, setup
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 EDITS = [{"name": "test_time_registers", "neurons": {1: [3, 5]}, "num_registers": 2}]
@@ -55,7 +55,7 @@ def test_edits_survive_being_written_as_yaml(tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(config.as_yaml(made))
     again = config.load(str(path))
-    assert engine.build(again, config.build_task(again)).num_prefix_tokens == 3
+    assert setup.build(again, config.build_task(again)).num_prefix_tokens == 3
 
 
 def test_checkpoints_of_the_plain_model_are_loaded_before_the_edits(tmp_path):
@@ -65,7 +65,7 @@ def test_checkpoints_of_the_plain_model_are_loaded_before_the_edits(tmp_path):
     torch.nn.init.normal_(plain.pos_embed)
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     made = config.resolve(values(checkpoint=str(tmp_path / "plain.safetensors")))
-    net = engine.build(made, config.build_task(made))
+    net = setup.build(made, config.build_task(made))
     assert torch.equal(net.cls_token, plain.cls_token + plain.pos_embed[:, :1])
     assert torch.equal(net.blocks[1].mlp.fc1.weight, plain.blocks[1].mlp.fc1.weight)
 
@@ -75,7 +75,7 @@ def test_a_runs_own_file_is_loaded_after_the_edits(tmp_path, kind):
     made = resolved(tmp_path / "run", values() if kind == "classifier" else dense())
     engine.fit(made)
     saved = load_file(tmp_path / "run" / "model.safetensors")
-    _, _, model, _ = engine.open_run(tmp_path / "run")
+    _, _, model, _ = evaluation.open_run(tmp_path / "run")
     state = model.state_dict()
     assert sorted(state) == sorted(saved) and all(torch.equal(state[key], saved[key]) for key in saved)
     vit = model if kind == "classifier" else model.backbone.model
@@ -89,4 +89,4 @@ def test_a_run_with_edits_needs_its_first_checkpoint_no_more(tmp_path):
     save_file(plain.state_dict(), path)
     engine.fit(resolved(tmp_path / "run", values(checkpoint=str(path))))
     path.unlink()
-    assert engine.open_run(tmp_path / "run")[2].num_prefix_tokens == 3
+    assert evaluation.open_run(tmp_path / "run")[2].num_prefix_tokens == 3

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from train import checkpoint, config, engine, log
+from train import checkpoint, checks, config, engine, evaluation, failures, log, results, setup
 from train.tasks.segmentation import Segmentation
 
 
@@ -31,13 +31,13 @@ def finished(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than these runs; `finished`, made before this, draws."""
-    monkeypatch.setattr(engine, "curves", lambda folder: None)
-    monkeypatch.setattr(engine, "pictures", lambda *args: None)
+    monkeypatch.setattr(results, "curves", lambda folder: None)
+    monkeypatch.setattr(results, "pictures", lambda *args: None)
 
 
 def test_a_run_leaves_what_it_promises(finished):
     folder, summary = finished
-    for name in engine.RUN_FILES:
+    for name in setup.RUN_FILES:
         assert (folder / name).exists(), name
     assert summary["step"] == 6 and summary["stopped"] is False and set(summary["last"]) == {"miou", "macc", "aacc"}
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -49,7 +49,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_the_best_weights_score_what_the_summary_says(finished):
     folder, summary = finished
-    metrics = engine.evaluate_run(folder)
+    metrics = evaluation.evaluate_run(folder)
     assert {key: metrics[key] for key in summary["best"]} == summary["best"]
     assert metrics["samples"] == 7 and "label 255 ignored" in metrics["protocol"]
 
@@ -179,7 +179,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(tmp_path, f
     try:
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "save", full)
-            with pytest.raises(engine.RunError, match=r"no space left on the disk .*go on with --resume"):
+            with pytest.raises(checks.RunError, match=r"no space left on the disk .*go on with --resume"):
                 engine.fit(tiny.make(tmp_path / "run"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -245,12 +245,12 @@ def test_other_tasks_run_through_the_same_loop(tmp_path, task):
     resolved.run.dir = str(tmp_path / "run")
     summary = engine.fit(resolved)
     assert math.isfinite(summary["last"][config.build_task(resolved).best[0]])
-    assert "flip" in engine.evaluate_run(tmp_path / "run")["protocol"]
+    assert "flip" in evaluation.evaluate_run(tmp_path / "run")["protocol"]
 
 
 def test_options_reach_the_model(tmp_path):
     resolved = tiny.make(tmp_path, run={"channels_last": True, "grad_checkpointing": True}, model={"freeze_backbone": True})
-    net = engine.build(resolved, config.build_task(resolved))
+    net = setup.build(resolved, config.build_task(resolved))
     convolution = next(p for p in net.parameters() if p.ndim == 4 and p.shape[1] > 1)
     assert convolution.is_contiguous(memory_format=torch.channels_last)
     assert all(stage.grad_checkpointing for stage in net.backbone.model.stages)
@@ -268,7 +268,7 @@ def test_compile_and_drop_path_are_passed_on(tmp_path):
         engine.fit(tiny.make(tmp_path / "run", **changes))
     assert compiled == ["DensePredictor"]
     model = {**tiny.VALUES["model"], "backbone_args": {**tiny.VALUES["model"]["backbone_args"], "drop_path_rate": 0.5}}
-    net = engine.build(tiny.make(tmp_path, model=model), Segmentation(6))
+    net = setup.build(tiny.make(tmp_path, model=model), Segmentation(6))
     assert max(getattr(module, "drop_prob", 0.0) or 0.0 for module in net.modules()) == pytest.approx(0.5)
 
 
@@ -283,11 +283,11 @@ def test_weights_of_another_run_are_loaded(finished, tmp_path):
     folder, _ = finished
     resolved = tiny.make(tmp_path, model={"checkpoint": str(folder)})
     said = []
-    net = engine.build(resolved, config.build_task(resolved), said.append)
+    net = setup.build(resolved, config.build_task(resolved), said.append)
     theirs = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, theirs[name]) for name, value in net.state_dict().items()) and said
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        engine.build(tiny.make(tmp_path, model={"checkpoint": "nowhere.pth"}), Segmentation(6))
+        setup.build(tiny.make(tmp_path, model={"checkpoint": "nowhere.pth"}), Segmentation(6))
 
 
 def test_machines_that_run_out_say_what_to_change(tmp_path):
@@ -304,9 +304,9 @@ def test_machines_that_run_out_say_what_to_change(tmp_path):
         (RuntimeError("DataLoader worker (pid 7) exited unexpectedly"), "lower data.workers"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower data.workers"),
     ):
-        with pytest.raises(engine.RunError, match=message), engine.readable(resolved, tmp_path):
+        with pytest.raises(checks.RunError, match=message), failures.readable(resolved, tmp_path):
             raise error
-    with pytest.raises(OSError, match="other"), engine.readable(resolved, tmp_path):
+    with pytest.raises(OSError, match="other"), failures.readable(resolved, tmp_path):
         raise OSError(5, "other")
 
 
@@ -314,10 +314,16 @@ def test_signals_outside_the_main_thread_are_left_alone():
     caught = []
 
     def work():
-        with engine.stop_signal() as stop:
+        with failures.stop_signal() as stop:
             caught.append(stop.asked)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert caught == [False]
+
+
+def test_a_run_opens_only_as_the_model_it_trained(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=r"model.safetensors lacks \d+ tensors of this model, e.g. head"):
+        evaluation.open_run(folder, ["--model.head=fcn"])

@@ -5,7 +5,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from train import config, engine, log
+from train import config, engine, log, results, setup
 
 MODEL = {"backbone": "nat_mini", "backbone_args": tiny.VALUES["model"]["backbone_args"]}
 BASE = {
@@ -59,8 +59,8 @@ def fitted(tmp_path_factory):
         resolved.run.dir = str(place / name)
         if not (place / name).exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(engine, "pictures", lambda *args: None)
-                patch.setattr(engine, "curves", lambda folder: None)
+                patch.setattr(results, "pictures", lambda *args: None)
+                patch.setattr(results, "curves", lambda folder: None)
                 patch.setattr(engine, "refuse", lambda datasets: None)
                 engine.fit(resolved)
         rows = log.read(place / name / "log.csv")
@@ -105,7 +105,7 @@ def test_activation_checkpointing_runs_each_block_twice(tmp_path):
     calls = {}
     for on in (False, True):
         resolved = config.resolve({**BASE, "run": {**BASE["run"], "grad_checkpointing": on}})
-        net = engine.build(resolved, config.build_task(resolved)).train()
+        net = setup.build(resolved, config.build_task(resolved)).train()
         block = net.stages[0].blocks[0]
         block.register_forward_pre_hook(lambda module, inputs, on=on: calls.update({on: calls.get(on, 0) + 1}))
         net(torch.randn(2, 3, 32, 32)).sum().backward()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from train import checkpoint, config, engine, log
+from train import checkpoint, config, engine, evaluation, log, results
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 NORM_FREE = {**tiny.VALUES["model"], "head": "dpt", "head_args": {"width": 8}}  # batch norm sees how a batch is cut
@@ -41,7 +41,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, parallel, micro):
     if micro:
         changes["model"] = NORM_FREE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "pictures", lambda *args: None)
+        patch.setattr(results, "pictures", lambda *args: None)
         engine.fit(tiny.make(tmp_path / "one", **changes))
     changes["run"] |= {"parallel": parallel}
     said = processes.fit(2, tmp_path / "two", changes)
@@ -60,7 +60,7 @@ def test_torchrun_trains_and_two_processes_evaluate_like_one(tmp_path):
     path = write(tmp_path / "run.yaml", optim={"steps": 4})
     assert "no checkpoint in" in torchrun("train", path, "--resume", f"--run.dir={tmp_path / 'two'}")
     assert log.read(tmp_path / "two" / "log.csv")["step"] == [1, 2, 3, 4]
-    assert processes.evaluate(2, tmp_path / "two") == engine.evaluate_run(tmp_path / "two")
+    assert processes.evaluate(2, tmp_path / "two") == evaluation.evaluate_run(tmp_path / "two")
 
 
 KILLED = [(1, 0, "ddp"), (1, 2, "ddp"), (2, 0, "fsdp"), (2, 1, "ddp")]
@@ -100,7 +100,7 @@ def test_what_fsdp_saved_goes_on_in_one_process(tmp_path):
     """Checkpoints hold whole tensors: the second half in one process gives the losses of a run that had one from the start."""
     changes = {"optim": {"steps": 8, "lr": 3e-4}, "run": {"save_every": 4, "eval_every": 8}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "pictures", lambda *args: None)
+        patch.setattr(results, "pictures", lambda *args: None)
         engine.fit(tiny.make(tmp_path / "one", **changes))
         split = {**changes, "run": {**changes["run"], "parallel": "fsdp"}}
         processes.fit(2, tmp_path / "two", split)

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from train import config, engine, optim
+from train import config, engine, optim, setup
 
 SIZE = 64
 NARROW = {  # backbone file -> arguments that make its models narrow; depths stay
@@ -57,7 +57,7 @@ def test_a_shipped_configuration_takes_a_step(name):
     if loaded.task.get("teacher") is not None:
         loaded.task |= {"teacher": "resnet10t", "teacher_pretrained": False, "teacher_checkpoint": None}
     task = config.build_task(loaded)
-    net = engine.build(loaded, task, say=lambda text: None)
+    net = setup.build(loaded, task, say=lambda text: None)
     optimizer = optim.optimizer(net, loaded.optim)
     steps = loaded.optim.steps or int(loaded.optim.epochs * 1000)
     schedule = optim.schedule(optimizer, loaded.optim, steps, 1000)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import backbones  # noqa: F401  (registers our models with timm)
 from backbones.sparsifiner import Details
-from train import config, engine, optim
+from train import config, engine, optim, setup
 
 PHASES = ["attn_recon", "cls_distill"]
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "heads": 3, "reduce_n": 3, "coef_top": 3}
@@ -31,7 +31,7 @@ def built(phase, **model):
     torch.manual_seed(0)
     resolved = config.resolve(values(phase, **model))
     task = config.build_task(resolved)
-    net = engine.build(resolved, task, say=lambda text: None)
+    net = setup.build(resolved, task, say=lambda text: None)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -1,0 +1,56 @@
+"""What a run leaves behind: weights with their story in the header, summary, curves, pictures and a table."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from train import checkpoint, sharding
+from train import config as configuration
+from train.evaluation import pictures, protocol
+from train.log import Log, curves
+from train.schema import Config
+from train.tasks import Task
+from train.tasks.base import Names
+
+
+def save_product(
+    path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float], names: Names, main: bool
+) -> None:
+    """Weights as a result: safetensors with config, metrics and class names in its header, written by the main process."""
+    about = {"metrics": metrics, "config": configuration.as_dict(config), "names": dataclasses.asdict(names)}
+    about = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
+    tensors = sharding.whole(model.state_dict())
+    if main:
+        checkpoint.save_weights(path, tensors, about)
+
+
+def finish(
+    folder: Path, config: Config, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, summary: dict, log: Log
+) -> None:
+    """Last weights, summary, curves, pictures of the best weights, and the table, from the main process.
+
+    Every process calls it, because a model may be split over them.
+    """
+    main, names = accelerator.is_main_process, Names.of(data)
+    save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], names, main)
+    accelerator.wait_for_everyone()  # the best weights may have been written a moment ago
+    sharding.load_model(model, load_file(folder / "model.safetensors"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        summary["best"] = json.loads(file.metadata()["metrics"])
+    if main:
+        checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=1)))
+        curves(folder)
+    pictures(folder / "predictions.png", task, model, data, accelerator, config)
+    rows = [
+        (f"{name} (best, step {summary['best_step']} / last)", f"{value:.4f} / {summary['last'].get(name, math.nan):.4f}")
+        for name, value in summary["best"].items()
+    ]
+    rows += [("protocol", protocol(task, config)), ("time", f"{summary['seconds']:.0f} s"), ("folder", str(folder))]
+    log.table(config.model.backbone, rows)

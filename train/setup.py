@@ -1,0 +1,144 @@
+"""What a run is made of before its first step: process, folder, data and model."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from torch import nn
+from torch.utils.data import Dataset
+
+import backbones.edits
+import weights
+from train import checkpoint, optim
+from train import config as configuration
+from train.data import open_split
+from train.schema import Config
+from train.tasks import Task
+from train.transforms import Seeded, build_transform
+
+RUN_FILES = ("config.yaml", "log.csv", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors", "last.safetensors")
+RUN_FILES += ("summary.json", "curves.png", "predictions.png")
+
+
+def start(config: Config) -> Accelerator:
+    """The Accelerator of this process. Raises ValueError for a device or precision this machine does not have."""
+    run = config.run
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda but torch sees no GPU; leave it null or set cpu")
+    if run.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("run.device is mps but torch sees no such device; leave it null or set cpu")
+    cpu = run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if run.precision == "fp16" and cpu:
+        raise ValueError("run.precision fp16 needs a GPU; use bf16 or no on the CPU")
+    ready = [tracker.value for tracker in get_available_trackers()]
+    for name in run.trackers:
+        if name not in ready:  # Accelerate would leave it out without a word
+            raise ValueError(f"run.trackers: {name!r} is not installed, or unknown to Accelerate; there are {', '.join(ready)}")
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may run twice, with another precision or device
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        cpu=cpu,
+        log_with=run.trackers or None,
+        project_dir=run.dir,
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    return accelerator
+
+
+def in_use(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_folder(folder: Path, config: Config, resume: bool, accept_changes: bool) -> None:
+    """Raises FileExistsError for a folder in use, ValueError with the differences if a resumed run's config has changed."""
+    saved, used = folder / "config.yaml", in_use(folder)
+    if used and resume:
+        if not saved.is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
+        old, new = yaml.safe_load(saved.read_text()), configuration.as_dict(config)
+        old["run"].pop("overwrite", None), new["run"].pop("overwrite", None)
+        changes = configuration.difference(old, new)
+        if changes and not accept_changes:
+            raise ValueError(
+                f"the config has changed since {folder} was started:\n  " + "\n  ".join(changes) + "\n"
+                "add --accept-changes to go on with the new one, or choose another run.dir"
+            )
+    elif used and not config.run.overwrite:
+        raise FileExistsError(
+            f"{folder} exists; choose another --run.dir, go on with --resume, or replace it with --run.overwrite=true"
+        )
+    elif used and not saved.is_file():
+        raise FileExistsError(f"{folder} holds no run (no config.yaml) and is not overwritten; choose another run.dir")
+
+
+def open_folder(folder: Path, config: Config, resume: bool) -> None:
+    """Makes the run folder, without the files of the run that it replaces, and writes its config.yaml."""
+    if in_use(folder) and not resume:
+        for name in (*RUN_FILES, "unreadable.txt"):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder / "config.yaml", lambda temporary: temporary.write_text(configuration.as_yaml(config)))
+
+
+def dataset(config: Config, task: Task, split: str) -> Dataset:
+    """A split with its transform: seeded by the draw for training. Raises ValueError if it does not fit the task."""
+    data = config.data
+    train = split == "train"
+    plain = open_split(data, split, task.targets)
+    task.check(plain)
+    if not len(plain):
+        raise ValueError(f"{data.name} has no {split} samples")
+    size, mean, std = tuple(data.size), tuple(data.mean), tuple(data.std)
+    transform = build_transform(
+        train, task.targets, size, mean, std, config.augment, plain.ignore_index, config.data.eval_resize
+    )
+    if train:
+        return Seeded(plain, transform, config.run.seed)
+    plain.transform = transform
+    return plain
+
+
+def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.Module:
+    """The task's model as the config wants it: weights, edits, memory format, checkpointing of activations, frozen parts.
+
+    Released weights come first, then model.checkpoint, then model.edits, which find the weights of the plain model there. A
+    run's own file holds the edited model and is loaded into the result.
+    """
+    net = task.build(config.model)
+    if config.model.checkpoint is not None:
+        say(str(load_weights(net, config.model.checkpoint)))
+    net = edit_backbone(net, config.model.edits)
+    if config.model.freeze_backbone:
+        optim.freeze_backbone(net)
+    if config.run.grad_checkpointing:
+        if not hasattr(net, "set_grad_checkpointing"):
+            raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
+        net.set_grad_checkpointing(True)
+    return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
+
+
+def edit_backbone(net: nn.Module, edits: Sequence[dict[str, Any]]) -> nn.Module:
+    """The model with the edits applied to its backbone; they find it under a head, or as the whole of a classifier."""
+    if not hasattr(net, "backbone"):
+        return backbones.edits.apply(net, edits)
+    net.backbone.model = backbones.edits.apply(net.backbone.model, edits)
+    return net
+
+
+def load_weights(net: nn.Module, source: str, strict: bool = False) -> weights.load.Report:
+    """Loads a file, or the result of a run folder, into the whole model if it is one of ours, else into its backbone.
+
+    strict: as for weights.load_checkpoint. Raises FileNotFoundError, or ValueError for weights that do not fit.
+    """
+    path = Path(source)
+    return weights.load_checkpoint(net, path / "model.safetensors" if path.is_dir() else path, strict)
