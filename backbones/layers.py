@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, to_2tuple
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -24,10 +24,14 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 
 @register_notrace_function
-def pad_to_multiple(x: Tensor, multiple: int, nhwc: bool = False) -> Tensor:
-    """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc."""
+def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = False) -> Tensor:
+    """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc.
+
+    multiple: of both sides, or of the (height, width).
+    """
+    sides = x.shape[1:3] if nhwc else x.shape[2:]
     # In this form an exported program can see that the padded sides are multiples.
-    bottom, right = (-(-side // multiple) * multiple - side for side in (x.shape[1:3] if nhwc else x.shape[2:]))
+    bottom, right = (-(-side // unit) * unit - side for side, unit in zip(sides, to_2tuple(multiple)))
     if torch.compiler.is_exporting() or bottom or right:  # an exported program may keep the sizes open
         x = F.pad(x, (0, 0, 0, right, 0, bottom) if nhwc else (0, right, 0, bottom))
     return x

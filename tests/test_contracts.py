@@ -41,10 +41,11 @@ KINDS = [
     "pit_ti",
     "pit_ti_distilled",
     "poolformer_s12_gn",
+    "stvit_base",  # with LayerScale
     "vit_small_patch14_ttreg_dinov2",
 ]
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
-DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s"]
+DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s", "stvit_base"]
 
 
 def module_of(name: str) -> str:

@@ -26,7 +26,8 @@ def default_cfgs(family: str) -> dict:
     cfgs = {}
     for name, tags in entry["models"].items():
         for tag, fields in tags.items():
-            cfg = common | entry["defaults"] | {key: value for key, value in fields.items() if key not in OURS}
+            fields = entry["defaults"] | fields
+            cfg = common | {key: value for key, value in fields.items() if key not in OURS}
             if "by_hand" in fields:
                 cfg["url"] = fields["by_hand"]  # so that timm lists the weights; weights.fetch knows that it is a page
             cfgs[f"{name}.{tag}"] = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
