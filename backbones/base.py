@@ -228,6 +228,8 @@ def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None
     fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
     img_size: side or (height, width); a family that builds no size in runs any, so there it is only checked.
     """
+    if kwargs.get("features_only") and (reason := getattr(cls, "no_maps", None)):
+        raise ValueError(f"{name} gives no feature maps: {reason}")
     if (img_size := kwargs.get("img_size")) is not None:
         check_img_size(img_size, cls.min_size)
     if "img_size" not in inspect.signature(cls).parameters:

@@ -56,6 +56,8 @@ class FeatureBackbone(nn.Module):
         else:
             model, built_size = create_backbone(backbone, pretrained, in_chans, img_size, backbone_args)
             self.name = backbone
+        if reason := getattr(model, "no_maps", None):
+            raise ValueError(f"{self.name} gives no feature maps: {reason}")
         if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
             raise TypeError(f"{self.name} has no forward_intermediates and feature_info, which timm models give maps with")
 

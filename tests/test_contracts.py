@@ -42,6 +42,7 @@ KINDS = [
     "pit_ti_distilled",
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
+    "hvt_s_4",
     "vit_small_patch14_ttreg_dinov2",
 ]
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
@@ -107,6 +108,12 @@ def channels_of(features: Tensor) -> int:
     return features.shape[-1 if features.ndim == 3 else 1]
 
 
+def needs_maps(model: nn.Module) -> None:
+    """Skip the test for a model that has no feature maps and says why (`no_maps`)."""
+    if reason := getattr(model, "no_maps", None):
+        pytest.skip(f"no feature maps: {reason}")
+
+
 # ---------------------------------------------------------------- every name, shapes only
 
 
@@ -150,7 +157,12 @@ def test_a_name_is_a_row_of_its_family_and_a_function_of_its_module(each):
 
 
 @pytest.mark.parametrize("each", NAMES)
-def test_feature_info_describes_the_maps(each):
+def test_feature_info_describes_the_maps_or_their_absence_is_explained(each):
+    if reason := getattr(on_meta(each), "no_maps", None):
+        assert list(on_meta(each).feature_info) == []
+        with pytest.raises(ValueError, match=f"{each} gives no feature maps: {reason}"):
+            timm.create_model(each, features_only=True, device="meta")
+        return
     info = on_meta(each).feature_info
     reductions = [entry["reduction"] for entry in info]
     assert len(info) >= 3 and reductions == sorted(reductions)
@@ -167,6 +179,7 @@ def test_feature_info_describes_the_maps(each):
 
 @pytest.mark.parametrize("each", CHECKED)
 def test_features_of_chosen_stages(each):
+    needs_maps(on_meta(each))
     info = on_meta(each).feature_info
     last = len(info) - 1
     for indices, expected in [((0, last), [0, last]), ((-1,), [last]), (2, [last - 1, last])]:
@@ -209,7 +222,7 @@ def test_layer_groups_and_decay_name_every_parameter_once(each):
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_input_channels(each, channels):
     model = timm.create_model(each, in_chans=channels, device="meta").eval()
-    assert model(torch.empty(1, channels, 64, 96, device="meta")).shape[0] == 1
+    assert model(torch.empty(1, channels, max(64, model.min_size), 96, device="meta")).shape[0] == 1
 
 
 @pytest.mark.parametrize("each", NAMES)
@@ -249,6 +262,7 @@ def test_every_parameter_gets_a_gradient(name, checkpointing):
 
 @torch.no_grad()
 def test_intermediates_end_in_forward_features(name, model):
+    needs_maps(model)
     image = images()
     info = model.feature_info
     final, maps = model.forward_intermediates(image)
@@ -272,6 +286,7 @@ def test_intermediates_end_in_forward_features(name, model):
 
 @torch.no_grad()
 def test_features_only_gives_the_intermediates(name, model):
+    needs_maps(model)
     wrapped = create(name, features_only=True)
     weights.load_checkpoint(wrapped, model.state_dict())
     image = images(1, 96, 64)
@@ -282,6 +297,7 @@ def test_features_only_gives_the_intermediates(name, model):
 
 @torch.no_grad()
 def test_pruning_keeps_what_the_map_needs(name, model):
+    needs_maps(model)
     image = images()
     expected = model.forward_intermediates(image, indices=[1], intermediates_only=True)[0]
     pruned = copy.deepcopy(model)
@@ -295,6 +311,7 @@ def test_pruning_keeps_what_the_map_needs(name, model):
 def test_any_size_gives_maps_and_logits(name, model, size):
     image = images(2, *size)
     assert model(image).shape[0] == 2 and model(image).isfinite().all()
+    needs_maps(model)
     info = model.feature_info
     maps = model.forward_intermediates(image, intermediates_only=True)
     for m, entry in zip(maps, info, strict=True):
@@ -337,7 +354,8 @@ def test_state_dict_makes_the_round_trip_to_the_authors_and_back(name, tmp_path)
     torch.save({"model": {f"module.{key}": value for key, value in official.items()}}, tmp_path / "file.pth")
     classes = source.num_classes
     overlay = {"file": str(tmp_path / "file.pth"), "num_classes": classes}
-    for kwargs in ({}, {"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, {"features_only": True}):
+    maps = () if getattr(source, "no_maps", None) else ({"features_only": True},)
+    for kwargs in ({}, {"num_classes": 5}, {"num_classes": 0}, {"in_chans": 1}, *maps):
         loaded = weights.convert.backbone(create(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs))
         expected = source.state_dict()
         first = {f"{conv}.weight" for conv in as_tuple(source.default_cfg["first_conv"])} if "in_chans" in kwargs else set()

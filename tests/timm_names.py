@@ -12,7 +12,8 @@ from timm.models import _registry
 import backbones
 
 # timm's file separates, by name, the models that give tokens (B N C) from those that give maps; these of ours give tokens.
-TOKENS = ["sparsifiner_*", "vit_*", "lit_ti*"]
+TOKENS = ["sparsifiner_*", "vit_*", "lit_ti*", "hvt_*"]
+NO_MAPS = ["hvt_*"]
 OURS = set(backbones.list_models())
 _list_models = _registry.list_models
 
@@ -24,6 +25,8 @@ def _ours(filter="", module="", exclude_filters="", include_tags=None, name_matc
         exclude += TOKENS
     if "poolformer_*" in wanted:
         wanted += TOKENS
+    if module:  # timm's list of architectures whose intermediate maps it tests
+        exclude += NO_MAPS
     names = _list_models(include_tags=include_tags, **kwargs)
     names = [name for name in names if name.split(".")[0] in OURS]
     names = [name for name in names if not any(w and fnmatch.fnmatch(name, w) for w in exclude)]

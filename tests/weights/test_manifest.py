@@ -42,7 +42,7 @@ def test_a_checkpoint_states_where_it_is_and_under_which_terms(entry):
 def test_a_checkpoint_states_its_score_and_preprocessing(name):
     entry = ENTRIES[name]
     if entry.get("num_classes", 1000) == 1000:
-        assert 70 < entry["published"]["top1"] < 90
+        assert 69 < entry["published"]["top1"] < 90
     assert entry["input_size"][0] == 3 and entry["interpolation"] == "bicubic" and 0.8 < entry["crop_pct"] <= 1
 
 
