@@ -19,13 +19,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple
-from timm.models import register_model, register_notrace_function
+from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import build, check_img_size, check_size
+from backbones.base import check_img_size, check_size, register_variants
 from backbones.layers import drop_path_rates
 from weights.convert.hvt import resample_sequence
 from weights.manifest import default_cfgs as _default_cfgs
@@ -203,39 +203,12 @@ class HVT(VisionTransformer):
         return {name for name, _ in self.named_parameters() if name.endswith("pos_embed")}
 
 
-TI = {"embed_dim": 192, "num_heads": 3}
-S = {"embed_dim": 384, "num_heads": 6}
-
-
-def _create(name: str, pretrained: bool, **kwargs) -> HVT:
-    return build(HVT, name, pretrained, **kwargs)
-
-
-@register_model
-def hvt_ti_1(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_ti_1", pretrained, **TI | {"pool_every": 12} | kwargs)
-
-
-@register_model
-def hvt_s_0(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_s_0", pretrained, **S | {"pool_every": None} | kwargs)
-
-
-@register_model
-def hvt_s_1(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_s_1", pretrained, **S | {"pool_every": 12} | kwargs)
-
-
-@register_model
-def hvt_s_2(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_s_2", pretrained, **S | {"pool_every": 6} | kwargs)
-
-
-@register_model
-def hvt_s_3(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_s_3", pretrained, **S | {"pool_every": 4} | kwargs)
-
-
-@register_model
-def hvt_s_4(pretrained: bool = False, **kwargs) -> HVT:
-    return _create("hvt_s_4", pretrained, **S | {"pool_every": 3} | kwargs)
+VARIANTS = {
+    "hvt_ti_1": {"embed_dim": 192, "num_heads": 3, "pool_every": 12},
+    "hvt_s_0": {"embed_dim": 384, "num_heads": 6, "pool_every": None},
+    "hvt_s_1": {"embed_dim": 384, "num_heads": 6, "pool_every": 12},
+    "hvt_s_2": {"embed_dim": 384, "num_heads": 6, "pool_every": 6},
+    "hvt_s_3": {"embed_dim": 384, "num_heads": 6, "pool_every": 4},
+    "hvt_s_4": {"embed_dim": 384, "num_heads": 6, "pool_every": 3},
+}
+register_variants(HVT, VARIANTS)

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, to_2tuple
-from timm.models import register_model, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, build, init_linear
+from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import crop, drop_path_rates, pad_to_multiple
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -219,25 +219,11 @@ class STViT(StagedBackbone):
         return x
 
 
-S = {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "heads": (1, 2, 5, 8)}
-B = {"dims": (96, 192, 384, 512), "depths": (4, 6, 14, 6), "heads": (2, 3, 6, 8), "layer_scale": (False, False, True, True)}
-L = {"dims": (96, 192, 448, 640), "depths": (4, 7, 19, 8), "heads": (2, 3, 7, 10), "layer_scale": (False, False, True, True)}
+SCALED = (False, False, True, True)
 
-
-def _create(name: str, pretrained: bool, **kwargs) -> STViT:
-    return build(STViT, name, pretrained, **kwargs)
-
-
-@register_model
-def stvit_small(pretrained: bool = False, **kwargs) -> STViT:
-    return _create("stvit_small", pretrained, **S | kwargs)
-
-
-@register_model
-def stvit_base(pretrained: bool = False, **kwargs) -> STViT:
-    return _create("stvit_base", pretrained, **B | kwargs)
-
-
-@register_model
-def stvit_large(pretrained: bool = False, **kwargs) -> STViT:
-    return _create("stvit_large", pretrained, **L | kwargs)
+VARIANTS = {
+    "stvit_small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "heads": (1, 2, 5, 8)},
+    "stvit_base": {"dims": (96, 192, 384, 512), "depths": (4, 6, 14, 6), "heads": (2, 3, 6, 8), "layer_scale": SCALED},
+    "stvit_large": {"dims": (96, 192, 448, 640), "depths": (4, 7, 19, 8), "heads": (2, 3, 7, 10), "layer_scale": SCALED},
+}
+register_variants(STViT, VARIANTS)
