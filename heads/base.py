@@ -32,7 +32,8 @@ class Head(nn.Module):
 
     forward: Callable[..., Output]
     """Maps, finest first -> B K h w of any size; or a dict with what the losses of its task need: class and mask logits,
-    outputs of auxiliary layers in lists, disparities at several sizes. Values are tensors, or lists and dicts of tensors."""
+    outputs of auxiliary layers in lists, disparities at several sizes. Values are tensors, or lists and dicts of tensors. The
+    predictor adds "size": (H, W) of the padded images, which the maps cover."""
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         """The layer, or all the layers, whose number of outputs is the number of classes."""
@@ -41,7 +42,8 @@ class Head(nn.Module):
     def scores(self, output: Any) -> Tensor:
         """What `forward` returned -> B K h w, the one map that evaluation, windows and prediction read.
 
-        A head of named outputs defines it: class scores from queries and masks, the finest disparity, the semantic map.
+        A head of named outputs defines it: class scores from queries and masks, the finest disparity, the semantic map. Where
+        resizing the result is not the published rule, it resizes its maps to `output["size"]` first.
         """
         if not isinstance(output, Tensor):
             raise NotImplementedError(f"{type(self).__name__} returns {', '.join(output)}: scores() must make B K h w of them")

@@ -15,6 +15,10 @@ NARROW = {  # arguments that make a head small: only shapes and gradients are ch
     "fcn": {"width": 16},
     "fpn": {"width": 16, "head_width": 16},
     "mask_transformer": {"width": 16, "queries": 4},
+    "mask2former": {"width": 16, "mask_width": 8, "queries": 4, "encoder_layers": 1, "encoder_ffn": 8, "decoder_layers": 3}
+    | {"decoder_ffn": 8, "heads": 2},
+    "kmax": {"queries": 4, "widths": [8], "blocks": [1], "layers": [1, 1, 1], "base": 8, "ffn": 8, "heads": 2}
+    | {"head_width": 8, "embedding": 8, "aux_width": 8, "aux_projections": [4, 4]},
 }
 
 
@@ -47,8 +51,9 @@ def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tenso
     leaves = [m.detach().requires_grad_() for m in maps]
     try:
         neck, module = build_head(head, features, 3, NARROW.get(head, {"width": 16}))
-        output = run_head(neck, module, leaves)
-        out = at_image_size(module.scores(output), features.padded_size(*images.shape[-2:]), images)
+        size = features.padded_size(*images.shape[-2:])
+        output = run_head(neck, module, leaves, size)
+        out = at_image_size(module.scores(output), size, images)
         if out.shape != (2, 3, *images.shape[-2:]):
             return f"gives {tuple(out.shape)} for images of {tuple(images.shape)}"
         sum(part.square().mean() for part in [out, *tensors(output)] if part.requires_grad).backward()

@@ -108,7 +108,7 @@ class DensePredictor(nn.Module):
         """{"main": .., "aux": ..}, in training and evaluation alike; "aux" only with an auxiliary head.
 
         A head's one map is B K H W at the size of the images. Named outputs stay as the head returned them, at the head's own
-        sizes, because a loss may sample points of a mask or want a disparity at each size; "padded_size" then says what image
+        sizes, because a loss may sample points of a mask or want a disparity at each size; "size" among them says what image
         size their maps cover: (H, W) of the images after the backbone's padding, right and bottom.
         """
         maps = self.backbone(images)
@@ -200,24 +200,28 @@ def want_prefix_tokens(backbone: FeatureBackbone, heads: Iterable[Head]) -> None
         backbone.return_prefix_tokens()
 
 
-def run_head(neck: nn.Module | None, head: Head, maps: Maps) -> Output:
-    """A head's output on the backbone's maps; the prefix tokens are left out where the head does not ask for them."""
+def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]) -> Output:
+    """A head's output on the backbone's maps of padded images, size (H, W), which named outputs carry as "size".
+
+    The prefix tokens are left out where the head does not ask for them.
+    """
     if not head.prefix_tokens:
         maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
-    return head(neck(maps) if neck is not None else maps)
+    output = head(neck(maps) if neck is not None else maps)
+    return output if isinstance(output, Tensor) else {**output, "size": tuple(size)}
 
 
 def scores(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> Tensor:
     """Maps -> B K H W at the size of the images."""
-    return at_image_size(head.scores(run_head(neck, head, maps)), backbone.padded_size(*images.shape[-2:]), images)
+    size = backbone.padded_size(*images.shape[-2:])
+    return at_image_size(head.scores(run_head(neck, head, maps, size)), size, images)
 
 
 def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> dict[str, Any]:
     """Maps -> {"main": ..}, as `DensePredictor.outputs` describes it."""
-    output, padded_size = run_head(neck, head, maps), backbone.padded_size(*images.shape[-2:])
-    if isinstance(output, Tensor):
-        return {"main": at_image_size(output, padded_size, images)}
-    return {"main": output, "padded_size": padded_size}
+    size = backbone.padded_size(*images.shape[-2:])
+    output = run_head(neck, head, maps, size)
+    return {"main": at_image_size(output, size, images) if isinstance(output, Tensor) else output}
 
 
 def at_image_size(x: Tensor, padded_size: Sequence[int], images: Tensor) -> Tensor:

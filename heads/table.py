@@ -5,7 +5,9 @@ from .dpt import DPT
 from .fcn import FCN
 from .fpn import FPN
 from .glpn import GLPN
+from .kmax import KMax
 from .linear import Linear
+from .mask2former import Mask2Former
 from .mask_transformer import MaskTransformer
 from .sdt import SDT
 from .segformer import SegFormer
@@ -21,4 +23,6 @@ HEADS: dict[str, type[Head]] = {
     "sdt": SDT,
     "glpn": GLPN,
     "mask_transformer": MaskTransformer,
+    "mask2former": Mask2Former,
+    "kmax": KMax,
 }

@@ -11,6 +11,9 @@ import torch
 
 import backbones  # noqa: F401  (registers the zoo's models)
 from heads import HEADS, DensePredictor, FeatureBackbone
+from heads.base import tensors
+from heads.matrix import NARROW
+from heads.model import at_image_size
 
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
 BACKBONES = {  # kind -> (name, arguments that make it small, levels)
@@ -43,7 +46,6 @@ BACKBONES = {  # kind -> (name, arguments that make it small, levels)
     "ours, four levels": ("poolformer_s12_gn", {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}, 4),
     "ours, neighbourhoods": ("nat_mini", {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}, 4),
 }
-SMALL = {"fcn": {"width": 8}, "fpn": {"width": 8, "head_width": 8}, "mask_transformer": {"width": 16, "queries": 4}}
 SIZE = (64, 90)  # not square, not a multiple of any patch
 
 
@@ -59,11 +61,13 @@ def features(kind: str) -> FeatureBackbone:
 def test_every_head_on_every_kind(kind, head):
     backbone = features(kind).train()
     torch.manual_seed(0)
-    model = DensePredictor(backbone, head, 3, SMALL.get(head, {"width": 8} if head != "linear" else {}))
+    model = DensePredictor(backbone, head, 3, NARROW.get(head, {"width": 8}))
     model.zero_grad()
-    out = model.train()(torch.randn(2, 3, *SIZE))["main"]
+    images = torch.randn(2, 3, *SIZE)
+    main = model.train()(images)["main"]
+    out = at_image_size(model.head.scores(main), backbone.padded_size(*SIZE), images)
     assert out.shape == (2, 3, *SIZE)
-    out.square().mean().backward()
+    sum(part.square().mean() for part in [out, *tensors(main)]).backward()
     lost = [name for name, p in model.head.named_parameters() if p.grad is None]
     assert not lost and out.isfinite().all()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())

@@ -15,12 +15,7 @@ from heads.depth import DepthRule
 from heads.mask_transformer import KMeansLayer
 from heads.sdt import DySample
 
-ARGS = {
-    "linear": {},
-    "fcn": {"width": 8},
-    "fpn": {"width": 8, "head_width": 8},
-    "mask_transformer": {"width": 16, "queries": 4},
-}
+ARGS = matrix.NARROW
 
 
 def maps(levels: int, batch: int = 2) -> list[torch.Tensor]:
@@ -39,18 +34,21 @@ def test_any_number_of_levels_of_any_size(name, levels):
     torch.manual_seed(0)
     index = {"index": -1} if name == "fcn" else {}
     head = HEADS[name]([8 * (i + 1) for i in range(levels)], 3, **ARGS.get(name, {"width": 8}), **index)
-    out = head(maps(levels))
+    output = head(maps(levels))
+    out = head.scores(output)
     assert out.shape[:2] == (2, 3) and out.isfinite().all()
-    out.square().mean().backward()
+    sum(part.square().mean() for part in [out, *tensors(output)]).backward()
     assert [n for n, p in head.named_parameters() if p.grad is None] == []
-    assert head.get_classifier() in list(head.modules())
+    classifiers = head.get_classifier()
+    layers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+    assert set(layers) <= set(head.modules())
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_one_image_trains(name):
     """A pooled 1 x 1 map of one image has one value per channel, where batch norm raises by itself."""
     head = HEADS[name]([8, 16, 24], 2, **ARGS.get(name, {"width": 8}))
-    assert head(maps(3, batch=1)).shape[0] == 1
+    assert head.scores(head(maps(3, batch=1))).shape[0] == 1
 
 
 def test_batch_norm_of_a_single_value_uses_its_running_statistics():
@@ -286,14 +284,14 @@ def test_a_head_of_named_outputs_keeps_them_in_training_and_scores_in_evaluation
     model = DensePredictor(backbone, Queries, 4, aux_head="fcn", aux_args={"width": 8})
     images = torch.randn(2, 3, 40, 72)
     out = model(images)
-    assert set(out) == {"main", "aux", "padded_size"} and out["aux"].shape == (2, 4, 40, 72)
-    assert out["padded_size"] == model.backbone.padded_size(40, 72)
+    assert set(out) == {"main", "aux"} and out["aux"].shape == (2, 4, 40, 72)
+    assert out["main"]["size"] == model.backbone.padded_size(40, 72)
     assert out["main"]["masks"].shape[1] == 3 and out["main"]["masks"].shape[-1] < 72, "at the head's own size"
     sum(tensor.square().mean() for tensor in tensors(out)).backward()
     assert [name for name, p in model.head.named_parameters() if p.grad is None] == []
     model.eval()
     main = model.outputs(images)["main"]
-    whole = resize(torch.einsum("bnhw,nk->bkhw", main["masks"], main["classes"]), like=out["padded_size"])
+    whole = resize(torch.einsum("bnhw,nk->bkhw", main["masks"], main["classes"]), like=main["size"])
     assert torch.equal(model(images), whole[..., :40, :72]) and len(model.get_classifier()) == 2
 
 
@@ -303,7 +301,7 @@ def test_the_matrix_and_several_heads_take_a_head_of_named_outputs(monkeypatch):
     assert matrix.row("test_resnet", heads=["queries", "linear"]) == {"queries": "ok", "linear": "ok"}
     model = MultiPredictor("test_resnet", {"parts": ("queries", 4, {}), "depth": ("linear", 1, {})})
     images = torch.randn(2, 3, 64, 96)
-    assert set(model(images)["parts"]) == {"main", "padded_size"} and set(model(images)["depth"]) == {"main"}
+    assert set(model(images)["parts"]) == {"main"} and set(model(images)["depth"]) == {"main"}
     assert {name: tuple(x.shape) for name, x in model.eval()(images).items()} == {
         "parts": (2, 4, 64, 96),
         "depth": (2, 1, 64, 96),
@@ -316,7 +314,9 @@ def test_a_head_without_its_protocol_says_what_is_missing():
         get_classifier = Head.get_classifier
 
     model = DensePredictor("test_resnet", Silent, 4).eval()
-    with pytest.raises(NotImplementedError, match="Silent returns masks, classes, layers: scores\\(\\) must make B K h w"):
+    with pytest.raises(
+        NotImplementedError, match="Silent returns masks, classes, layers, size: scores\\(\\) must make B K h w"
+    ):
         model(torch.randn(1, 3, 32, 32))
     with pytest.raises(NotImplementedError, match="Silent does not say which layer"):
         model.get_classifier()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from heads import HEADS, FeatureBackbone
+from heads import HEADS, FeatureBackbone, Head
 from heads.features import on_meta
 from train.bench.clock import in_own_process, measure, one_thread, peak_resident, shown, training_step
 
@@ -38,7 +38,18 @@ class Case:
     peers: dict[str, Callable[[list[int]], nn.Module]] = field(default_factory=dict)
 
     def variants(self) -> dict[str, Callable[[list[int]], nn.Module]]:
-        return {"ours": lambda channels: HEADS[self.head](channels, CLASSES, **self.args), **self.peers}
+        return {"ours": lambda channels: Scored(HEADS[self.head](channels, CLASSES, **self.args)), **self.peers}
+
+
+class Scored(nn.Module):
+    """A head and its scores: list of maps -> B K h w, whatever the head returns."""
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.head.scores(self.head(maps))
 
 
 class Peer(nn.Module):
@@ -129,6 +140,8 @@ CASES = [
     Case("sdt", "sdt", features=TOKENS),
     Case("glpn", "glpn"),
     Case("mask_transformer", "mask_transformer"),
+    Case("mask2former", "mask2former"),
+    Case("kmax", "kmax"),
 ]
 
 
