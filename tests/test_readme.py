@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train import config
+from train import recipes
 from train.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def test_the_extras_that_commands_name_exist():
 def test_a_training_command_names_a_shipped_configuration(line):
     words = line.split()
     name = next(after for word, after in zip(words, words[1:]) if word == "train" and after != "train")
-    assert name in config.shipped()
+    assert name in recipes.shipped()
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("zoo ")])

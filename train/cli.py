@@ -190,12 +190,10 @@ def print_pairs(values: dict[str, Any]) -> None:
 
 
 def list_models(args: argparse.Namespace) -> None:
-    from train import config, describe
+    from train import describe
 
     if args.configs:
-        for name in config.shipped():
-            if args.filter in name:
-                print(name)
+        print_table(describe.configurations(args.filter))
         return
     print_table(describe.models(args.filter, args.license, args.pretrained))
 

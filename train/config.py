@@ -6,9 +6,7 @@ against its signature. Text such as 1e-4, which YAML reads as a string, becomes 
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +21,11 @@ from backbones.edits import EDITS
 from heads import HEADS
 from train.checks import arguments, hint, known
 from train.data import DATASETS
+from train.reading import parse, set_key
+from train.recipes import read
 from train.schema import SECTIONS, Config, InferConfig
 from train.tasks import TASKS, Task
 from train.transforms import check_augment, check_eval_resize
-
-
-class Yaml(yaml.SafeLoader):
-    """PyYAML's safe loader with the booleans of YAML 1.2, true and false: `no` stays the text that run.precision takes."""
-
-
-Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
-
-
-def shipped() -> list[str]:
-    """Names of the configurations in the package: quickstart, cifar10/nat_mini, ..."""
-    folder = resources.files("configs")
-    with resources.as_file(folder) as root:
-        return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-
-
-def read(name: str) -> tuple[str, dict[str, Any]]:
-    """(name of the run, content) of a shipped configuration or of a YAML file.
-
-    Raises FileNotFoundError with the nearest shipped name, ValueError if the file is no mapping of sections.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise FileNotFoundError(f"no configuration file {name}")
-        text, title = path.read_text(), path.stem
-    elif name in shipped():
-        text, title = resources.files("configs").joinpath(f"{name}.yaml").read_text(), name
-    else:
-        raise FileNotFoundError(f"no configuration {name!r} is shipped, and there is no such file; {hint(name, shipped())}")
-    try:
-        values = yaml.load(text, Yaml) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected sections such as 'task:' and 'data:', got {type(values).__name__}")
-    return title, values
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -99,11 +58,7 @@ def override(values: dict[str, Any], text: str) -> None:
         raise ValueError(f"cannot read {text!r}: overrides have the form --section.key=value")
     if parts[0] not in (*SECTIONS, "task"):
         raise ValueError(f"unknown section {parts[0]!r} in {text!r}: {hint(parts[0], [*SECTIONS, 'task'])}")
-    for part in parts[:-1]:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"cannot set {key!r}: {part!r} is {values!r}, which has no keys")
-    values[parts[-1]] = yaml.load(value, Yaml)
+    set_key(values, key, parse(value, f"{value[:60]!r} of --{key}"))
 
 
 def resolve(values: Mapping[str, Any]) -> Config:

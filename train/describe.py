@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
 from backbones.ops import neighborhood
+from train import recipes
 from train.checks import hint
 from weights import manifest
 
@@ -21,7 +22,7 @@ def models(pattern: str = "", license: str | None = None, pretrained: bool = Fal
     pattern: wildcards, or a part of the name; license: a part of the licence's name, e.g. "mit"; pretrained: only models that
     have weights. Models without weights have an empty tag.
     """
-    names = [name for name in backbones.list_models() if fnmatch.fnmatch(name, pattern or "*") or (pattern and pattern in name)]
+    names = [name for name in backbones.list_models() if matches(name, pattern)]
     known: dict[str, list[dict]] = {}
     for entry in manifest.checkpoints():
         known.setdefault(entry["name"], []).append(entry)
@@ -43,6 +44,23 @@ def models(pattern: str = "", license: str | None = None, pretrained: bool = Fal
                 }
             )
     return rows
+
+
+def configurations(pattern: str = "") -> list[dict[str, str]]:
+    """One row per shipped configuration whose name matches: name, published and measured score, hardware, source."""
+    return [
+        {
+            "configuration": name,
+            **{key: recipes.about(name).get(key, "") for key in ("published", "measured", "hardware", "source")},
+        }
+        for name in recipes.shipped()
+        if matches(name, pattern)
+    ]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name has these wildcards, or this part; every name has the empty one."""
+    return fnmatch.fnmatch(name, pattern or "*") or pattern in name
 
 
 def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | None = None) -> dict[str, Any]:

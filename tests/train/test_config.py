@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from train import config
+from train import config, recipes
 
 QUICK = "quickstart"
 
@@ -70,7 +70,7 @@ def test_a_missing_argument_is_named():
         config.resolve({"task": {"name": "segmentation"}, "optim": {"steps": 1}})
 
 
-@pytest.mark.parametrize("name", config.shipped())
+@pytest.mark.parametrize("name", recipes.shipped())
 def test_what_is_printed_loads_as_the_same_configuration(name, tmp_path):
     loaded = config.load(name)
     (tmp_path / "again.yaml").write_text(config.as_yaml(loaded))

@@ -1,12 +1,13 @@
 """Every shipped configuration builds its model and takes a step; only widths and image size are shrunk."""
 
-from importlib import resources
+import re
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from train import config, engine, optim, setup
+from train import config, engine, optim, recipes, setup
 
 SIZE = 64
 NARROW = {  # backbone file -> arguments that make its models narrow; depths stay
@@ -45,7 +46,7 @@ def batch_for(task, loaded):
     return batch
 
 
-@pytest.mark.parametrize("name", config.shipped())
+@pytest.mark.parametrize("name", recipes.shipped())
 def test_a_shipped_configuration_takes_a_step(name):
     torch.manual_seed(0)
     loaded = config.load(name, [f"--data.size=[{SIZE}, {SIZE}]", "--model.pretrained=false", "--model.checkpoint=null"])
@@ -79,9 +80,16 @@ def test_a_shipped_configuration_takes_a_step(name):
     assert prediction is not None
 
 
-def test_every_header_says_source_result_command_and_time():
-    for name in config.shipped():
-        text = resources.files("configs").joinpath(f"{name}.yaml").read_text()
-        header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-        assert "zoo train" in header or "-m train train" in header, f"{name}: no command"
-        assert "ours" in header.lower() or "reached" in header.lower(), f"{name}: no result, not even 'not yet run'"
+def test_a_recipe_says_where_it_is_from_and_what_it_reached():
+    for name in recipes.shipped():
+        about = recipes.about(name)
+        assert about.get("source") and about.get("measured"), f"{name}: source or measured is missing, not even 'not yet run'"
+        assert "not yet run" in about["measured"] or re.search(r"\d", about["measured"]), name
+
+
+def test_a_recipe_names_its_command():
+    for path in sorted((Path(recipes.__file__).parent.parent / "configs").rglob("*.yaml")):
+        folder = "" if path.parent.name == "configs" else f"{path.parent.name}/"
+        names = [f"{folder}{path.stem}", f"{folder}VARIANT"]
+        text = path.read_text(encoding="utf-8")
+        assert any(f"# zoo train {name}" in text or f"--no-python zoo train {name}" in text for name in names), path
