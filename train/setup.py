@@ -1,9 +1,8 @@
 """What a run is made of before its first step: process, folder, data and model."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -117,7 +116,7 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
     net = task.build(config.model)
     if config.model.checkpoint is not None:
         say(str(load_weights(net, config.model.checkpoint)))
-    net = edit_backbone(net, config.model.edits)
+    net = backbones.edits.apply(net, config.model.edits)
     if config.model.freeze_backbone:
         optim.freeze_backbone(net)
     if config.run.grad_checkpointing:
@@ -125,14 +124,6 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
         net.set_grad_checkpointing(True)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
-
-
-def edit_backbone(net: nn.Module, edits: Sequence[dict[str, Any]]) -> nn.Module:
-    """The model with the edits applied to its backbone; they find it under a head, or as the whole of a classifier."""
-    if not hasattr(net, "backbone"):
-        return backbones.edits.apply(net, edits)
-    net.backbone.model = backbones.edits.apply(net.backbone.model, edits)
-    return net
 
 
 def load_weights(net: nn.Module, source: str, strict: bool = False) -> weights.load.Report:

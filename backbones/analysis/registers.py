@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.edits.registers import RULES, mlp_blocks
+from backbones.vit import Part
 
 
 @dataclass
@@ -48,7 +49,7 @@ class RegisterNeurons:
 
 @torch.no_grad()
 def find_register_neurons(
-    model: nn.Module,
+    model: Part,
     images: Tensor | Iterable,
     threshold: float | None = None,
     detect_layer: int = -2,
@@ -95,7 +96,8 @@ def find_register_neurons(
             x = outlier_scores(inputs[0], outliers, rule, sparse_share, sparse_below).sum(0).double()
             scores[layer] = scores[layer] + x if layer in scores else x
 
-        hooks = [(blocks[layer].mlp.drop1, partial(add, layer=layer)) for layer in searched]
+        mlps: list[Part] = [block.mlp for block in blocks]
+        hooks = [(mlps[layer].drop1, partial(add, layer=layer)) for layer in searched]
         _run(model, batch, searched[-1], hooks)
     if not used:
         raise ValueError(f"none of {seen} images has a token with norm above {threshold:g}; the largest is {largest:g}")
@@ -130,7 +132,7 @@ class Artefacts:
 
 @torch.no_grad()
 def measure_artefacts(
-    model: nn.Module, images: Tensor | Iterable, layer: int = -2, threshold: float | None = None, batch_size: int = 8
+    model: Part, images: Tensor | Iterable, layer: int = -2, threshold: float | None = None, batch_size: int = 8
 ) -> Artefacts:
     """Norms of the patch tokens (class token and registers apart) at the output of block `layer`, before any final norm.
 
@@ -150,7 +152,7 @@ def measure_artefacts(
     return Artefacts(flat.max().item(), (flat > threshold).float().mean().item(), threshold, flat.numel())
 
 
-def batches(model: nn.Module, images: Tensor | Iterable, batch_size: int) -> Iterator[Tensor]:
+def batches(model: Part, images: Tensor | Iterable, batch_size: int) -> Iterator[Tensor]:
     """Batches of images, B 3 H W, where the model is."""
     parameter = next(model.parameters())
     for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
@@ -161,7 +163,7 @@ def batches(model: nn.Module, images: Tensor | Iterable, batch_size: int) -> Ite
         yield batch.to(parameter.device, parameter.dtype)
 
 
-def _token_norms(model: nn.Module, images: Tensor, layer: int) -> Tensor:
+def _token_norms(model: Part, images: Tensor, layer: int) -> Tensor:
     """Norms of all tokens, prefix included, at the output of block `layer` (negative from the end): B N."""
     count = len(model.blocks)
     if not -count <= layer < count:
@@ -180,7 +182,7 @@ def _token_norms(model: nn.Module, images: Tensor, layer: int) -> Tensor:
     return norms[0]
 
 
-def _run(model: nn.Module, images: Tensor, last: int, hooks: Sequence[tuple] = ()) -> None:
+def _run(model: Part, images: Tensor, last: int, hooks: Sequence[tuple] = ()) -> None:
     """The model up to block `last` in evaluation mode, with forward pre-hooks (module, function)."""
     with evaluation(model):
         handles = [module.register_forward_pre_hook(function) for module, function in hooks]

@@ -10,15 +10,17 @@ weights: many of them rename or reshape parameters, so a checkpoint of the plain
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from backbones.edits.registers import add_test_time_registers
+from backbones.edits.token_merging import token_merging
 
 EDITS: dict[str, Callable[..., nn.Module]] = {
     "test_time_registers": add_test_time_registers,
+    "token_merging": token_merging,
 }
 
 
@@ -26,7 +28,8 @@ def apply(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
     """Apply edits in the given order; returns the edited model, which may be another object.
 
     Args:
-        model: a timm model or one of ours, with its weights loaded.
+        model: a timm model or one of ours, with its weights loaded; under a head (`.backbone`) or a feature wrapper (`.model`)
+            the edits find it inside.
         edits: for each edit its "name" and its arguments, e.g. {"name": "test_time_registers", "neurons": {9: [12]}}.
 
     Raises ValueError for an unknown name or argument, and for a model that an edit cannot change, before a later edit runs.
@@ -43,6 +46,14 @@ def apply(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
             if key not in valid:
                 raise ValueError(f"edit {name!r} has no argument {key!r}: {_nearest(key, valid)}")
         steps.append((name, args))
+    return _edited(model, steps)
+
+
+def _edited(model: nn.Module, steps: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
+    for wrapped in ("backbone", "model"):
+        if isinstance(inner := getattr(model, wrapped, None), nn.Module):
+            setattr(model, wrapped, _edited(inner, steps))
+            return model
     for name, args in steps:
         model = EDITS[name](model, **args)
     return model

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from backbones.vit import Part
+
 RULES = ("code", "paper")
 PATCHES = ("zero", "mean", "only_outliers", "same")
 
@@ -31,10 +33,11 @@ class RegisterEdit(nn.Module):
 
     def __init__(self, neurons: Sequence[int], first: int, count: int, scale: float | Sequence[float], rule: str, patches: str):
         super().__init__()
+        self.neurons: Tensor
         self.indices, self.first, self.count, self.rule, self.patches = list(neurons), first, count, rule, patches
-        self.steps = [(first, count, scale)]  # (first register, how many, scale), done in turn
-        if not isinstance(scale, int | float):
-            self.steps = [(first + i, 1, s) for i, s in enumerate(scale)]
+        scales = [scale] if isinstance(scale, int | float) else scale
+        each = count if isinstance(scale, int | float) else 1
+        self.steps = [(first + i * each, each, s) for i, s in enumerate(scales)]  # (first register, how many, scale), in turn
         self.register_buffer("neurons", torch.tensor(self.indices), persistent=False)
 
     def init_non_persistent_buffers(self) -> None:
@@ -76,7 +79,7 @@ class RegisterEdit(nn.Module):
 
 
 def add_test_time_registers(
-    model: nn.Module,
+    model: Part,
     neurons: Mapping[int, Sequence[int]] | None = None,
     num_registers: int = 1,
     scale: float | Sequence[float] = 1.0,
@@ -127,7 +130,7 @@ def add_test_time_registers(
         if hasattr(module, "num_prefix_tokens"):
             module.num_prefix_tokens += num_registers
     for layer, units in neurons.items():
-        mlp = blocks[layer].mlp
+        mlp: Part = blocks[layer].mlp
         edit = RegisterEdit(units, first, num_registers, scale, rule, patches)
         mlp.drop1 = nn.Sequential(edit.to(like.device), mlp.drop1)
     model.test_time_registers = num_registers
@@ -148,16 +151,17 @@ def check_rule(rule: str, patches: str, scale: float | Sequence[float], num_regi
         raise ValueError(f"{num_registers} registers need one scale, or one for each, got {len(scale)}")
 
 
-def check_neurons(blocks: Sequence[nn.Module], layer: int, units: Sequence[int]) -> None:
+def check_neurons(blocks: nn.Sequential, layer: int, units: Sequence[int]) -> None:
     """ValueError if a layer's list of neurons cannot be edited."""
     if not 0 <= layer < len(blocks):
         raise ValueError(f"layer {layer} is not in 0..{len(blocks) - 1}")
-    hidden = blocks[layer].mlp.fc2.in_features
+    mlp: Part = blocks[layer].mlp
+    hidden = mlp.fc2.in_features
     if not units or len(set(units)) != len(units) or not all(0 <= unit < hidden for unit in units):
         raise ValueError(f"layer {layer} needs different neurons of 0..{hidden - 1}, at least one, got {list(units)}")
 
 
-def mlp_blocks(model: nn.Module) -> nn.Sequential:
+def mlp_blocks(model: Part) -> nn.Sequential:
     """The blocks of a timm ViT; ValueError if their MLPs are not of the kinds whose activation can be read and edited."""
     blocks = getattr(model, "blocks", None)
     if not blocks or not all(hasattr(getattr(block, "mlp", None), "drop1") for block in blocks):
@@ -168,7 +172,7 @@ def mlp_blocks(model: nn.Module) -> nn.Sequential:
 
 
 @torch.no_grad()
-def _take_prefix_out_of_position_embedding(model: nn.Module) -> None:
+def _take_prefix_out_of_position_embedding(model: Part) -> None:
     """Add the position of class and register tokens to the tokens, and keep a position embedding of patches only."""
     if model.pos_embed is not None and not model.no_embed_class and (prefix := model.num_prefix_tokens):
         position, start = model.pos_embed, 0
