@@ -1,6 +1,7 @@
 """Which heads work on a backbone: measured, not assumed."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from .features import FeatureBackbone
 from .model import at_image_size, build_head, run_head
 from .table import HEADS
 
-NARROW = {  # arguments that make a head small: only shapes and gradients are checked
+NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only shapes and gradients are checked
     "linear": {},
     "fcn": {"width": 16},
     "fpn": {"width": 16, "head_width": 16},
@@ -19,6 +20,8 @@ NARROW = {  # arguments that make a head small: only shapes and gradients are ch
     | {"decoder_ffn": 8, "heads": 2},
     "kmax": {"queries": 4, "widths": [8], "blocks": [1], "layers": [1, 1, 1], "base": 8, "ffn": 8, "heads": 2}
     | {"head_width": 8, "embedding": 8, "aux_width": 8, "aux_projections": [4, 4]},
+    "monodepth2": {"widths": [8]},
+    "lite_mono": {},
 }
 
 

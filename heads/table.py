@@ -1,6 +1,7 @@
 """The heads by the name that a config or a call gives them."""
 
 from .base import Head
+from .disparity import LiteMonoDecoder, Monodepth2
 from .dpt import DPT
 from .fcn import FCN
 from .fpn import FPN
@@ -25,4 +26,6 @@ HEADS: dict[str, type[Head]] = {
     "mask_transformer": MaskTransformer,
     "mask2former": Mask2Former,
     "kmax": KMax,
+    "monodepth2": Monodepth2,
+    "lite_mono": LiteMonoDecoder,
 }

@@ -142,6 +142,8 @@ CASES = [
     Case("mask_transformer", "mask_transformer"),
     Case("mask2former", "mask2former"),
     Case("kmax", "kmax"),
+    Case("monodepth2", "monodepth2"),
+    Case("lite_mono", "lite_mono"),
 ]
 
 
