@@ -10,6 +10,7 @@ from train.losses import (
     SEGMENTATION_LOSSES,
     berhu,
     cross_entropy,
+    cross_entropy_divisor,
     dice,
     focal,
     gradient,
@@ -21,7 +22,6 @@ from train.losses import (
     silog,
     ssi_mse,
     trimmed_mae,
-    valid_weight,
 )
 
 
@@ -103,14 +103,14 @@ def test_class_weights_divide_by_the_weight_of_the_valid_pixels():
     torch.testing.assert_close(
         cross_entropy(logits, mask, class_weight=weight), F.cross_entropy(logits, mask, weight, ignore_index=255)
     )
-    assert valid_weight(mask, 255, weight) == pytest.approx(float(weight[mask[mask != 255]].sum()))
+    assert cross_entropy_divisor(mask, 255, weight) == pytest.approx(float(weight[mask[mask != 255]].sum()))
     with pytest.raises(ValueError, match="5 classes"):
         cross_entropy(logits, mask, class_weight=[1.0, 2.0])
 
 
-def test_micro_batches_weighted_by_valid_weight_give_the_mean_of_the_whole():
+def test_micro_batches_weighted_by_cross_entropy_divisor_give_the_mean_of_the_whole():
     logits, mask = batch()
-    parts = [(cross_entropy(logits[i : i + 1], mask[i : i + 1]), valid_weight(mask[i : i + 1])) for i in range(2)]
+    parts = [(cross_entropy(logits[i : i + 1], mask[i : i + 1]), cross_entropy_divisor(mask[i : i + 1])) for i in range(2)]
     merged = sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
     torch.testing.assert_close(merged, cross_entropy(logits, mask))
 

@@ -82,7 +82,7 @@ def resolve(values: Mapping[str, Any]) -> Config:
             raise ValueError(f"data.{name} has {len(channels)} values but model.in_chans is {model.in_chans}")
         setattr(data, name, channels)
     task = build_task(config)
-    dense = any(target in ("mask", "depth") for target in task.targets)
+    dense = any(target in ("mask", "depth") for target in task.targets("train"))
     check_augment(config.augment, dense, data.size, data.mean, data.std)
     check_eval_resize(data.eval_resize, dense)
     if isinstance(data.eval_resize, tuple) and data.eval_batch > 1:

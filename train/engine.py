@@ -32,7 +32,7 @@ from train.schema import Config
 from train.setup import build, check_folder, dataset, open_folder, start
 from train.state import Parts, RunState, improved, restore, save
 from train.tasks import Task
-from train.tasks.base import Names
+from train.tasks.base import Names, stacked
 
 
 @dataclass
@@ -108,14 +108,17 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
         loader.seed_all(config.run.seed, step, rank)
         schedule.step_update(step)
         micro, waited = loader.take(run.batches, run.micro_batches, accelerator.device, config.run.channels_last)
-        counts = torch.stack([task.weight(batch) for batch in micro])
+        micro = [task.augment(batch) for batch in micro]
+        found = [task.counts(batch) for batch in micro]
+        terms = found[0]  # by name
+        counts = torch.stack([stacked(each, terms) for each in found])
         shares = counts / accelerator.reduce(counts.sum(0), "sum").clamp_min(1e-12)
         losses = []
         for i, (batch, share) in enumerate(zip(micro, shares, strict=True)):
             with accelerator.no_sync(model) if i + 1 < len(micro) else contextlib.nullcontext():
                 with accelerator.autocast():
-                    loss = (task.loss(model, batch) * share).sum()
-                accelerator.backward(loss * world)  # gradients are averaged over processes; the loss is a sum
+                    loss = stacked(task.losses(task.forward(model, batch), batch), terms) * share
+                accelerator.backward(loss.sum() * world)  # gradients are averaged over processes; the loss is a sum
             losses.append(loss.detach())
         if config.optim.clip_norm:
             grad_norm = accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)  # before clipping
@@ -129,7 +132,7 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
             average.update(run.parts.net, step + 1)
         state.step = step + 1
         files = [(loss, batch["path"]) for loss, batch in zip(losses, micro, strict=True)]
-        log.step(state.step, sum(losses), grad_norm, max(group["lr"] for group in optimizer.param_groups), files, waited)
+        log.step(state.step, terms, files, grad_norm, max(group["lr"] for group in optimizer.param_groups), waited)
 
         last = state.step == run.steps
         due = last or state.step % config.run.log_every == 0

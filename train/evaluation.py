@@ -48,10 +48,10 @@ def evaluate(
             damaged.note("val", [batch])
         batch = loader.on_device(batch, accelerator.device, config.run.channels_last)
         with accelerator.autocast():
-            output = run(batch["image"])
+            output = task.forward(run, batch)
         if counts:
             task.measure(metric, output, batch)
-    metric.sums = {name: accelerator.reduce(value, "sum") for name, value in metric.sums.items()}
+    metric.apply(lambda total: accelerator.reduce(total, "sum"))
     return metric.compute()
 
 
@@ -119,7 +119,7 @@ def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerato
     for i in chosen:
         batch = loader.on_device(loader.collate([data[i]]), accelerator.device, config.run.channels_last)
         with accelerator.autocast():
-            output = inference(task, model, config)(batch["image"])
+            output = task.forward(inference(task, model, config), batch)
         prediction = task.measure(task.metric(), output, batch)
         image = visualize.to_rgb(batch["image"][0], config.data.mean, config.data.std)
         rows.append(task.picture(image, batch, prediction, names))

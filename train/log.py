@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Log:
         self.folder, self.start, self.steps, self.every, self.images = folder, start, steps, every, images
         self.epoch_steps, self.main, self.total, self.tracker, self.scaled = epoch_steps, main, total, tracker, scaled
         self.pending: list[dict[str, Any]] = []
+        self.headers: dict[str, list[str]] = {}
         self.waited, self.clock = 0.0, time.perf_counter()
         self.console = Console(quiet=not main, highlight=False)
         self.bar, self.board = None, None
@@ -73,18 +74,29 @@ class Log:
     def step(
         self,
         step: int,
-        loss: Tensor,
+        terms: Iterable[str],
+        parts: Sequence[tuple[Tensor, Sequence[str]]],
         grad_norm: Tensor,
         lr: float,
-        parts: Sequence[tuple[Tensor, Sequence[str]]],
         waited: float,
     ) -> None:
-        """Notes a finished step; `step` counts from 1.
+        """Notes a finished step. Nothing is read back from the device until the interval is full.
 
-        loss: this process's share of the step's loss; parts: loss and files of each of its micro-batches; waited: seconds spent
-        waiting for data. Nothing is read back from the device until the interval is full. Raises NonFiniteLoss then.
+        Raises NonFiniteLoss then, ValueError for a term that has the name of another column.
+
+        Args:
+            step: counts from 1.
+            terms: names of the terms of the loss.
+            parts: of each micro-batch of this process its share of the step's loss, by term (1-d), and its files.
+            grad_norm: before clipping.
+            lr: the largest learning rate.
+            waited: seconds spent waiting for data.
         """
-        self.pending.append({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "parts": parts})
+        terms = tuple(terms)
+        if taken := [name for name in terms if name in COLUMNS]:
+            raise ValueError(f"a term of the loss is called {taken[0]!r}, which is another column of log.csv: rename it")
+        loss = torch.stack([sum(part.sum() for part, _ in parts), *sum(part for part, _ in parts)])  # the total, then each term
+        self.pending.append({"step": step, "terms": terms, "loss": loss, "grad_norm": grad_norm, "lr": lr, "parts": parts})
         self.waited += waited
         if self.bar is not None:
             self.bar.advance(self.row)
@@ -95,17 +107,19 @@ class Log:
         """Reports the steps noted since the last report; on every process at once."""
         if not self.pending:
             return
-        losses = self.total(torch.stack([note["loss"] for note in self.pending]).float()).tolist()
+        table = self.total(torch.stack([note["loss"] for note in self.pending]).float())
+        losses = table[:, 0].tolist()
         norms = torch.stack([torch.as_tensor(note["grad_norm"]).float() for note in self.pending]).tolist()
         for note, loss, norm in zip(self.pending, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaled):
-                raise NonFiniteLoss(self._complaint(note, loss, norm))
+                raise NonFiniteLoss(complaint(note, loss, norm))
         seconds = time.perf_counter() - self.clock
         last = self.pending[-1]
         values = {
             "step": last["step"],
             "epoch": round(last["step"] / self.epoch_steps, 4),
             "loss": sum(losses) / len(losses),
+            **{name: sum(column) / len(losses) for name, column in zip(last["terms"], table[:, 1:].T.tolist(), strict=True)},
             "lr": last["lr"],
             "grad_norm": norms[-1],
             "images_per_s": len(losses) * self.images / seconds,
@@ -123,15 +137,6 @@ class Log:
         else:
             self.say(f"step {values['step']}/{self.steps}  {text}")
 
-    def _complaint(self, note: Mapping[str, Any], loss: float, norm: float) -> str:
-        files = [path for part, paths in note["parts"] if not bool(torch.isfinite(part).all()) for path in paths]
-        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
-        return (
-            f"step {note['step']}: the loss is {loss}, the gradient norm {norm:.4g}, the learning rate {note['lr']:.3g}; "
-            f"files of the micro-batch: {shown or 'on another process, or the loss was finite and its gradient not'}. "
-            "Lower optim.lr, set optim.clip_norm or run.precision=no, and continue with --resume from the last checkpoint"
-        )
-
     def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float, note: str = "") -> None:
         """Reports an evaluation."""
         self.write("metrics.csv", {"step": step, **metrics}, "val")
@@ -144,11 +149,11 @@ class Log:
         if not self.main:
             return
         path = self.folder / name
+        if name not in self.headers:
+            self.headers[name] = widen(path, list(values))
         with open(path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if file.tell() == 0:
-                writer.writerow(values)
-            writer.writerow(repr(value) if isinstance(value, float) else value for value in values.values())
+            row = {key: repr(value) if isinstance(value, float) else value for key, value in values.items()}
+            csv.DictWriter(file, self.headers[name]).writerow(row)
         numbers = {f"{prefix}/{key}": value for key, value in values.items() if key != "step"}
         for key, value in numbers.items():
             self.board.add_scalar(key, value, values["step"])
@@ -172,6 +177,20 @@ class Log:
             self.board.close()
 
 
+def complaint(note: Mapping[str, Any], loss: float, norm: float) -> str:
+    """What is said of a step whose loss or gradient is not finite."""
+    wrong = [name for i, name in enumerate(note["terms"]) if not all(bool(part[i].isfinite()) for part, _ in note["parts"])]
+    files = [path for part, paths in note["parts"] if not bool(part.isfinite().all()) for path in paths]
+    named = f" ({', '.join(wrong)})" if wrong else ""
+    shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+    return (
+        f"step {note['step']}: the loss is {loss}{named}, the gradient norm {norm:.4g}, the "
+        f"learning rate {note['lr']:.3g}; "
+        f"files of the micro-batch: {shown or 'on another process, or the loss was finite and its gradient not'}. "
+        "Lower optim.lr, set optim.clip_norm or run.precision=no, and continue with --resume from the last checkpoint"
+    )
+
+
 def truncate(path: Path, step: int) -> None:
     """Drops the rows of a CSV file after `step`, which a resumed run will write again."""
     if not path.is_file():
@@ -184,13 +203,32 @@ def truncate(path: Path, step: int) -> None:
     checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
 
 
+def widen(path: Path, names: list[str]) -> list[str]:
+    """The header of a CSV file of a run, with `names` in it: written if there is none, widened if a resumed run has other terms
+    or metrics than its first rows.
+    """
+    rows = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            rows = list(csv.reader(file))
+    header = rows[0] if rows else []
+    if set(names) <= set(header):
+        return header
+    wider, text = [*names, *(name for name in header if name not in names)], io.StringIO(newline="")
+    writer = csv.DictWriter(text, wider)
+    writer.writeheader()
+    writer.writerows(dict(zip(header, row, strict=True)) for row in rows[1:])
+    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+    return wider
+
+
 def read(path: Path) -> dict[str, list[float]]:
     """Columns of a CSV file of a run; empty if there is none."""
     if not path.is_file():
         return {}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
 
 
 def memory_mb() -> float:

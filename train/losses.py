@@ -32,11 +32,23 @@ def weight_vector(class_weight: Tensor | list[float] | None, logits: Tensor) -> 
     return weight
 
 
-def valid_weight(mask: Tensor, ignore_index: int = 255, class_weight: Tensor | list[float] | None = None) -> Tensor:
-    """0-d float: the number of valid pixels, or the sum of their class weights: what `cross_entropy` divides by."""
-    valid = mask != ignore_index
+def valid_pixels(mask: Tensor, ignore_index: int = 255) -> Tensor:
+    """How many pixels are not void: 0-d float."""
+    return (mask != ignore_index).sum().float()
+
+
+def cross_entropy_divisor(
+    mask: Tensor,
+    ignore_index: int = 255,
+    class_weight: Tensor | list[float] | None = None,
+    average: Literal["valid", "all"] = "valid",
+) -> Tensor:
+    """What `cross_entropy` with these arguments divides its sum by: 0-d float."""
+    if average == "all":
+        return torch.tensor(float(mask.numel()), device=mask.device)
     if class_weight is None:
-        return valid.sum().float()
+        return valid_pixels(mask, ignore_index)
+    valid = mask != ignore_index
     weight = torch.as_tensor(class_weight, dtype=torch.float32, device=mask.device)
     return (weight[torch.where(valid, mask, 0).long()] * valid).sum()
 
@@ -63,7 +75,7 @@ def cross_entropy(
     )
     if average == "all":
         return total / mask.numel()
-    return total / valid_weight(mask, ignore_index, weight).clamp_min(1e-12)
+    return total / cross_entropy_divisor(mask, ignore_index, weight).clamp_min(1e-12)
 
 
 def focal(

@@ -5,6 +5,7 @@ sums, so a number never depends on how the data were split. All results are frac
 """
 
 import abc
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ class Metric(abc.ABC):
 
     def to(self, device: torch.device | str) -> "Metric":
         """Move the sums, so that they can be reduced where the collective library wants them."""
-        self.sums = {name: value.to(device) for name, value in self.sums.items()}
+        self.apply(lambda value: value.to(device))
         return self
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every sum by what a function makes of it: its total over the processes, a copy elsewhere."""
+        self.sums = {name: function(value) for name, value in self.sums.items()}
 
     def add(self, name: str, value: Tensor) -> None:
         """Add to one of the sums, wherever it lives."""

@@ -43,14 +43,16 @@ def predict(
             raise FileExistsError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     size, mean, std = tuple(config.data.size), tuple(config.data.mean), tuple(config.data.std)
-    transform = build_transform(False, task.targets, size, mean, std, config.augment, eval_resize=config.data.eval_resize)
+    targets, resize = task.targets("val"), config.data.eval_resize
+    transform = build_transform(False, targets, size, mean, std, config.augment, eval_resize=resize)
     run_model = inference(task, model, config)
     written: list[Path] = []
     for path, stem in stems.items():
         pixels = torch.from_numpy(rgb_array(ImageOps.exif_transpose(open_image(path))))  # phones store photographs lying
         batch = collate([transform({"image": tv_tensors.Image(pixels), "path": str(path)})])
         with torch.no_grad():
-            prediction = task.predict(run_model(batch["image"].to(device)), tuple(pixels.shape[-2:]))
+            output = task.forward(run_model, {**batch, "image": batch["image"].to(device)})
+            prediction = task.predict(output, tuple(pixels.shape[-2:]))
         written += task.write(stem, visualize.to_rgb(pixels), prediction, names)
     say(f"{len(files)} images, {len(written)} files in {out}")
     return written

@@ -93,16 +93,16 @@ def dataset(config: Config, task: Task, split: str) -> Dataset:
     """A split with its transform: seeded by the draw for training. Raises ValueError if it does not fit the task."""
     data = config.data
     train = split == "train"
-    plain = open_split(data, split, task.targets)
+    targets = task.targets(split)
+    plain = open_split(data, split, targets)
     task.check(plain)
     if not len(plain):
         raise ValueError(f"{data.name} has no {split} samples")
     size, mean, std = tuple(data.size), tuple(data.mean), tuple(data.std)
-    transform = build_transform(
-        train, task.targets, size, mean, std, config.augment, plain.ignore_index, config.data.eval_resize
-    )
+    transform = build_transform(train, targets, size, mean, std, config.augment, plain.ignore_index, config.data.eval_resize)
     if train:
-        return Seeded(plain, transform, config.run.seed)
+        own = None if type(task).sample is Task.sample else task.sample  # a task may hold a teacher, which workers need not get
+        return Seeded(plain, transform, config.run.seed, own)
     plain.transform = transform
     return plain
 

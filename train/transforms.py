@@ -306,13 +306,20 @@ def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
 class Seeded(Dataset):
     """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers, processes or what ran before.
 
-    dataset: without a transform of its own; transform: of `build_transform`. An index may also be a pair (index, draw): then
+    dataset: without a transform of its own; transform: of `build_transform`; then: called on the transformed sample, and draws
+    from the same generators. An index may also be a pair (index, draw): then
     draw takes the place of the epoch, which gives an endless or a repeating sampler the same guarantee. The epoch lives in
     shared memory, so `set_epoch` reaches loader processes that are already running.
     """
 
-    def __init__(self, dataset: Dataset, transform: Callable[[dict], dict], seed: int = 0):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[[dict], dict],
+        seed: int = 0,
+        then: Callable[[dict], dict] | None = None,
+    ):
+        self.dataset, self.transform, self.seed, self.then = dataset, transform, seed, then
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -325,7 +332,8 @@ class Seeded(Dataset):
         index, draw = index if isinstance(index, tuple) else (index, int(self._epoch))
         sample = self.dataset[index]
         with seeded(self.seed, draw, index):
-            return self.transform(sample)
+            sample = self.transform(sample)
+            return sample if self.then is None else self.then(sample)
 
 
 _DRAWS = np.random.MT19937(0)  # numpy's generator inside `seeded`: swapping it in is 40 times as fast as saving the old state

@@ -176,7 +176,10 @@ def test_the_training_task_has_the_authors_loss_and_the_gradients_of_its_phase(c
     student.set_training_phase(phase)
     monkeypatch.setattr(task, "soft", lambda label: tensors["input/target"])
     images = tensors["input"]
-    loss = task.loss(student, {"image": images, "label": torch.zeros(len(images), dtype=torch.long)})
+    batch = {"image": images, "label": torch.zeros(len(images), dtype=torch.long)}
+    terms = task.losses(task.forward(student, batch), batch)
+    assert terms.keys() == task.counts(batch).keys()
+    loss = sum(terms.values())
     loss = loss * (len(images) if phase == "attn_recon" else 1)  # theirs is a sum over the images
     loss.backward()
     got = {"output": loss} | {f"grad/{key}": p.grad for key, p in student.named_parameters() if p.grad is not None}

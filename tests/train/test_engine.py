@@ -127,17 +127,17 @@ def test_the_seed_changes_the_run(tmp_path, finished):
 def test_a_stop_signal_saves_and_the_rest_follows_bit_for_bit(tmp_path, finished, capsys):
     folder, _ = finished
     configuration = tiny.make(tmp_path / "run", run={"save_every": 6})
-    asked, loss = [], Segmentation.loss
+    asked, forward = [], Segmentation.forward
 
     def stopping(self, model, batch):
         if not asked and len(losses(tmp_path / "run") if (tmp_path / "run" / "log.csv").exists() else []) == 3:
             asked.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what the process group had already
-        return loss(self, model, batch)
+        return forward(self, model, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Segmentation, "loss", stopping)
+        patch.setattr(Segmentation, "forward", stopping)
         summary = engine.fit(configuration)
     assert summary["stopped"] and summary["step"] == 4
     assert "stopped by a signal after step 4" in capsys.readouterr().out
@@ -189,16 +189,18 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(tmp_path, f
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_files(tmp_path):
-    loss, calls = Segmentation.loss, []
+    loss, calls = Segmentation.losses, []
 
-    def broken(self, model, batch):
+    def broken(self, outputs, batch):
         calls.append(1)
-        return loss(self, model, batch) * (math.nan if len(calls) == 5 else 1)
+        factor = math.nan if len(calls) == 5 else 1
+        return {name: value * factor for name, value in loss(self, outputs, batch).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Segmentation, "loss", broken)
+        patch.setattr(Segmentation, "losses", broken)
         with pytest.raises(
-            log.NonFiniteLoss, match=r"step 5: the loss is nan.*gradient norm nan.*learning rate.*scene-train-\d+"
+            log.NonFiniteLoss,
+            match=r"step 5: the loss is nan \(cross_entropy\).*gradient norm nan.*learning rate.*scene-train",
         ):
             engine.fit(tiny.make(tmp_path / "run"))
     weights, state = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))
@@ -206,19 +208,19 @@ def test_a_loss_that_is_no_number_stops_with_step_and_files(tmp_path):
 
 
 def test_bf16_runs_the_model_in_bf16_and_keeps_float_weights(tmp_path):
-    seen, loss = [], Segmentation.loss
+    seen, forward = [], Segmentation.forward
 
     def watching(self, model, batch):
         convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         handle = convolution.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        value = loss(self, model, batch)
+        value = forward(self, model, batch)
         handle.remove()
         return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Segmentation, "loss", watching)
+        patch.setattr(Segmentation, "forward", watching)
         engine.fit(tiny.make(tmp_path / "run", run={"precision": "bf16"}, optim={"steps": 1, "warmup_steps": 0}))
-    assert seen == [torch.bfloat16]
+    assert seen and set(seen) == {torch.bfloat16}
     assert {
         value.dtype for value in load_file(tmp_path / "run" / "model.safetensors").values() if value.is_floating_point()
     } == {torch.float32}

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from train import config, engine, optim, recipes, setup
+from train.tasks.base import stacked
 
 SIZE = 64
 NARROW = {  # backbone file -> arguments that make its models narrow; depths stay
@@ -37,11 +38,11 @@ def narrow(backbone):
 def batch_for(task, loaded):
     batch = {"image": torch.randn(2, loaded.model.in_chans, SIZE, SIZE), "path": ["a", "b"]}
     classes = loaded.task.get("num_classes") or loaded.task.get("parts", {}).get("segmentation", {}).get("num_classes")
-    if "label" in task.targets:
+    if "label" in task.targets("train"):
         batch["label"] = torch.tensor([0, classes - 1])
-    if "mask" in task.targets:
+    if "mask" in task.targets("train"):
         batch["mask"] = torch.randint(0, classes, (2, SIZE, SIZE))
-    if "depth" in task.targets:
+    if "depth" in task.targets("train"):
         batch["depth"] = torch.rand(2, 1, SIZE, SIZE) * 4 + 0.6
     return batch
 
@@ -68,15 +69,16 @@ def test_a_shipped_configuration_takes_a_step(name):
     engine.train_mode(net)
     batch = batch_for(task, loaded)
     before = {key: value.clone() for key, value in net.named_parameters()}
-    loss = task.loss(net, batch)
-    assert loss.shape == task.weight(batch).shape and loss.isfinite().all()
+    batch = task.augment(batch)
+    loss = stacked(task.losses(task.forward(net, batch), batch), task.counts(batch))
+    assert loss.isfinite().all()
     loss.sum().backward()
     optimizer.step()
     moved = [key for key, value in net.named_parameters() if not torch.equal(value, before[key])]
     assert moved and all(net.get_parameter(key).requires_grad for key in moved)
     net.eval()
     with torch.no_grad():
-        prediction = task.predict(net(batch["image"]), (SIZE, SIZE) if "label" not in batch else None)
+        prediction = task.predict(task.forward(net, batch), (SIZE, SIZE) if "label" not in batch else None)
     assert prediction is not None
 
 

@@ -9,7 +9,8 @@ from train import config
 from train.data import DATASETS
 from train.metrics import Metric
 from train.tasks import TASKS
-from train.tasks.base import Names, Task
+from train.tasks.base import Names, Task, stacked
+from train.tasks.dense import DenseTask
 
 SIZE = (8, 12)
 SEGMENTATION = {"name": "segmentation", "num_classes": 4}
@@ -46,7 +47,19 @@ class Pixelwise(nn.Module):
         out = self.conv(images)
         if self.kind == "Classification":
             return out.mean((2, 3))
-        return {"segmentation": out[:, :4], "depth": out[:, 4:]} if self.kind == "MultiTask" else out
+        if self.kind == "MultiTask":
+            parts = {"segmentation": out[:, :4], "depth": out[:, 4:]}
+            return {name: {"main": part} for name, part in parts.items()} if self.training else parts
+        return {"main": out, "aux": out.roll(1, 2)} if self.training else out
+
+
+def terms_of(task, model, batch):
+    """Terms of the loss on a batch that `augment` has seen, 1-d."""
+    return stacked(task.losses(task.forward(model, batch), batch), task.counts(batch))
+
+
+def counts_of(task, batch):
+    return stacked(counts := task.counts(batch), counts)
 
 
 def batch_of(count, seed=0):
@@ -73,16 +86,37 @@ def part(batch, chosen):
 def test_weighted_micro_batches_give_the_loss_and_gradient_of_the_whole(arguments):
     task = make(arguments)
     model, batch = Pixelwise(task), batch_of(5)
-    whole = task.loss(model, batch).sum()
+    whole = terms_of(task, model, batch).sum()
     whole.backward()
     expected = model.conv.weight.grad.clone()
     model.zero_grad()
     cuts = [part(batch, slice(0, 1)), part(batch, slice(1, 4)), part(batch, slice(4, 5))]
-    counts = torch.stack([task.weight(cut) for cut in cuts])
-    total = sum((task.loss(model, cut) * share).sum() for cut, share in zip(cuts, counts / counts.sum(0), strict=True))
+    counts = torch.stack([counts_of(task, cut) for cut in cuts])
+    total = sum((terms_of(task, model, cut) * share).sum() for cut, share in zip(cuts, counts / counts.sum(0), strict=True))
     total.backward()
     assert total.item() == pytest.approx(whole.item(), rel=1e-5)
     assert torch.allclose(model.conv.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("arguments", TASK_ARGUMENTS, ids=str)
+def test_losses_and_counts_have_the_same_names(arguments):
+    task, batch = make(arguments), batch_of(3)
+    model = Pixelwise(task)
+    if isinstance(task, DenseTask):
+        plain = task.losses(model(batch["image"]), batch)
+        task.auxiliary = True
+        terms = task.losses(model(batch["image"]), batch)
+        assert terms.keys() == {*plain, *(f"aux_{name}" for name in plain)}
+        assert all(terms[name] == plain[name] for name in plain)
+    else:
+        terms = task.losses(model(batch["image"]), batch)
+    assert terms.keys() == task.counts(batch).keys()
+    assert all(value.ndim == 0 and value.isfinite() for value in [*terms.values(), *task.counts(batch).values()])
+
+
+def test_counts_under_other_names_than_the_losses_are_refused():
+    with pytest.raises(ValueError, match="losses are dice and its counts cross_entropy"):
+        stacked({"dice": torch.ones(())}, {"cross_entropy": torch.ones(())})
 
 
 @pytest.mark.parametrize("arguments", TASK_ARGUMENTS, ids=str)
@@ -112,9 +146,9 @@ def test_a_batch_without_valid_targets_has_no_loss_and_no_gradient():
         model, batch = Pixelwise(task), batch_of(2)
         batch["mask"].fill_(255)
         batch["depth"].zero_()
-        loss = task.loss(model, batch).sum()
+        loss = terms_of(task, model, batch).sum()
         loss.backward()
-        assert loss.item() == 0 and task.weight(batch).sum() == 0
+        assert loss.item() == 0 and counts_of(task, batch).sum() == 0
         assert model.conv.weight.grad.abs().max() == 0
 
 
@@ -162,7 +196,7 @@ def test_settings_that_cannot_be_meant_are_refused(arguments, message):
         make(arguments)
 
 
-def test_mixing_changes_images_and_targets_in_training_only():
+def test_mixing_changes_images_and_targets():
     task = make({"name": "classification", "num_classes": 4, "mixup": 1.0, "cutmix": 1.0})
     seen = []
 
@@ -173,10 +207,11 @@ def test_mixing_changes_images_and_targets_in_training_only():
 
     model, batch = Spy(task), batch_of(5)
     np.random.seed(0)
-    task.loss(model.train(), batch)
-    task.loss(model.eval(), batch)
+    mixed = task.augment(batch)
+    losses = task.losses(task.forward(model, mixed), mixed)
+    assert losses.keys() == task.counts(mixed).keys() and task.counts(mixed)["cross_entropy"] == 5
     assert not torch.equal(seen[0][:4], batch["image"][:4]) and torch.equal(seen[0][4], batch["image"][4])
-    assert torch.equal(seen[1], batch["image"])
+    assert mixed["label"].shape == (5, 4) and torch.equal(batch["label"], torch.arange(5) % 4), "the batch itself is as it was"
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -188,7 +223,7 @@ def test_distillation_pulls_towards_the_teacher(kind):
     model, batch = Pixelwise(task), batch_of(4)
     for _ in range(60):
         model.zero_grad()
-        task.loss(model, batch).backward()
+        terms_of(task, model, batch).sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 0.5 * parameter.grad
@@ -208,7 +243,7 @@ def test_distillation_builds_a_frozen_teacher_and_both_heads_of_a_distilled_mode
     task = config.build_task(resolved)
     model = task.build(resolved.model).train()
     batch = {"image": torch.randn(2, 3, 32, 32), "label": torch.tensor([0, 1])}
-    task.loss(model, batch).backward()
+    terms_of(task, model, batch).sum().backward()
     assert model.head.weight.grad.abs().sum() > 0 and model.head_dist.weight.grad.abs().sum() > 0
     assert not any(p.requires_grad for p in task.teacher.parameters()) and not task.teacher.training
 
@@ -222,7 +257,7 @@ def test_written_predictions_have_the_size_of_the_image(arguments, tmp_path):
     task = make(arguments)
     image = np.zeros((20, 30, 3), np.uint8)
     with torch.no_grad():
-        prediction = task.predict(Pixelwise(task)(torch.randn(1, 3, *SIZE)), (20, 30))
+        prediction = task.predict(Pixelwise(task).eval()(torch.randn(1, 3, *SIZE)), (20, 30))
     files = task.write(tmp_path / "photo", image, prediction, Names(list("abcd"), None))
     assert files == task.outputs(tmp_path / "photo") and all(path.is_file() for path in files)
     for path in files:
@@ -231,7 +266,7 @@ def test_written_predictions_have_the_size_of_the_image(arguments, tmp_path):
         elif "classes" in path.name or path.name.endswith("depth.png"):
             raw = Image.open(path)
             assert raw.size == (30, 20) and raw.mode == ("L" if "classes" in path.name else "I;16")
-    measured = prediction if task.targets == ("label",) else wrapped(prediction)
+    measured = prediction if task.targets("val") == ("label",) else wrapped(prediction)
     assert task.picture(image, {}, measured, Names(list("abcd"), None))
 
 

@@ -449,7 +449,7 @@ def check(data: DataConfig, task: Task, count: int | None = None, out: str | Pat
     datasets = []
     for split in SPLITS:
         try:
-            datasets.append(open_split(data, split, task.targets))
+            datasets.append(open_split(data, split, task.targets(split)))
         except (FileNotFoundError, ValueError) as error:
             print(f"ERROR   {split}: {error}")
     if not datasets:

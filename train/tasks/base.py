@@ -7,11 +7,13 @@ row in TASKS. Tasks are plain classes; the `task` section of a config names one 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from train.visualize import Color, Panel, make_palette
@@ -39,15 +41,20 @@ class Names:
 class Task(abc.ABC):
     """One kind of problem.
 
-    targets: keys of a sample that loss and metric read ("label", "mask", "depth").
     best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
     average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
         possible.
+
+    One training step calls, in this order: `sample` for every sample as it is loaded, `augment` for every micro-batch, `counts`
+    for every micro-batch, then `forward` and `losses` for one after another.
     """
 
-    targets: tuple[str, ...]
     best: tuple[str, str]
     average: str | dict[str, str] | None = None
+
+    @abc.abstractmethod
+    def targets(self, split: str) -> tuple[str, ...]:
+        """Keys of a sample ("label", "mask", "depth") that are read for "train" (losses) and for "val" (metric, pictures)."""
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
@@ -57,17 +64,37 @@ class Task(abc.ABC):
     def check(self, dataset: ImageDataset) -> None:
         """Raises ValueError if the dataset cannot serve this task: a target missing, other classes, another kind of depth."""
 
-    @abc.abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """Runs the model on a batch of the training loader.
+    def sample(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """A training sample after its transform -> the sample with what this task adds (a random mask, targets of a set).
 
-        Returns the mean over the valid targets of this batch, 0-d; or several means over different sets of targets, 1-d, whose
-        sum is the loss. Zero, with zero gradient, where nothing is valid.
+        Called inside `Seeded`: what is drawn here from Python's, numpy's or torch's generator depends on the seed and on the
+        sample's place in the run, not on workers or processes.
+        """
+        return sample
+
+    def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A training batch on its device -> the batch that `counts`, `forward` and `losses` are given (mixup)."""
+        return batch
+
+    def forward(self, model: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        """The model's outputs for a batch.
+
+        model: the model, in training or in evaluation mode; or, in evaluation and prediction, windows, scales and flips of it
+        (train/inference.py), which take images. A batch to predict has an image and no targets.
+        """
+        return model(batch["image"])
+
+    @abc.abstractmethod
+    def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Each term of the loss by name, its factor included: their sum is the loss, and log.csv shows each.
+
+        outputs: of `forward` while training. A term is 0-d, the mean over its valid targets in this batch: zero, with zero
+        gradient, where nothing is valid.
         """
 
     @abc.abstractmethod
-    def weight(self, batch: dict[str, Any]) -> Tensor:
-        """How many valid targets each mean of `loss` is over: float, the same shape as the loss.
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """How many valid targets each term of `losses` is the mean over: 0-d float, under the same names.
 
         The engine weighs micro-batches and processes with it, so that the gradient is that of the mean over the total batch.
         """
@@ -107,3 +134,10 @@ class Task(abc.ABC):
         prediction = self.predict(output)
         metric.update(prediction, batch)
         return prediction
+
+
+def stacked(terms: Mapping[str, Tensor], names: Mapping[str, Any]) -> Tensor:
+    """Terms of a loss as one float tensor, 1-d, in the order of `names`. Raises ValueError unless both have the same names."""
+    if terms.keys() != names.keys():
+        raise ValueError(f"a task's losses are {', '.join(terms)} and its counts {', '.join(names)}: they need the same names")
+    return torch.stack([terms[name].float() for name in names])

@@ -37,7 +37,6 @@ class Classification(Task):
         own.
     """
 
-    targets = ("label",)
     best = ("top1", "max")
 
     def __init__(
@@ -63,12 +62,16 @@ class Classification(Task):
         if not 0 <= distillation_weight <= 1:
             raise ValueError(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
         self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
+        self.term = "binary_cross_entropy" if binary else "cross_entropy"
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
         self.teacher_name, self.teacher_pretrained, self.teacher_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
         self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
         self.teacher: nn.Module | None = None
+
+    def targets(self, split: str) -> tuple[str, ...]:
+        return ("label",)
 
     def build(self, model: ModelConfig) -> nn.Module:
         """The timm model with `num_classes` outputs; builds the teacher too."""
@@ -95,16 +98,23 @@ class Classification(Task):
         if dataset.classes is not None and len(dataset.classes) != self.num_classes:
             raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        images, target = batch["image"], batch["label"]
-        if self.mix is not None and model.training:
-            images, target = self._mixed(images, target)
-        output = model(images)
-        scores, taught = output if isinstance(output, tuple) else (output, output)  # a distilled model in training: two
-        loss = self.classes(scores.float(), target)
+    def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Mixed images, and instead of the labels distributions B K, if mixup or cutmix is on."""
+        if self.mix is None:
+            return batch
+        images, target = self._mixed(batch["image"], batch["label"])
+        return {**batch, "image": images, "label": target}
+
+    def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        scores, taught = outputs if isinstance(outputs, tuple) else (outputs, outputs)  # a distilled model in training: two
+        loss = self.classes(scores.float(), batch["label"])
         if self.teacher is None:
-            return loss
-        return (1 - self.distillation_weight) * loss + self.distillation_weight * self.distil(taught.float(), images)
+            return {self.term: loss}
+        distilled = self.distil(taught.float(), batch["image"])
+        return {self.term: (1 - self.distillation_weight) * loss, "distillation": self.distillation_weight * distilled}
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return dict.fromkeys([self.term] if self.teacher is None else [self.term, "distillation"], images_in(batch))
 
     def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """timm's Mixup pairs an image with its mirror place in the batch and needs an even number; an odd last one is left as
@@ -142,9 +152,6 @@ class Classification(Task):
         ours, theirs = F.log_softmax(scores / t, 1), F.log_softmax(teacher / t, 1)
         return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * t * t
 
-    def weight(self, batch: dict[str, Any]) -> Tensor:
-        return torch.tensor(float(len(batch["label"])), device=batch["label"].device)
-
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B K class probabilities; an image has one label, so there is nothing to resize."""
         return output.float().softmax(1)
@@ -170,6 +177,11 @@ class Classification(Task):
     def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Tensor, names: Names) -> list[Panel]:
         truth = int(batch["label"][0]) if "label" in batch else None
         return label_panels(image, truth, prediction[0], names.classes)
+
+
+def images_in(batch: dict[str, Any]) -> Tensor:
+    """How many images a batch has: 0-d float, where its labels are."""
+    return torch.tensor(float(len(batch["label"])), device=batch["label"].device)
 
 
 def fixed_size(backbone: str) -> bool:

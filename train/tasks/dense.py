@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,9 +22,37 @@ if TYPE_CHECKING:
 
 
 class DenseTask(Task):
-    """A value per pixel. A subclass sets `out_channels`, and `targets` with the one key it reads."""
+    """A value per pixel.
 
+    A subclass sets `target`, the key it reads, `out_channels` and `aux_weight`, and says what a head's output costs.
+    """
+
+    target: str
     out_channels: int
+    aux_weight: float
+    auxiliary: bool = False  # whether the model that was built has an auxiliary head
+
+    @abc.abstractmethod
+    def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The terms of one head's output B K H W, by name."""
+
+    @abc.abstractmethod
+    def head_counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """How many valid targets each of them is the mean over."""
+
+    def targets(self, split: str) -> tuple[str, ...]:
+        return (self.target,)
+
+    def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The main head's terms, and the auxiliary head's, times aux_weight, as aux_NAME."""
+        terms = self.head_losses(outputs["main"], batch)
+        if self.auxiliary:
+            terms |= {f"aux_{name}": self.aux_weight * loss for name, loss in self.head_losses(outputs["aux"], batch).items()}
+        return terms
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        counts = self.head_counts(batch)
+        return counts | {f"aux_{name}": count for name, count in counts.items()} if self.auxiliary else counts
 
     def build(self, model: ModelConfig) -> nn.Module:
         """A heads.DensePredictor with `out_channels` outputs. Raises ValueError for a head that returns named outputs."""
@@ -36,29 +65,50 @@ class DenseTask(Task):
             aux_args=model.aux_args,
             **backbone_arguments(model),
         )
+        self.auxiliary = model.aux_head is not None
         return one_map(predictor, type(self).__name__.lower())
 
     def measure(self, metric: Metric, output: Tensor, batch: dict[str, Any]) -> Any:
         """Image by image, because each target has its own size; the prediction is resized to it before it is rounded."""
-        (key,) = self.targets
         predictions = []
-        for i, target in enumerate(batch[key]):
+        for i, target in enumerate(batch[self.target]):
             predictions.append(self.predict(output[i : i + 1], tuple(target.shape[-2:])))
-            metric.update(predictions[-1], {key: target[None]})
+            metric.update(predictions[-1], {self.target: target[None]})
         return predictions
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss with its arguments: factor times function(prediction, target), a mean over count(target) targets."""
+
+    factor: float
+    function: Callable[[Tensor, Tensor], Tensor]
+    count: Callable[[Tensor], Tensor]
 
 
 class Losses:
     """Named losses with a factor each: {cross_entropy: {}, dice: {factor: 3.0, smooth: 1.0}}.
 
-    table: name -> function (prediction, target, its own arguments); shared: arguments given to every function that takes them.
     Raises ValueError with the nearest valid name for an unknown loss or argument.
+
+    Args:
+        chosen: name -> its own arguments and `factor`.
+        table: name -> function (prediction, target, its own arguments).
+        shared: arguments given to every function that takes them.
+        counts: name -> function (target, those of the loss's arguments that it takes) -> what the loss divides by; None as a
+            name: of the losses that are not named.
     """
 
-    def __init__(self, chosen: dict[str, Any], table: dict[str, Callable], shared: dict[str, Any]):
+    def __init__(
+        self,
+        chosen: Mapping[str, Any],
+        table: Mapping[str, Callable[..., Tensor]],
+        shared: Mapping[str, Any],
+        counts: Mapping[str | None, Callable[..., Tensor]],
+    ):
         if not chosen:
             raise ValueError(f"task.losses is empty: {hint('', table)}")
-        self.terms: dict[str, tuple[float, Callable]] = {}
+        self.terms: dict[str, Term] = {}
         for name, values in chosen.items():
             known("task.losses", name, table)
             values = dict(values or {})
@@ -67,11 +117,17 @@ class Losses:
             skip = [*list(takes)[:2], "mask", *shared]
             own = arguments(table[name], values, f"task.losses.{name}", skip=skip)
             own |= {key: value for key, value in shared.items() if key in takes}
-            self.terms[name] = factor, functools.partial(table[name], **own)
+            count = counts.get(name, counts[None])
+            counted = {key: value for key, value in own.items() if key in inspect.signature(count).parameters}
+            self.terms[name] = Term(factor, functools.partial(table[name], **own), functools.partial(count, **counted))
 
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Each loss times its factor, 1-d."""
-        return torch.stack([factor * function(prediction, target) for factor, function in self.terms.values()])
+    def __call__(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Each loss times its factor."""
+        return {name: term.factor * term.function(prediction, target) for name, term in self.terms.items()}
+
+    def counts(self, target: Tensor) -> dict[str, Tensor]:
+        """How many targets each loss is the mean over; 0-d, float."""
+        return {name: term.count(target) for name, term in self.terms.items()}
 
 
 def backbone_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -85,12 +141,6 @@ def backbone_arguments(model: ModelConfig) -> dict[str, Any]:
         "in_chans": model.in_chans,
         "img_size": tuple(model.img_size) if model.img_size else None,
     }
-
-
-def forward(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(main, auxiliary) output; the second is None in evaluation and if the model has no auxiliary head."""
-    output = model(images)
-    return (output["main"], output.get("aux")) if isinstance(output, dict) else (output, None)
 
 
 def one_map(predictor: nn.Module, task: str) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from heads.depth import DepthRule
 from train.checks import arguments
@@ -19,7 +19,7 @@ from train.depth import DepthSpec
 from train.losses import DEPTH_LOSSES
 from train.metrics import DepthMetric, crop_rows_columns
 from train.tasks.base import Names
-from train.tasks.dense import DenseTask, Losses, forward, resized
+from train.tasks.dense import DenseTask, Losses, resized
 from train.visualize import Panel, depth_panels
 
 
@@ -39,7 +39,7 @@ class Depth(DenseTask):
     crop, align, average, clamp: of the metric (train/metrics.py DepthMetric).
     """
 
-    targets = ("depth",)
+    target = "depth"
     best = ("abs_rel", "min")
     average = "values"
 
@@ -64,7 +64,8 @@ class Depth(DenseTask):
         self.rule = DepthRule(**arguments(DepthRule, {"name": rule, **values}, "task.rule_args"))
         self.out_channels = self.rule.channels
         self.over, self.aux_weight = over, aux_weight
-        self.losses = Losses(losses or {"silog": {}}, DEPTH_LOSSES, {})
+        count = images_with_readings if over == "image" else readings
+        self.terms = Losses(losses or {"silog": {}}, DEPTH_LOSSES, {}, {None: count})
         self.protocol = {"crop": crop, "align": align, "average": average, "clamp": clamp}
         self.metric()  # raises now for settings that contradict each other
 
@@ -81,26 +82,16 @@ class Depth(DenseTask):
             with contextlib.suppress(Unreadable):  # counted and reported elsewhere
                 crop_rows_columns(self.protocol["crop"], *dataset.read(0)["depth"].shape[-2:])  # raises now, not after an epoch
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        target = self.spec.target(batch["depth"])
-        main, auxiliary = forward(model, batch["image"])
-        loss = self.pixels(main, target)
-        return loss if auxiliary is None else loss + self.aux_weight * self.pixels(auxiliary, target)
-
-    def pixels(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss of a head's output B K H W against what it should become, B 1 H W, 0 = missing."""
-        prediction = self.rule(output.float())
+    def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        prediction, target = self.rule(output.float()), self.spec.target(batch["depth"])
         if self.over == "batch":
-            return self.losses(prediction, target).sum()
-        each = [self.losses(p[None], t[None]).sum() for p, t in zip(prediction, target, strict=True)]
-        return torch.stack(each).sum() / self._images(target).clamp_min(1)
+            return self.terms(prediction, target)
+        each = [self.terms(p[None], t[None]) for p, t in zip(prediction, target, strict=True)]
+        images = images_with_readings(target).clamp_min(1)
+        return {name: torch.stack([terms[name] for terms in each]).sum() / images for name in self.terms.terms}
 
-    def _images(self, target: Tensor) -> Tensor:
-        return (target > 0).flatten(1).any(1).sum().float()
-
-    def weight(self, batch: dict[str, Any]) -> Tensor:
-        target = self.spec.target(batch["depth"])
-        return self._images(target) if self.over == "image" else (target > 0).sum().float()
+    def head_counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.terms.counts(self.spec.target(batch["depth"]))
 
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B 1 H W: metres, or relative inverse depth."""
@@ -129,3 +120,13 @@ class Depth(DenseTask):
 
     def legend(self, names: Names) -> dict[str, Any]:
         return {"depth_range": (self.spec.min_depth, self.spec.max_depth)} if self.spec.metric else {}
+
+
+def readings(target: Tensor) -> Tensor:
+    """How many pixels of B 1 H W have a depth: 0-d float."""
+    return (target > 0).sum().float()
+
+
+def images_with_readings(target: Tensor) -> Tensor:
+    """How many images of B 1 H W have a depth somewhere: 0-d float."""
+    return (target > 0).flatten(1).any(1).sum().float()

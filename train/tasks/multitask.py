@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import heads
@@ -44,7 +44,6 @@ class MultiTask(Task):
             self.weights[name] = float(values.pop("loss_weight", 1.0))
             self.heads[name] = values.pop("head", None), values.pop("head_args", {})
             self.parts[name] = PARTS[name](**arguments(PARTS[name], values, f"task.parts.{name}"))
-        self.targets = tuple(part.targets[0] for part in self.parts.values())
         self.average = {name: part.average for name, part in self.parts.items()}
         first = next(iter(self.parts))
         self.best = (f"{first}_{self.parts[first].best[0]}", self.parts[first].best[1])
@@ -63,14 +62,17 @@ class MultiTask(Task):
         for part in self.parts.values():
             part.check(dataset)
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """The means of all parts, 1-d: the parts average over different pixels."""
-        outputs = model(batch["image"])
-        losses = {name: part.loss(Computed(outputs[name]), batch) for name, part in self.parts.items()}
-        return torch.cat([self.weights[name] * loss.reshape(-1) for name, loss in losses.items()])
+    def targets(self, split: str) -> tuple[str, ...]:
+        return tuple(target for part in self.parts.values() for target in part.targets(split))
 
-    def weight(self, batch: dict[str, Any]) -> Tensor:
-        return torch.cat([part.weight(batch).reshape(-1) for part in self.parts.values()])
+    def losses(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The terms of all parts as PART_TERM, times the part's loss_weight."""
+        found = {name: part.losses(outputs[name], batch) for name, part in self.parts.items()}
+        return {f"{name}_{term}": self.weights[name] * loss for name, terms in found.items() for term, loss in terms.items()}
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        found = {name: part.counts(batch) for name, part in self.parts.items()}
+        return {f"{name}_{term}": count for name, counts in found.items() for term, count in counts.items()}
 
     def predict(self, output: dict[str, Tensor], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Part name -> its prediction."""
@@ -96,34 +98,17 @@ class MultiTask(Task):
         return {key: value for part in self.parts.values() for key, value in part.legend(names).items()}
 
 
-class Computed(nn.Module):
-    """Stands for a model whose output is already there, so that a part's loss can be asked as usual."""
-
-    def __init__(self, output: Tensor | dict[str, Tensor]):
-        super().__init__()
-        self.output = output
-
-    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        return self.output
-
-
 class Together(Metric):
     """Metrics of several parts; names carry the part's: segmentation_miou."""
 
     def __init__(self, metrics: dict[str, Metric]):
+        super().__init__()
         self.metrics = metrics
         self.protocol = "; ".join(f"{name}: {metric.protocol}" for name, metric in metrics.items())
 
-    @property
-    def sums(self) -> dict[str, Tensor]:
-        """All sums, under part.name."""
-        return {f"{part}.{name}": value for part, metric in self.metrics.items() for name, value in metric.sums.items()}
-
-    @sums.setter
-    def sums(self, values: dict[str, Tensor]) -> None:
-        for key, value in values.items():
-            part, name = key.split(".", 1)
-            self.metrics[part].sums[name] = value
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        for metric in self.metrics.values():
+            metric.apply(function)
 
     def update(self, prediction: dict[str, Any], batch: dict[str, Any]) -> None:
         for name, metric in self.metrics.items():

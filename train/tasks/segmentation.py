@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from train.losses import SEGMENTATION_LOSSES, valid_weight
+from train.losses import SEGMENTATION_LOSSES, cross_entropy_divisor, valid_pixels
 from train.metrics import SegmentationMetric
 from train.tasks.base import Names
-from train.tasks.dense import DenseTask, Losses, forward, resized
+from train.tasks.dense import DenseTask, Losses, resized
 from train.visualize import Panel, class_legend, make_palette, mask_panels, overlay
 
 
@@ -28,7 +27,7 @@ class Segmentation(DenseTask):
     class_weights: one per class, for the losses that take them. aux_weight: of the auxiliary head's loss.
     """
 
-    targets = ("mask",)
+    target = "mask"
     best = ("miou", "max")
     average = "probabilities"
 
@@ -47,7 +46,8 @@ class Segmentation(DenseTask):
         self.out_channels = self.num_classes = num_classes
         self.ignore_index, self.aux_weight, self.class_weights = ignore_index, aux_weight, class_weights
         shared = {"ignore_index": ignore_index, "class_weight": class_weights}
-        self.losses = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared)
+        counts = {"cross_entropy": cross_entropy_divisor, None: valid_pixels}
+        self.terms = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared, counts)
 
     def check(self, dataset: Any) -> None:
         if "mask" not in dataset.provides:
@@ -57,22 +57,11 @@ class Segmentation(DenseTask):
         if dataset.ignore_index != self.ignore_index:
             raise ValueError(f"the data mark void with {dataset.ignore_index}, set task.ignore_index={dataset.ignore_index}")
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        """One mean per loss, 1-d."""
-        main, auxiliary = forward(model, batch["image"])
-        loss = self.losses(main, batch["mask"])
-        return loss if auxiliary is None else loss + self.aux_weight * self.losses(auxiliary, batch["mask"])
+    def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.terms(output, batch["mask"])
 
-    def weight(self, batch: dict[str, Any]) -> Tensor:
-        return torch.stack([self._divisor(name, batch["mask"]) for name in self.losses.terms])
-
-    def _divisor(self, name: str, mask: Tensor) -> Tensor:
-        """What a loss divides its sum over the pixels by; for those that are no such mean, the valid pixels."""
-        if name != "cross_entropy":
-            return valid_weight(mask, self.ignore_index)
-        if self.losses.terms[name][1].keywords["average"] == "all":
-            return torch.tensor(float(mask.numel()), device=mask.device)
-        return valid_weight(mask, self.ignore_index, self.class_weights)
+    def head_counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.terms.counts(batch["mask"])
 
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B K H W scores -> B H W class ids."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import weights
 from backbones.sparsifiner import DISTILLATION, RECONSTRUCTION, Sparsifiner, loss_terms
-from train.tasks.classification import Classification
+from train.tasks.classification import Classification, images_in
 
 if TYPE_CHECKING:
     from train.schema import ModelConfig
@@ -74,15 +74,17 @@ class SparsifinerPhase(Classification):
         student.set_training_phase(self.phase)
         return student
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The phase's terms, with the authors' factors.
 
         The authors sum the squares of "attn_recon" over the images of one GPU's batch. Here it is per image, as the mean over
         images must not depend on how a batch is cut; AdamW does not see the factor.
         """
         images, label = batch["image"], batch["label"]
-        images, target = (images, self.soft(label)) if self.mix is None else self._mixed(images, label)
         with torch.no_grad():
             taught = self.teacher.to(images.device).details(images)
-        terms = loss_terms(model(images), taught, target, LOSSES[self.phase])
-        return sum(terms.values()) / (len(images) if self.phase == "attn_recon" else 1)
+        terms = loss_terms(outputs, taught, self.soft(label) if label.ndim == 1 else label, LOSSES[self.phase])
+        return {name: loss / (len(images) if name == "attn_recon" else 1) for name, loss in terms.items()}
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return dict.fromkeys(LOSSES[self.phase], images_in(batch))
