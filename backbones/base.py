@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint_seq, register_model, register_notrace_function
+from timm.models import build_model_with_cfg, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
+from backbones.tracing import leaf
+
+MAP_POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's, of a map
+State = tuple[Tensor, Tensor | None]  # the map in the family's layout, class tokens B T C
 
 
-@register_notrace_function
+@leaf
 def check_size(x: Tensor, minimum: int) -> Tensor:
     """x, B C H W, unchanged; ValueError if a side is shorter than `minimum` pixels."""
     if min(x.shape[-2:]) < minimum:
@@ -46,20 +51,102 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        """The blocks in order, each recomputed in the backward pass if gradient checkpointing is on."""
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+    def run_blocks(self, x: Tensor, *others: Any) -> Tensor:
+        """The blocks in order, each recomputed in the backward pass under gradient checkpointing; others go to every block."""
+        for block in self.blocks:
+            x = checkpoint(block, x, *others, use_reentrant=False) if self.grad_checkpointing else block(x, *others)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run_blocks(self.downsample(x))
+
+
+class TokenStage(Stage):
+    """A stage whose blocks see class tokens, where there are any, in front of the map's tokens: B T+N C.
+
+    Args:
+        downsample: of the map, in the family's layout.
+        blocks: on tokens.
+        nhwc: the layout is B H W C, else B C H W.
+        class_token: channels of a class token that begins here, None for none. Tokens of an earlier stage end here.
+        blocks_take_size: a block is called with the map's height and width after the tokens.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        blocks: Sequence[nn.Module],
+        nhwc: bool,
+        class_token: int | None = None,
+        blocks_take_size: bool = False,
+    ):
+        super().__init__(downsample, blocks)
+        self.nhwc, self.blocks_take_size = nhwc, blocks_take_size
+        self.cls_token: nn.Parameter | None = None
+        if class_token is not None:
+            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, class_token), std=0.02))
+
+    def start(self, x: Tensor, tokens: Tensor | None) -> State:
+        """What an earlier stage leaves -> the map and the class tokens with which the blocks begin."""
+        x = self.downsample(x)
+        return x, None if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
+
+    def forward(self, x: Tensor | State) -> State:
+        x, tokens = self.start(*(x if isinstance(x, tuple) else (x, None)))
+        x = x if self.nhwc else x.permute(0, 2, 3, 1)
+        height, width = x.shape[1:3]
+        x = x.flatten(1, 2)
+        if tokens is not None:
+            count = tokens.shape[1]
+            x = torch.cat([tokens, x], 1)
+        x = self.run_blocks(x, *((height, width) if self.blocks_take_size else ()))
+        if tokens is not None:
+            x, tokens = x[:, count:], x[:, :count]
+        x = x.unflatten(1, (height, width))
+        return x if self.nhwc else x.permute(0, 3, 1, 2), tokens
+
+
+class TokenHead(nn.Module):
+    """Dropout and a linear layer on the first class token ("token"), or on the mean over the map ("avg"); "" pools nothing.
+
+    tokens: how many class tokens stand in front of the map's tokens.
+    """
+
+    pools: tuple[str, ...] = ("token", "avg", "")
+
+    def __init__(self, dim: int, num_classes: int, tokens: int, pool: str, drop_rate: float):
+        super().__init__()
+        self.dim, self.tokens, self.pool_type = dim, tokens, pool
+        self.drop = nn.Dropout(drop_rate)
+        self.fc: nn.Module = nn.Identity()
+        self.reset(num_classes, pool)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """New classifier; 0 classes give the pooled vector, pool "" the tokens as they are."""
+        pool = self.pool_type if pool_type is None else pool_type
+        if pool not in self.pools:
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, self.pools))} for this model, got {pool!r}")
+        if pool == "" and num_classes:
+            raise ValueError(f"{num_classes} classes need pooled features: they need global_pool='token', as '' pools nothing")
+        self.pool_type = pool
+        self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B T+N C -> B num_classes
+        if self.pool_type == "token":
+            x = x[:, 0]
+        elif self.pool_type == "avg":
+            x = x[:, self.tokens :].mean(1)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
 
 
 class StagedBackbone(nn.Module):
     """Image -> patch_embed -> stages -> norm -> head.
 
     A family's constructor sets `patch_embed` (NCHW image -> the family's layout), `stages` (a ModuleList of `Stage`) and
-    `norm`, then calls `finish`. `nhwc` says that patch_embed, stages and norm work on B H W C; what leaves the model is
-    always NCHW.
+    `norm`, then calls `finish`. `nhwc` says that patch_embed, stages and norm work on B H W C; a map that leaves the model is
+    always NCHW. In a family with class tokens the state between stages is (map, tokens or None) and the stages are
+    `TokenStage`s; what its last stage leaves is returned as a ViT returns it, tokens B T+N C with the class tokens first.
     """
 
     family: str  # names the converter, weights/convert/<family>.py
@@ -67,93 +154,125 @@ class StagedBackbone(nn.Module):
     min_size = 32  # pixels; the smallest image side that the family accepts
     # What features_only returns unless told: stages, or a function of the constructor's arguments.
     default_out_indices: Sequence[int] | Callable[..., Sequence[int]] = (0, 1, 2, 3)
+    patch_embed: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
 
     def finish(
         self,
         dims: Sequence[int],
         strides: Sequence[int],
         num_classes: int,
-        global_pool: str,
+        global_pool: str | None,
         drop_rate: float,
         feature_norms: Sequence[nn.Module] | None = None,
-        head: nn.Module | None = None,
+        tokens: Sequence[int] | None = None,
+        head: type[TokenHead] = TokenHead,
     ) -> None:
         """Add the classifier and what timm reads of a model.
 
-        dims, strides: channels and pixels per side of each stage's map; feature_norms: one norm for each stage's map when it
-        is returned as a feature, as the authors' dense-prediction code has (norm0..norm3 there), or None; head: for class
-        tokens, with the `fc`, `reset` and `pre_logits` of timm's ClassifierHead, which is the default.
+        Args:
+            dims: channels of each stage's map.
+            strides: pixels per side of each stage's map.
+            num_classes: 0 for no classifier.
+            global_pool: of the classifier; None for the class token where the last stage has one, else the map's mean.
+            drop_rate: dropout before the classifier.
+            feature_norms: one norm for each stage's map when it is returned as a feature, as the authors' dense-prediction
+                code has (norm0..norm3 there), or None.
+            tokens: class tokens that each stage leaves, None where the family has none.
+            head: the classifier where the last stage leaves tokens; without them it is timm's ClassifierHead.
         """
-        self.num_classes = num_classes
+        tokens = [0] * len(dims) if tokens is None else tokens
+        self.num_classes, self.num_prefix_tokens = num_classes, tokens[-1]
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"} for i, (dim, stride) in enumerate(zip(dims, strides))
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}", "prefix_tokens": count}
+            for i, (dim, stride, count) in enumerate(zip(dims, strides, tokens))
         ]
         self.feature_norms = None if feature_norms is None else nn.ModuleDict({str(i): n for i, n in enumerate(feature_norms)})
-        self.head = head or ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        pool = global_pool if global_pool is not None else "token" if self.num_prefix_tokens else "avg"
+        if self.num_prefix_tokens:
+            self.head = head(self.num_features, num_classes, self.num_prefix_tokens, pool, drop_rate)
+        else:
+            check_pool(pool)
+            self.head = ClassifierHead(self.num_features, num_classes, pool_type=pool, drop_rate=drop_rate)
 
     def to_nchw(self, x: Tensor) -> Tensor:
         """The family's layout -> B C H W."""
         return x.permute(0, 3, 1, 2) if self.nhwc else x
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor | State:
         """Image -> what the first stage takes."""
         return self.patch_embed(check_size(x, self.min_size))
 
-    def output(self, x: Tensor) -> Tensor:
-        """What the stages (and the norm) leave -> what `forward_features` returns; a family with class tokens says how."""
-        return self.to_nchw(x)
+    def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
+        """The norm on the last map and on the class tokens."""
+        return self.norm(x), None if tokens is None else self.norm(tokens)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/32 W/32
-        """The last stage's normalised map, not pooled."""
-        x = self.embed(x)
+    def output(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """What `forward_features` returns of the last state: B C H W, or with class tokens B T+N C."""
+        if tokens is None:
+            return self.to_nchw(x)
+        return torch.cat([tokens, x.flatten(1, 2) if self.nhwc else x.flatten(2).mT], 1)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/32 W/32, with class tokens B T+N C
+        """The last stage's normalised map, not pooled; with class tokens the tokens of both, class tokens first."""
+        state = self.embed(x)
         for stage in self.stages:
-            x = stage(x)
-        return self.output(self.norm(x))
+            state = stage(state)
+        return self.output(*self.final_norm(*as_state(state)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """B C H W -> B num_classes, or B C when pre_logits (or without a classifier)."""
+        """Output of `forward_features` -> B num_classes, or B C when pre_logits (or without a classifier)."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-    def feature(self, x: Tensor, index: int, norm: bool) -> Tensor:
-        """Output of stage `index` as a returned feature: its own norm where there is one, else the final norm if asked."""
-        if self.feature_norms is not None:
-            x = self.feature_norms[str(index)](x)
-        elif norm and index == len(self.stages) - 1:
-            x = self.norm(x)
-        return self.to_nchw(x)
 
     @torch.jit.ignore
     def forward_intermediates(
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    ) -> list | tuple[Tensor, list]:
         """Maps of the stages as NCHW, in the order of `indices`; finest first if that is an int or None.
 
-        indices: last n stages (int), stage numbers (negative from the end), or all (None); norm: final norm on the last map;
-        stop_early: do not run stages after the last one asked for. Returns the maps, and before them the output of
-        `forward_features` unless intermediates_only.
+        Args:
+            x: images, B 3 H W.
+            indices: last n stages (int), stage numbers (negative from the end), or all (None).
+            return_prefix_tokens: pairs (map, class tokens B T C) instead of maps; T is 0 where a stage leaves none.
+            norm: final norm on the last map and its tokens.
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: "NCHW" alone.
+            intermediates_only: the maps alone, else (output of `forward_features`, maps).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.stages), indices)
-        x, found = self.embed(x), {}
+        state, found = self.embed(x), {}
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
+            state = stage(state)
             if i in take:
-                found[i] = self.feature(x, i, norm)
-        maps = [found[i] for i in take]
+                found[i] = self.feature(*as_state(state), i, norm)
+        maps = [found[i] if return_prefix_tokens else found[i][0] for i in take]
         if intermediates_only:
             return maps
-        return self.output(self.norm(x) if i == len(self.stages) - 1 else x), maps
+        state = as_state(state)
+        return self.output(*(self.final_norm(*state) if i == len(self.stages) - 1 else state)), maps
+
+    def feature(self, x: Tensor, tokens: Tensor | None, index: int, norm: bool) -> tuple[Tensor, Tensor]:
+        """What stage `index` leaves as a returned feature: its own norm where there is one, else the final norm if asked."""
+        if self.feature_norms is not None:
+            x = self.feature_norms[str(index)](x)
+        elif norm and index == len(self.stages) - 1:
+            x, tokens = self.final_norm(x, tokens)
+        x = self.to_nchw(x)
+        return x, x.new_empty(x.shape[0], 0, x.shape[1]) if tokens is None else tokens
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -175,10 +294,12 @@ class StagedBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """New classifier, on the device and in the type of the model; 0 classes give pooled features, (0, '') the map."""
-        self.num_classes = num_classes
+        if isinstance(self.head, ClassifierHead) and global_pool is not None:
+            check_pool(global_pool)
         like = next(self.parameters())
         with like.device, default_dtype(like.dtype):
             self.head.reset(num_classes, pool_type=global_pool)
+        self.num_classes = num_classes
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -189,7 +310,7 @@ class StagedBackbone(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups, input to output, for layer-wise decay and freezing: stem, then stages (coarse) or blocks."""
         blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed|cls_token)", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^(?:norm|feature_norms)", (99999,)),
         ]
@@ -198,6 +319,17 @@ class StagedBackbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
+
+
+def as_state(x: Tensor | State) -> State:
+    """(map, class tokens or None) of what a stage leaves."""
+    return x if isinstance(x, tuple) else (x, None)
+
+
+def check_pool(pool: str) -> None:
+    """ValueError unless `pool` is a global_pool for maps without class tokens."""
+    if pool not in MAP_POOLS:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, MAP_POOLS))} for this model, got {pool!r}")
 
 
 def register_variants(cls: type[nn.Module], rows: dict[str, dict[str, Any]]) -> None:

@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, QuickGELU
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones.base import Stage, StagedBackbone, init_linear, register_variants
+from backbones.base import StagedBackbone, State, TokenStage, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("cvt")
-
-MapAndToken = tuple[Tensor, Tensor | None]  # B C H W, B 1 C
 
 
 class ConvEmbed(nn.Module):
@@ -143,82 +140,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class TokenStage(Stage):
-    """Embedding, class token put in front where the stage has one, blocks, class token taken off again."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, class_token: bool):
-        super().__init__(downsample, blocks)
-        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if class_token else None
-
-    def forward(self, x: MapAndToken) -> MapAndToken:  # an earlier stage's class token ends here
-        x = self.downsample(x[0])
-        height, width = x.shape[-2:]
-        x = x.flatten(2).mT
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        for block in self.blocks:
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, height, width, use_reentrant=False)
-            else:
-                x = block(x, height, width)
-        token = None
-        if self.cls_token is not None:
-            token, x = x[:, :1], x[:, 1:]
-        return x.mT.unflatten(2, (height, width)), token
-
-
-class FinalNorm(nn.LayerNorm):
-    """LayerNorm of the map's channels and of the class token."""
-
-    def forward(self, x: MapAndToken) -> MapAndToken:
-        image = super().forward(x[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return image, None if x[1] is None else super().forward(x[1])
-
-
-class Head(nn.Module):
-    """A linear layer on the class token (pool "token"), or on the mean of the map ("avg"); "" pools nothing.
-
-    In: B C H W, or B 2C H W where the second C channels hold the class token at every position.
-    """
-
-    def __init__(self, dim: int, num_classes: int, class_token: bool, pool: str, drop_rate: float):
-        super().__init__()
-        self.dim, self.class_token, self.pool_type = dim, class_token, pool
-        self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Identity()
-        self.reset(num_classes, pool)
-
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """New classifier where the model is; 0 classes give the pooled vector, pool "" the features as they are."""
-        pool = self.pool_type if pool_type is None else pool_type
-        allowed = ("token", "avg", "") if self.class_token else ("avg", "")
-        if pool not in allowed:
-            raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))} for this model, got {pool!r}")
-        if pool == "" and num_classes:
-            raise ValueError(f"{num_classes} classes need pooled features: pass a global_pool that is not ''")
-        self.pool_type = pool
-        like = next(self.parameters(), None)
-        linear = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-        self.fc = linear if like is None else linear.to(like.device, like.dtype)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B C H W or B 2C H W -> B num_classes
-        if self.pool_type == "token":
-            x = x[:, self.dim :, 0, 0]
-        elif self.pool_type == "avg":
-            x = x[:, : self.dim].mean((2, 3))
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
-
-
 class CvT(StagedBackbone):
     """patches: (kernel, stride, padding) of each stage's embedding; convolutions: "dw_bn" (released) or "avg" per stage;
     kv: (kernel, stride, padding) of each stage's keys and values; class_tokens, qkv_bias: per stage; global_pool: "token"
     (default where the last stage has a class token), "avg" or ""; drop_path_rate: of the last block, rising linearly from 0
     within the last stage, the others having none (the authors trained with 0.1, W24 with 0.3).
-
-    `forward_features` gives the normalised last map; with a class token in the last stage B 2C H W, the second C channels
-    holding the normalised token at every position, so that `forward_head` gives the authors' logits. Maps taken from the
-    stages (features_only, forward_intermediates) have C channels and no norm.
     """
 
     family = "cvt"
@@ -268,41 +194,22 @@ class CvT(StagedBackbone):
                     )
                     for b in range(depths[i])
                 ],
-                dim,
-                class_tokens[i],
+                nhwc=False,
+                class_token=dim if class_tokens[i] else None,
+                blocks_take_size=True,
             )
             for i, dim in enumerate(dims)
         )
-        self.norm = FinalNorm(dims[-1], eps=1e-5)
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-5)
         strides = [patches[0][1]]
         for _, stride, _ in patches[1:]:
             strides.append(strides[-1] * stride)
-        pool = global_pool if global_pool is not None else "token" if class_tokens[-1] else "avg"
-        head = Head(dims[-1], num_classes, class_tokens[-1], pool, drop_rate)
-        self.finish(dims, strides, num_classes, pool, drop_rate, head=head)
-        self.num_features = dims[-1] * (2 if class_tokens[-1] else 1)
+        tokens = [int(token) for token in class_tokens]
+        self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=tokens)
         self.apply(init_linear)
 
-    def embed(self, x: Tensor) -> MapAndToken:
-        return super().embed(x), None
-
-    def feature(self, x: MapAndToken, index: int, norm: bool) -> Tensor:
-        return (self.norm(x) if norm and index == len(self.stages) - 1 else x)[0]
-
-    def output(self, x: MapAndToken) -> Tensor:
-        image, token = x
-        return image if token is None else torch.cat([image, token.mT.unsqueeze(3).expand_as(image)], 1)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        if coarse:
-            return super().group_matcher(coarse)
-        blocks = [
-            (r"^stages\.(\d+)\.(?:downsample|cls_token)", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^norm", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": blocks}
+    def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), None if tokens is None else self.norm(tokens)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

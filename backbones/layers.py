@@ -6,11 +6,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, to_2tuple
-from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from backbones.fuse import fold_batch_norm
+from backbones.tracing import leaf
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -23,7 +23,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[step * (start + i) for i in range(depth)] for start, depth in zip(starts, depths)]
 
 
-@register_notrace_function
+@leaf
 def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = False) -> Tensor:
     """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc.
 
@@ -37,6 +37,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = Fal
     return x
 
 
+@leaf
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The first `height` rows and `width` columns of B H W C."""
     if torch.compiler.is_exporting():  # a slice of open size would need a proof that it lies inside
@@ -111,7 +112,7 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     return pairs.flip(1, 2).flatten(3).flatten(1, 2)
 
 
-@register_notrace_function
+@leaf
 def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """2x2 stride-2 deformable convolution without modulation, B C H W and B 8 H/2 W/2 -> B D H/2 W/2.
 

@@ -18,11 +18,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
-from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, check_img_size, init_linear, register_variants
+from backbones.base import Stage, StagedBackbone, State, TokenStage, check_img_size, init_linear, register_variants
 from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_bias_table, resample_position_embedding
 
@@ -41,7 +41,7 @@ def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(image.float(), size, mode=mode, align_corners=False).to(image.dtype)
 
 
-@register_notrace_function
+@leaf
 def position_bias(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
     """Bias between all pairs of positions of a map, h N N (query, key), from a table of the differences query - key.
 
@@ -153,7 +153,7 @@ def patches(in_chans: int, dim: int, pad: bool) -> PatchEmbed:
     )
 
 
-@register_notrace_function
+@leaf
 def positions(embedding: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
     """Position embedding of a map, 1 H W C, from one of 1 (1 +) rows * columns C for the map `native` = (rows, columns).
 
@@ -164,46 +164,48 @@ def positions(embedding: Tensor, native: tuple[int, int], height: int, width: in
     return resize(image, (height, width), "bilinear").permute(0, 2, 3, 1)
 
 
-MapAndToken = tuple[Tensor, Tensor]  # B H W C, B 1 C
+@leaf
+def with_first_position(tokens: Tensor, embedding: Tensor) -> Tensor:
+    """Class tokens B 1 C plus the first entry of the position embedding."""
+    return tokens + embedding[:, :1]
 
 
-class TiStage(Stage):
+class TiStage(TokenStage):
     """A stage of LIT-Ti: downsampling, position embedding, blocks; the last stage may hold the class token.
 
-    size: (rows, columns) of the position embedding; tokens: how many entries it has before the map's (1 in the last stage).
+    Args:
+        downsample: of the map, B H W C.
+        blocks: on tokens.
+        dim: channels.
+        size: (rows, columns) of the position embedding.
+        tokens: how many entries it has before the map's (1 in the last stage).
+        class_token: whether a class token begins here.
     """
 
-    def __init__(self, downsample, blocks, dim: int, size: tuple[int, int], tokens: int = 0, class_token: bool = False):
-        super().__init__(downsample, blocks)
+    def __init__(
+        self,
+        downsample: nn.Module,
+        blocks: Sequence[nn.Module],
+        dim: int,
+        size: tuple[int, int],
+        tokens: int = 0,
+        class_token: bool = False,
+    ):
+        super().__init__(downsample, blocks, nhwc=True, class_token=dim if class_token else None)
         self.size = size
         self.pos_embed = nn.Parameter(torch.empty(1, tokens + size[0] * size[1], dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
-        if class_token:
-            nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor | MapAndToken:  # B 2H 2W D -> B H W C, with a class token (B H W C, B 1 C)
-        x = self.downsample(x)
-        size = x.shape[1:3]
-        x = x + positions(self.pos_embed, self.size, size[0], size[1])
-        if self.cls_token is None:
-            return self.run_blocks(x)
-        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = self.run_blocks(torch.cat([token, x.flatten(1, 2)], 1))
-        return x[:, 1:].unflatten(1, size), x[:, :1]
+    def start(self, x: Tensor, tokens: Tensor | None) -> State:  # B 2H 2W D -> B H W C, B 1 C
+        x, tokens = super().start(x, tokens)
+        x = x + positions(self.pos_embed, self.size, x.shape[1], x.shape[2])
+        return x, None if tokens is None else with_first_position(tokens, self.pos_embed)
 
     def resize(self, size: tuple[int, int]) -> None:
         """Make `size` the native map of the position embedding."""
         tokens = self.pos_embed.shape[1] - self.size[0] * self.size[1]
         embedding = resample_position_embedding(self.pos_embed.detach(), size, tokens, self.size, "bilinear")
         self.pos_embed, self.size = nn.Parameter(embedding, self.pos_embed.requires_grad), size
-
-
-class FinalNorm(nn.LayerNorm):
-    """LayerNorm of a map, and of a class token if there is one."""
-
-    def forward(self, x: Tensor | MapAndToken) -> Tensor | MapAndToken:
-        return (super().forward(x[0]), super().forward(x[1])) if isinstance(x, tuple) else super().forward(x)
 
 
 class LITTi(StagedBackbone):
@@ -255,13 +257,9 @@ class LITTi(StagedBackbone):
             )
             for i, (dim, size) in enumerate(zip(dims, self.sizes(img_size)))
         )
-        self.norm = FinalNorm(dims[-1], eps=1e-6)
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, dims[-1], dims[-1]
+        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.class_token = class_token
-        self.feature_info = [{"num_chs": c, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, c in enumerate(dims)]
-        self.feature_norms = None  # the authors return the maps as they are
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, ("token" if class_token else "avg") if global_pool is None else global_pool)
+        self.finish(dims, [4, 8, 16, 32], num_classes, global_pool, drop_rate, tokens=(0, 0, 0, int(class_token)))
         self.apply(init_linear)
 
     @classmethod
@@ -270,53 +268,11 @@ class LITTi(StagedBackbone):
         height, width = check_img_size(img_size, cls.min_size)
         return map_sizes(height // 4, width // 4)
 
-    def feature(self, x: Tensor | MapAndToken, index: int, norm: bool) -> Tensor:
-        """The class token is in none of the maps."""
-        return super().feature(x[0] if isinstance(x, tuple) else x, index, norm)
-
-    def output(self, x: Tensor | MapAndToken) -> Tensor:
-        """Tokens B 1+N C, the class token first; a map alone as B C H W."""
-        return torch.cat([x[1], x[0].flatten(1, 2)], 1) if isinstance(x, tuple) else self.to_nchw(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Output of `forward_features` -> B num_classes, or B C when pre_logits (or without a classifier)."""
-        if self.global_pool == "token":
-            x = x[:, 0]
-        elif self.global_pool == "avg":
-            x = x[:, 1:].mean(1) if self.class_token else x.mean((2, 3))
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier; 0 classes give pooled features, (0, '') the tokens."""
-        pool = self.global_pool if global_pool is None else global_pool
-        allowed = ("token", "avg", "") if self.class_token else ("avg", "")
-        if pool not in allowed:
-            raise ValueError(f"global_pool must be one of {allowed}, got {pool!r}")
-        self.num_classes, self.global_pool = num_classes, pool
-        like = self.patch_embed.proj.weight
-        self.head = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
-        )
-        init_linear(self.head)
-
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the position embeddings for images of this size, so that no forward has to."""
         for stage, size in zip(self.stages, self.sizes(img_size)):
             stage.resize(size)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """As in `StagedBackbone`; a stage's position embedding and class token belong to its downsampling."""
-        groups = super().group_matcher(coarse)
-        if not coarse:
-            groups["blocks"][0] = (r"^stages\.(\d+)\.(?:downsample|pos_embed|cls_token)", (0,))
-        return groups
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

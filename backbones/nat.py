@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias
 from backbones.ops.neighborhood import neighborhood_attention
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_bias_table
 
@@ -42,7 +42,25 @@ DENSE_DILATIONS = {  # the authors' recipes for dense prediction, by data set an
 }
 
 
-@register_notrace_module  # the map's size decides what is padded
+@leaf
+def pad_to_least(x: Tensor, least: int) -> Tensor:
+    """Zeros at the bottom and on the right of B H W C until both sides have `least` rows."""
+    height, width = x.shape[1:3]
+    if height < least or width < least:
+        x = F.pad(x, (0, 0, 0, max(least - width, 0), 0, max(least - height, 0)))
+    return x
+
+
+@leaf
+def attend(
+    qkv: Tensor, like: Tensor, kernel_size: int, dilation: int, bias: Tensor, scale: float, backend: str | None
+) -> Tensor:  # B H' W' 3 h d, B H W C -> B H W C
+    """Neighbourhood attention on a padded map, cropped to the size of `like`."""
+    q, k, v = qkv.unbind(3)  # each B H' W' h d
+    out = neighborhood_attention(q, k, v, kernel_size, dilation, bias, scale, backend)
+    return out[:, : like.shape[1], : like.shape[2]].flatten(3)
+
+
 class NeighborhoodAttention(nn.Module):
     """Attention of every pixel to its kernel_size x kernel_size neighbours, `dilation` apart, with a relative position bias."""
 
@@ -68,21 +86,31 @@ class NeighborhoodAttention(nn.Module):
         nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        height, width = x.shape[1:3]
-        least = self.kernel_size * self.dilation
-        if height < least or width < least:
-            # As in the NATTEN of the released weights: zeros before the linear layer, so that padded keys and values are its
-            # bias, and nothing is masked.
-            x = F.pad(x, (0, 0, 0, max(least - width, 0), 0, max(least - height, 0)))
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # each B H W h d
-        x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, self.rpb, self.scale, self.backend)
-        return self.proj_drop(self.proj(x[:, :height, :width].flatten(3)))
+        # As in the NATTEN of the released weights: zeros before the linear layer, so that padded keys and values are its bias,
+        # and nothing is masked.
+        qkv = self.qkv(pad_to_least(x, self.kernel_size * self.dilation))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        out = attend(qkv, x, self.kernel_size, self.dilation, self.rpb, self.scale, self.backend)
+        return self.proj_drop(self.proj(out))
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}"
 
 
-@register_notrace_module  # the map's size decides whether the table is resampled
+@leaf
+def attend_fully(qkv: Tensor, table: Tensor, heads: int, scale: float) -> Tensor:  # B H W 3C -> B H W C
+    """Attention among all pixels with a bias from `table`, h rows columns, resampled where the map is another."""
+    size, sides = qkv.shape[1:3], [2 * side - 1 for side in qkv.shape[1:3]]
+    if torch.compiler.is_exporting() or list(table.shape[1:]) != sides:
+        table = F.interpolate(table[None], sides, mode="bicubic", align_corners=False)[0]
+    bias = relative_bias(table, *size)
+    q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=scale)
+    if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(1, 2).flatten(2).unflatten(1, size)
+
+
 class FullAttention(nn.Module):
     """Attention among all pixels with a bias per relative position; on another grid than `grid` the table is resampled."""
 
@@ -105,17 +133,7 @@ class FullAttention(nn.Module):
         nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        height, width = x.shape[1:3]
-        table = self.rpb
-        if torch.compiler.is_exporting() or table.shape[1:] != (2 * height - 1, 2 * width - 1):
-            size = (2 * height - 1, 2 * width - 1)
-            table = F.interpolate(table[None], size, mode="bicubic", align_corners=False)[0]
-        bias = relative_bias(table, height, width)
-        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=self.scale)
-        if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
-            x = x.clone(memory_format=torch.contiguous_format)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (height, width))))
+        return self.proj_drop(self.proj(attend_fully(self.qkv(x), self.rpb, self.num_heads, self.scale)))
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:

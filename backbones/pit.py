@@ -14,21 +14,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
+from backbones.base import StagedBackbone, State, TokenHead, TokenStage, check_img_size, register_variants
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("pit")
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-MapAndTokens = tuple[Tensor, Tensor]  # B C H W, B T C
 
 
-@torch.fx.wrap  # both: FX looks only into the module that defines `forward`, which is base.py
-@register_notrace_function
+@leaf
 def resize_to(embedding: Tensor, x: Tensor) -> Tensor:
     """Position embedding 1 C h w, resized (bicubic) to the map x, B C H W; the same tensor if it fits already.
 
@@ -51,60 +49,32 @@ class Pool(nn.Module):
         self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, groups=dim)
         self.fc = nn.Linear(dim, out_dim)
 
-    def forward(self, x: MapAndTokens) -> MapAndTokens:
+    def forward(self, x: State) -> State:  # B C H W, B T C -> B D H/2 W/2, B T D
         return self.conv(x[0]), self.fc(x[1])
 
 
-class TokenStage(Stage):
-    """A stage on (map, class tokens): the blocks attend over both together, tokens in front."""
+class PiTStage(TokenStage):
+    """A stage that takes the class tokens of the stage before, pooled with the map."""
 
-    def forward(self, x: MapAndTokens) -> MapAndTokens:
-        x, tokens = self.downsample(x)
-        height, width = x.shape[-2:]
-        count = tokens.shape[1]
-        x = torch.cat([tokens, x.flatten(2).mT], 1)  # B T+HW C
-        x = self.run_blocks(x)
-        return x[:, count:].mT.unflatten(2, (height, width)), x[:, :count]
+    def start(self, x: Tensor, tokens: Tensor | None) -> State:
+        return self.downsample((x, tokens))
 
 
-class TokenNorm(nn.LayerNorm):
-    """The final norm: of the class tokens only."""
-
-    def forward(self, x: MapAndTokens) -> Tensor:  # -> B T C
-        return super().forward(x[1])
-
-
-class TokenHead(nn.Module):
-    """A linear layer on the class token and, distilled, another on the distillation token.
+class PiTHead(TokenHead):
+    """A linear layer on the class token and, if there are two tokens, another on the second, for distillation.
 
     Distilled, the result is the mean of both; with `separate`, while training, the pair (for a loss on each).
     """
 
-    def __init__(self, dim: int, num_classes: int, distilled: bool, pool: str, drop_rate: float):
-        super().__init__()
-        self.dim, self.distilled, self.separate = dim, distilled, False
-        self.drop = nn.Dropout(drop_rate)
-        self.fc, self.fc_dist = nn.Identity(), None
-        self.pool_type = pool
-        self.reset(num_classes, pool)
+    pools = ("token", "")  # the map has no norm to be pooled after
+    separate = False
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """New classifiers where the model is; 0 classes give the pooled token (distilled: their mean), pool "" all tokens."""
-        pool = self.pool_type if pool_type is None else pool_type
-        if pool not in ("token", ""):
-            raise ValueError(f"global_pool must be 'token' or '', got {pool!r}: PiT normalises nothing but its class tokens")
-        if pool == "" and num_classes:
-            raise ValueError(f"{num_classes} classes need global_pool='token'; '' returns the tokens as they are")
-        self.pool_type = pool
-
-        like = next(self.parameters(), None)
-
-        def layer() -> nn.Module:
-            linear = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-            return linear if like is None else linear.to(like.device, like.dtype)
-
-        self.fc = layer()
-        self.fc_dist = layer() if self.distilled else None
+        """New classifiers; 0 classes give the pooled token (distilled: their mean), pool "" all tokens."""
+        super().reset(num_classes, pool_type)
+        self.fc_dist: nn.Module | None = None
+        if self.tokens == 2:
+            self.fc_dist = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:  # B T C -> B num_classes
         x = self.drop(x)
@@ -171,12 +141,12 @@ class PiT(StagedBackbone):
             )
 
         self.stages = nn.ModuleList(
-            TokenStage(Pool(dims[i - 1], dims[i]) if i else nn.Identity(), [block(i, b) for b in range(depth)])
+            PiTStage(Pool(dims[i - 1], dims[i]) if i else nn.Identity(), [block(i, b) for b in range(depth)], nhwc=False)
             for i, depth in enumerate(depths)
         )
-        self.norm = TokenNorm(dims[-1], eps=1e-6)
-        head = TokenHead(dims[-1], num_classes, distilled, global_pool, drop_rate)
-        self.finish(dims, [stride * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, head=head)
+        self.norm = LayerNorm(dims[-1])
+        strides, tokens = [stride * 2**i for i in range(len(dims))], [1 + distilled] * len(dims)
+        self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=tokens, head=PiTHead)
 
     def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the first stage's map for images of this size, pixels."""
@@ -187,28 +157,29 @@ class PiT(StagedBackbone):
         resized = resize_to(self.pos_embed.detach(), torch.empty(1, 1, *self.grid(img_size), device="meta"))
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
-    def embed(self, x: Tensor) -> MapAndTokens:
+    def embed(self, x: Tensor) -> State:
         x = super().embed(x)
         x = self.pos_drop(x + resize_to(self.pos_embed, x))
         return x, self.cls_token.expand(x.shape[0], -1, -1)
 
-    def feature(self, x: MapAndTokens, index: int, norm: bool) -> Tensor:
-        return x[0]
+    def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
+        """The norm on the class tokens; the map has none."""
+        return x, self.norm(tokens)
 
-    def output(self, x: MapAndTokens | Tensor) -> Tensor:
-        """Class tokens, B T C: normalised after the last stage, as they are after an earlier one."""
-        return x[1] if isinstance(x, tuple) else x
+    def output(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """The class tokens alone, B T C, as the authors and timm return them: the map beside them is not normalised."""
+        return tokens
 
     @torch.jit.ignore
     def set_distilled_training(self, enable: bool = True) -> None:
         """While training, return the logits of the class token and of the distillation token apart, for a loss on each."""
-        if not self.head.distilled:
+        if self.head.fc_dist is None:
             raise ValueError("this model has no distillation token; create a pit_*_distilled")
         self.head.separate = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, nn.Module]:
-        return (self.head.fc, self.head.fc_dist) if self.head.distilled else self.head.fc
+        return self.head.fc if self.head.fc_dist is None else (self.head.fc, self.head.fc_dist)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

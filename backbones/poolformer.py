@@ -12,17 +12,22 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, LayerScale2d, Mlp
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, register_variants
 from backbones.layers import drop_path_rates
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("poolformer")
 
 
-@register_notrace_module  # the device decides the layout
+@leaf
+def channels_last_on_cpu(x: Tensor) -> Tensor:
+    """The image in the layout that the device's convolutions prefer."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 class Stem(nn.Conv2d):
     """7x7 convolution of stride 4, padding 2; on a CPU its map, and so every later one, lies in memory channels-last.
 
@@ -33,7 +38,7 @@ class Stem(nn.Conv2d):
         super().__init__(in_chans, dim, 7, stride=4, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/4 W/4
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+        return super().forward(channels_last_on_cpu(x))
 
 
 class GroupNorm1(nn.GroupNorm):

@@ -13,7 +13,6 @@ are importable from here.
 from collections.abc import Mapping, Sequence
 
 import torch
-from timm.models import register_notrace_function
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,8 +25,9 @@ from backbones.analysis.registers import (
 )
 from backbones.base import register_variants
 from backbones.edits.registers import RegisterEdit, add_test_time_registers
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import dino_positions
+from weights.resample import dino_positions as _dino_positions
 
 __all__ = [
     "Artefacts",
@@ -43,8 +43,7 @@ __all__ = [
 default_cfgs = _default_cfgs("registers")
 
 
-torch.fx.wrap("dino_positions")  # both: FX looks only into the module that defines `forward`, which is timm's
-register_notrace_function(dino_positions)
+dino_positions = leaf(_dino_positions)
 
 
 class RegisterViT(VisionTransformer):

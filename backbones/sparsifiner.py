@@ -26,7 +26,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
-from timm.models import register_notrace_function, register_notrace_module
+from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from backbones.base import check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_position_embedding
 
@@ -241,7 +242,7 @@ def tiles(grid: tuple[int, int], size: int, device: torch.device) -> tuple[Tenso
     return index, inside, place.flatten()
 
 
-@register_notrace_function
+@leaf
 def tile_attention(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, grid: tuple[int, int], size: int, scale: float) -> Tensor:
     """Attention B h N d in which each tile of queries sees its `chosen` tiles of keys (B h n m) and the class token only.
 
@@ -264,7 +265,7 @@ def tile_attention(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, grid: tuple[
     return torch.cat([F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=scale), out], 2)
 
 
-@register_notrace_function
+@leaf
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, may_be_empty: bool) -> Tensor:
     """Attention B h n d under a bool mask. Queries without any key give zeros, not NaN; only asked for if there may be some."""
     if not may_be_empty:
@@ -274,7 +275,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, scale=scale) * some
 
 
-@register_notrace_function
+@leaf
 def class_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropped: int) -> tuple[Tensor, Tensor]:
     """The class token's attention to all that is left: output B h 1 d and weights B h 1 n.
 
@@ -287,7 +288,7 @@ def class_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropped: int)
     return attention @ v, attention
 
 
-@register_notrace_function
+@leaf
 def keep_most_attended(
     x: Tensor, attention: Tensor, kept: Tensor | None, grid: tuple[int, int], rate: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -309,7 +310,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-@register_notrace_function
+@leaf
 def restore(x: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
     """Tokens B n C -> B N C with zeros for the dropped ones, as the source leaves them."""
     if kept is None:
@@ -463,7 +464,7 @@ class ConvPatchEmbed(PatchEmbed):
         return self
 
 
-@register_notrace_function
+@leaf
 def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tuple[int, int]) -> Tensor:
     """Patches B rows columns C -> tokens B 1+N C, class token first, plus the embedding (1 1+N' C, for the grid `native`)."""
     pos_embed = resample_abs_pos_embed(pos_embed, x.shape[1:3], native)

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, to_2tuple
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
@@ -37,13 +36,65 @@ from backbones.layers import (
     pad_to_multiple,
     relative_bias,
 )
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_bias_table, resample_position_embedding
 
 default_cfgs = _default_cfgs("swin")
 
 
-@register_notrace_module  # the map's size decides padding, shift and mask
+def shift_of(height: int, width: int, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> int:
+    """By how many tokens a map is rolled: half a window, or nothing on the map size `unshifted`."""
+    return window // 2 if shifted and unshifted != (height, width) else 0
+
+
+@leaf
+def to_windows(x: Tensor, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> Tensor:  # B H W C -> B n L C
+    """The windows of a map, padded with zeros to whole windows and then rolled."""
+    (_, height, width, _), shift = x.shape, shift_of(x.shape[1], x.shape[2], window, shifted, unshifted)
+    rows, columns = -(-height // window), -(-width // window)
+    x = pad_to_multiple(x, window, nhwc=True)
+    x = x.roll((-shift, -shift), (1, 2)) if shift else x
+    x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+@leaf
+def attend(
+    qkv: Tensor,
+    like: Tensor,
+    table: Tensor,
+    heads: int,
+    scale: float,
+    window: int,
+    shifted: bool,
+    unshifted: tuple[int, int] | None,
+) -> Tensor:  # B n L 3C -> B H W C
+    """Attention inside the windows of a map of the size of `like`, B H W C, put back where they were."""
+    (batch, height, width, dim), shift = like.shape, shift_of(like.shape[1], like.shape[2], window, shifted, unshifted)
+    rows, columns = -(-height // window), -(-width // window)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each B n h L d
+    bias = window_bias(table, window).to(q.dtype)
+    if shift:
+        # Every window has its own mask: windows and heads share an axis, so that the batch needs no copy of the masks.
+        cached = type(qkv) is Tensor and not torch.compiler.is_compiling()  # not under tracing or fake tensors
+        mask = (cached_shift_mask if cached else shift_mask)(rows, columns, window, shift, qkv.device, q.dtype)
+        q, k, v, bias = (t.flatten(1, 2) for t in (q, k, v, (bias + mask[:, None])[None]))
+    else:
+        q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias[None, None]))
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    x = x.view(batch, rows, columns, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    x = x.reshape(-1, dim).view(batch, rows * window, columns * window, dim)  # in two steps, as export asks
+    x = x.roll((shift, shift), (1, 2)) if shift else x
+    return crop(x, height, width)
+
+
+def window_bias(table: Tensor, window: int) -> Tensor:
+    """The learned bias of each pair of tokens of a window, h L L. The table counts query minus key, hence the transpose."""
+    side = 2 * window - 1
+    return relative_bias(table.T.unflatten(1, (side, side)), window, window).mT
+
+
 class WindowAttention(nn.Module):
     """Attention inside windows of `window` x `window` tokens, shifted by half a window if `shifted`.
 
@@ -75,34 +126,17 @@ class WindowAttention(nn.Module):
 
     def shift(self, height: int, width: int) -> int:
         """By how many tokens a map of this size is rolled."""
-        return self.window // 2 if self.shifted and self.unshifted != (height, width) else 0
+        return shift_of(height, width, self.window, self.shifted, self.unshifted)
 
     def bias(self) -> Tensor:
-        """The learned bias of each pair of tokens of a window, h L L. The table counts query minus key, hence the transpose."""
-        side = 2 * self.window - 1
-        return relative_bias(self.relative_position_bias_table.T.unflatten(1, (side, side)), self.window, self.window).mT
+        """The learned bias of each pair of tokens of a window, h L L."""
+        return window_bias(self.relative_position_bias_table, self.window)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        (batch, height, width, dim), window, heads = x.shape, self.window, self.num_heads
-        rows, columns, shift = -(-height // window), -(-width // window), self.shift(height, width)
-        x = pad_to_multiple(x, window, nhwc=True)  # zeros before the linear layer: padded keys are its bias, and not masked
-        x = x.roll((-shift, -shift), (1, 2)) if shift else x
-        x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
-        x = x.flatten(3, 4).flatten(1, 2)  # B n L C
-        q, k, v = self.qkv(x).unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each B n h L d
-        bias = self.bias().to(q.dtype)
-        if shift:
-            # Every window has its own mask: windows and heads share an axis, so that the batch needs no copy of the masks.
-            cached = type(x) is Tensor and not torch.compiler.is_compiling()  # not under tracing or fake tensors
-            mask = (cached_shift_mask if cached else shift_mask)(rows, columns, window, shift, x.device, q.dtype)
-            q, k, v, bias = (t.flatten(1, 2) for t in (q, k, v, (bias + mask[:, None])[None]))
-        else:
-            q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias[None, None]))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        x = x.view(batch, rows, columns, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(-1, dim).view(batch, rows * window, columns * window, dim)  # in two steps, as export asks
-        x = x.roll((shift, shift), (1, 2)) if shift else x
-        return self.proj_drop(self.proj(crop(x, height, width)))
+        how = self.window, self.shifted, self.unshifted
+        # Zeros are padded before the linear layer: padded keys are its bias, and not masked.
+        qkv = self.qkv(to_windows(x, *how))
+        return self.proj_drop(self.proj(attend(qkv, x, self.relative_position_bias_table, self.num_heads, self.scale, *how)))
 
     def mask(self, height: int, width: int) -> Tensor | None:
         """The mask for a map of this size, n L L, or None where nothing is shifted."""
@@ -144,7 +178,14 @@ def cached_shift_mask(rows: int, columns: int, window: int, shift: int, device: 
         return shift_mask(rows, columns, window, shift, device, dtype)
 
 
-@register_notrace_module  # the map's size decides whether the embedding is resized
+@leaf
+def with_positions(x: Tensor, position: Tensor) -> Tensor:
+    """A map B H W C plus an embedding 1 C h w, resized where its size is another."""
+    if torch.compiler.is_exporting() or x.shape[1:3] != position.shape[2:]:
+        position = F.interpolate(position, x.shape[1:3], mode="bicubic", align_corners=False)
+    return x + position.permute(0, 2, 3, 1).to(x.dtype)
+
+
 class PositionedPatchEmbed(PatchEmbed):
     """Patches plus a learned embedding of their absolute position, resized bicubically for maps of another size than `grid`."""
 
@@ -154,10 +195,7 @@ class PositionedPatchEmbed(PatchEmbed):
         nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B H/p W/p C
-        x, position = super().forward(x), self.absolute_pos_embed
-        if torch.compiler.is_exporting() or x.shape[1:3] != position.shape[2:]:
-            position = F.interpolate(position, x.shape[1:3], mode="bicubic", align_corners=False)
-        return x + position.permute(0, 2, 3, 1).to(x.dtype)
+        return with_positions(super().forward(x), self.absolute_pos_embed)
 
     @torch.no_grad()
     def set_grid(self, grid: tuple[int, int]) -> None:

@@ -20,6 +20,8 @@ class Head(nn.Module):
         family: which converter of weights/convert reads its published files.
         pyramid: it reads maps of falling sizes, so maps of one size (plain ViTs) are made a pyramid first.
         takes_one_scale: the constructor has an argument `one_scale`, and is told whether all maps have one size.
+        takes_prefix_counts: the constructor has an argument `prefix_counts`, and is told how many prefix tokens (class token,
+            registers) stand beside each map.
         prefix_tokens: it reads pairs (map, prefix tokens) instead of maps.
         returns_names: `forward` returns a dict instead of one map.
     """
@@ -27,6 +29,7 @@ class Head(nn.Module):
     family: str = "heads"
     pyramid: bool = False
     takes_one_scale: bool = False
+    takes_prefix_counts: bool = False
     prefix_tokens: bool = False
     returns_names: bool = False
 

@@ -28,6 +28,7 @@ class DPT(Head):
     reassemble: channels of each map after reassembling (one_scale only); default C/8, C/4, C/2, C as in DPT-Base.
     factors: resampling factor of each level (4, 2, 1, 0.5, ...), None where a map is used as it is; overrides one_scale, for
         backbones that deliver both kinds (DPT-Hybrid: None, None, 1, 0.5).
+    prefix_counts: prefix tokens beside each map: those with some are read out (CvT: its last); default: those with a factor.
     readout: what becomes of the prefix tokens. "ignore" drops them; "add" adds the class token to every position (the mean of
         class and distillation token where there are exactly two); "project" concatenates the class token to every token and
         projects back.
@@ -47,6 +48,7 @@ class DPT(Head):
 
     family = "dpt"
     takes_one_scale = True
+    takes_prefix_counts = True
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class DPT(Head):
         one_scale: bool = False,
         reassemble: Sequence[int] | None = None,
         factors: Sequence[float | None] | None = None,
+        prefix_counts: Sequence[int] | None = None,
         readout: str = "ignore",
         norm: bool = False,
         unit_bias: bool | None = None,
@@ -86,11 +89,16 @@ class DPT(Head):
         if len(reassemble) != levels:
             raise ValueError(f"dpt: reassemble {list(reassemble)} has {len(reassemble)} entries for {levels} maps")
 
+        tokens = [factor is not None for factor in factors] if prefix_counts is None else [count > 0 for count in prefix_counts]
+        if len(tokens) != levels:
+            raise ValueError(f"dpt: prefix_counts {list(prefix_counts or ())} has {len(tokens)} entries for {levels} maps")
+        if readout != "ignore" and not any(tokens):
+            raise ValueError(f"dpt: readout {readout!r} reads the class token and the maps have no prefix tokens: use 'ignore'")
         self.readout = readout
         self.prefix_tokens = readout != "ignore"
         self.reassembles = nn.ModuleList(
-            Reassemble(c, r, f, readout, reassemble_norm) if f is not None else Reassemble(c, c, None, "ignore", False)
-            for c, r, f in zip(channels, reassemble, factors, strict=True)
+            Reassemble(c, c if f is None else r, f, readout if token else "ignore", reassemble_norm and f is not None)
+            for c, r, f, token in zip(channels, reassemble, factors, tokens, strict=True)
         )
         bias = not norm if unit_bias is None else unit_bias
         self.layers = nn.ModuleList(

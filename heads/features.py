@@ -25,15 +25,21 @@ class FeatureBackbone(nn.Module):
     img_size: (H, W) or int the model is built for, where its constructor takes one. Models that accept other sizes at run time
         still do; a model bound to one size takes images up to it (padded) and refuses larger ones. For a module: the size it
         was built for, where it does not say so itself.
-    prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none.
+    prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none. P is 0
+        where a stage has none (CvT's and LIT-Ti's earlier stages).
     norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
     taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates does
         not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect ratio.
     backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
 
-    Attributes: `model`; `channels` of each map; `strides` as timm states them (hints: PiT's 7, 14, 28 give 31, 16, 8 at 224);
-    `one_scale`: all maps have one size; `multiple`: images are padded to a multiple of it; `fixed_size`: (H, W) or None (both
-    known in full after the first image that the model refused).
+    Attributes:
+        model: the timm model.
+        channels: of each map.
+        strides: as timm states them (hints: PiT's 7, 14, 28 give 31, 16, 8 at 224).
+        one_scale: all maps have one size.
+        prefix_counts: prefix tokens beside each map, None with taps.
+        multiple: images are padded to a multiple of it (known in full after the first image that the model refused).
+        fixed_size: (H, W) or None (known in full likewise).
     """
 
     def __init__(
@@ -77,6 +83,9 @@ class FeatureBackbone(nn.Module):
         if not isinstance(backbone, nn.Module) and hasattr(model, "prune_intermediate_layers"):
             # what no map needs is cut, so that every parameter left gets a gradient (DDP insists)
             self.out_indices = list(model.prune_intermediate_layers(self.out_indices, prune_norm=not norm))
+        count = getattr(model, "num_prefix_tokens", 0)
+        counts = [entries[i].get("prefix_tokens", count) for i in self.out_indices]
+        self.prefix_counts: list[int] | None = None if taps else counts
         self.model = model
         self.norm = norm
         self.taps = tuple(taps or ())
@@ -96,8 +105,8 @@ class FeatureBackbone(nn.Module):
 
     def return_prefix_tokens(self) -> None:
         """From now on return pairs (map, prefix tokens). ValueError if the model has no prefix tokens."""
-        count = getattr(self.model, "num_prefix_tokens", 0)
-        if not count or "return_prefix_tokens" not in inspect.signature(self.model.forward_intermediates).parameters:
+        counts = self.prefix_counts or [getattr(self.model, "num_prefix_tokens", 0)]
+        if not any(counts) or "return_prefix_tokens" not in inspect.signature(self.model.forward_intermediates).parameters:
             raise ValueError(
                 f"{self.name} has no prefix tokens (class token, registers): use a ViT that has, or readout 'ignore'"
             )

@@ -171,7 +171,9 @@ class ZooHead(BaseDecodeHead):
             raise ValueError(
                 f"head {head!r} returns named outputs, which mmsegmentation's losses cannot read: train it with the zoo's tasks"
             )
-        maps = types.SimpleNamespace(channels=in_channels, one_scale=one_scale)  # what build_head reads of a backbone
+        maps = types.SimpleNamespace(
+            channels=in_channels, one_scale=one_scale, prefix_counts=None
+        )  # what build_head reads of a backbone
         self.pyramid, self.head = build_head(head, maps, self.out_channels, head_args)
 
     def forward(self, inputs: Sequence) -> Tensor:  # [B C_i H_i W_i], or pairs with prefix tokens -> B K h w

@@ -15,10 +15,11 @@ from .table import HEADS
 
 
 class Levels(Protocol):
-    """What a head is built for: channels of each map, finest first, and whether all maps have one size."""
+    """What a head is built for: channels of each map, finest first, whether all have one size, and prefix tokens of each."""
 
     channels: list[int]
     one_scale: bool
+    prefix_counts: list[int] | None
 
 
 def build_head(
@@ -48,6 +49,8 @@ def build_head(
             raise TypeError(f"head {name!r} has no argument {key!r}: {hint}")
     if cls.takes_one_scale:
         args.setdefault("one_scale", backbone.one_scale)
+    if cls.takes_prefix_counts:
+        args.setdefault("prefix_counts", backbone.prefix_counts)
     neck = Pyramid(backbone.channels) if cls.pyramid and backbone.one_scale else None
     make: Any = cls  # arguments are each head's own
     return neck, make(neck.channels if neck else backbone.channels, out_channels, **args)

@@ -285,6 +285,20 @@ def test_intermediates_end_in_forward_features(name, model):
 
 
 @torch.no_grad()
+def test_prefix_tokens_come_beside_the_maps(name, model):
+    image = images(2)
+    pairs = model.forward_intermediates(image, return_prefix_tokens=True, intermediates_only=True)
+    maps = model.forward_intermediates(image, intermediates_only=True)
+    for (got, prefix), expected, entry in zip(pairs, maps, model.feature_info, strict=True):
+        assert torch.equal(got, expected)
+        assert prefix.shape == (2, entry.get("prefix_tokens", model.num_prefix_tokens), entry["num_chs"])
+    assert prefix.shape[1] == model.num_prefix_tokens
+    ((_, normed),) = model.forward_intermediates(image, [-1], return_prefix_tokens=True, norm=True, intermediates_only=True)
+    if model.num_prefix_tokens:  # the class tokens are those that the head reads
+        torch.testing.assert_close(normed, model.forward_features(image)[:, : model.num_prefix_tokens])
+
+
+@torch.no_grad()
 def test_features_only_gives_the_intermediates(name, model):
     needs_maps(model)
     wrapped = create(name, features_only=True)

@@ -204,20 +204,25 @@ def test_any_size_runs_with_the_sizes_of_convolution_arithmetic(size):
         tiny()(torch.randn(1, 3, 2, 9))
 
 
-def test_features_hold_the_map_and_the_class_token_and_the_head_reads_the_token():
+def test_features_are_the_tokens_class_token_first_and_the_head_reads_it():
     model, x = tiny(), torch.randn(2, 3, 64, 48)
     features = model.forward_features(x)
-    assert features.shape == (2, model.num_features, 4, 3) and model.num_features == 2 * model.head_hidden_size == 48
+    assert features.shape == (2, 1 + 4 * 3, model.num_features) and model.num_features == model.head_hidden_size == 24
     pair = model.embed(x)
     for stage in model.stages:
         pair = stage(pair)
     token = F.layer_norm(pair[1], (24,), model.norm.weight, model.norm.bias)
     torch.testing.assert_close(model(x), model.head.fc(token[:, 0]))
-    torch.testing.assert_close(features[:, 24:], token.transpose(1, 2)[..., None].expand(-1, -1, 4, 3))
+    torch.testing.assert_close(features[:, :1], token)
     maps = model.forward_intermediates(x, norm=True, intermediates_only=True)
-    assert torch.equal(maps[-1], features[:, :24])
+    torch.testing.assert_close(maps[-1].flatten(2).mT, features[:, 1:])
     model.reset_classifier(3, "avg")
-    torch.testing.assert_close(model(x), model.head.fc(features[:, :24].mean((2, 3))))
+    torch.testing.assert_close(model(x), model.head.fc(features[:, 1:].mean(1)))
+
+
+def test_without_a_class_token_features_are_a_map():
+    model = tiny(class_tokens=(False, False, False))
+    assert model.num_prefix_tokens == 0 and model.forward_features(torch.randn(2, 3, 64, 48)).shape == (2, 24, 4, 3)
 
 
 def test_classifiers_are_replaced_and_removed():
@@ -226,12 +231,12 @@ def test_classifiers_are_replaced_and_removed():
     model.reset_classifier(0)
     assert torch.equal(model(x), pooled)
     model.reset_classifier(0, "")
-    assert model(x).shape == (2, 48, 4, 3)
+    assert model(x).shape == (2, 1 + 4 * 3, 24)
     with pytest.raises(ValueError, match="need pooled features"):
         model.reset_classifier(3)
     model.reset_classifier(3, "token")
     assert model(x).shape == (2, 3)
-    with pytest.raises(ValueError, match="'avg', '' for this model, got 'token'"):
+    with pytest.raises(ValueError, match="'avg', .* for this model, got 'token'"):
         tiny(class_tokens=(False, False, False), global_pool="token")
 
 

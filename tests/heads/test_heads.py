@@ -131,6 +131,28 @@ def test_dpt_readout_without_prefix_tokens_says_so():
         DensePredictor("test_resnet", "dpt", 1, {"one_scale": True, "readout": "add"})
 
 
+@pytest.mark.parametrize("readout", ["project", "add"])
+@pytest.mark.parametrize("name, read", [("pit_ti", 3), ("pit_ti_distilled", 3), ("cvt_13", 1), ("lit_ti", 1)])
+def test_dpt_reads_the_class_tokens_of_staged_backbones(name, read, readout):
+    """PiT has them in every stage; CvT and LIT-Ti in the last, so their other maps are used as they are."""
+    depths = {"depths": (1, 1, 1, 1) if name == "lit_ti" else (1, 1, 1)}
+    torch.manual_seed(0)
+    model = DensePredictor(name, "dpt", 2, {"width": 8, "readout": readout}, backbone_args=depths).eval()
+    counts = model.backbone.prefix_counts
+    assert [count > 0 for count in counts] == [False] * (len(counts) - read) + [True] * read
+    assert [unit.how for unit in model.head.reassembles] == [readout if count else "ignore" for count in counts]
+    image = torch.randn(1, 3, 64, 96)
+    out = model(image)
+    assert out.shape == (1, 2, 64, 96)
+    token = model.backbone.model.get_parameter("cls_token" if name.startswith("pit") else f"stages.{len(counts) - 1}.cls_token")
+    with torch.no_grad():
+        token.add_(1)
+    blind = DensePredictor(name, "dpt", 2, {"width": 8}, backbone_args=depths).eval()
+    assert not torch.allclose(model(image), out) and blind(image).shape == out.shape  # the default reads no token
+    grad = torch.autograd.grad(model(image).square().mean(), list(model.parameters()), allow_unused=True)
+    assert not [key for (key, _), g in zip(model.named_parameters(), grad, strict=True) if g is None]
+
+
 def test_dpt_reads_the_class_token_of_a_vit():
     torch.manual_seed(0)
     images = torch.randn(1, 3, 32, 48)

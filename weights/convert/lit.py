@@ -41,6 +41,7 @@ NATIVE_TI = [  # ours -> LIT-Ti
     (r"^stages\.(\d)\.blocks\.", lambda m: f"block{int(m[1]) + 1}."),
     (r"^stages\.(\d)\.pos_embed$", lambda m: f"pos_embed{int(m[1]) + 1}"),
     (r"^stages\.3\.cls_token$", "cls_token"),
+    (r"^head\.fc\.", "head."),
 ]
 
 
@@ -55,12 +56,11 @@ def source_format(keys) -> str:
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    head = "head." if hasattr(model, "class_token") else "head.fc."  # LIT-Ti : LIT-S/M/B
     native = {}
     for key, value in state_dict.items():
         if key.endswith("relative_position_index"):
             continue  # follows from the map's size
-        key = re.sub(r"^head\.(?:fc\.)?(weight|bias)$", rf"{head}\1", rename(key, OFFICIAL))
+        key = re.sub(r"^head\.(?:fc\.)?(weight|bias)$", r"head.fc.\1", rename(key, OFFICIAL))
         if key == "stages.3.cls_token" and getattr(model, "class_token", True) is False:
             continue  # the dense network has none
         native[key] = value
