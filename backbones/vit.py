@@ -98,6 +98,12 @@ def mix(attn: Part, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     return attn.attn_drop((scores if mask is None else scores + mask).softmax(-1)) @ v
 
 
+def attention_map(attn: Part, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(scale q k' + mask), B h T T, row = query, before dropout."""
+    scores = (q * attn.scale) @ k.mT
+    return (scores if mask is None else scores + mask).softmax(-1)
+
+
 def finish(attn: Part, x: Tensor, mixed: Tensor) -> Tensor:
     """Heads B h T d -> the attention's output B T C: norm, gate (of its input x), projection, dropout."""
     out = mixed.transpose(1, 2).flatten(2)
@@ -119,14 +125,23 @@ def position_bias(attn: Part, shared: Tensor | None) -> Tensor | None:
 # ----------------------------------------------------------------------------------------------------------------- blocks
 
 
+def attention_input(block: Part, x: Tensor) -> Tensor:
+    """What a block's attention takes of its tokens B T C."""
+    return x if isinstance(block, POST_NORM) else block.norm1(x)
+
+
+def attention_output(block: Part, inside: Tensor, mixed: Tensor) -> Tensor:
+    """Heads B h T d, of the attention of `inside`, -> what the block adds to its tokens."""
+    out = finish(block.attn, inside, mixed)
+    return block.drop_path1(scaled(block, 1, block.norm1(out) if isinstance(block, POST_NORM) else out))
+
+
 def attention_branch(block: Part, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(what a block's attention adds to its tokens, its keys before rotation B h T d)."""
-    post = isinstance(block, POST_NORM)
-    inside = x if post else block.norm1(x)
+    inside = attention_input(block, x)
     q, keys, v = project(block.attn, inside)
     q, k, v = rotate(block.attn, q, keys, v, rope)
-    out = finish(block.attn, inside, mix(block.attn, q, k, v, mask))
-    return block.drop_path1(scaled(block, 1, block.norm1(out) if post else out)), keys
+    return attention_output(block, inside, mix(block.attn, q, k, v, mask)), keys
 
 
 def mlp_branch(block: Part, x: Tensor) -> Tensor:

@@ -12,14 +12,14 @@ Shapes: B batch, N tokens, P prefix tokens (class token, registers), R registers
 A neuron is a hidden unit of an MLP, read after the non-linearity (SwiGLU: after gating), before the last linear layer.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from backbones.analysis.run import batches, evaluation
 from backbones.edits.registers import RULES, mlp_blocks
 from backbones.vit import Part
 
@@ -152,17 +152,6 @@ def measure_artefacts(
     return Artefacts(flat.max().item(), (flat > threshold).float().mean().item(), threshold, flat.numel())
 
 
-def batches(model: Part, images: Tensor | Iterable, batch_size: int) -> Iterator[Tensor]:
-    """Batches of images, B 3 H W, where the model is."""
-    parameter = next(model.parameters())
-    for batch in images.split(batch_size) if isinstance(images, Tensor) else images:
-        batch = batch["image"] if isinstance(batch, Mapping) else batch
-        batch = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(batch, Tensor) or batch.ndim != 4:
-            raise ValueError(f"a batch of images must be a tensor B 3 H W, got {getattr(batch, 'shape', type(batch))}")
-        yield batch.to(parameter.device, parameter.dtype)
-
-
 def _token_norms(model: Part, images: Tensor, layer: int) -> Tensor:
     """Norms of all tokens, prefix included, at the output of block `layer` (negative from the end): B N."""
     count = len(model.blocks)
@@ -191,14 +180,3 @@ def _run(model: Part, images: Tensor, last: int, hooks: Sequence[tuple] = ()) ->
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; the mode of before outside."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -32,6 +32,7 @@ KINDS = {
     "rotary": "vit_small_patch16_rope_224",
     "rotary and positions": "vit_small_patch16_rope_ape_224",
     "rotary of each block": "vit_small_patch16_rope_mixed_224",
+    "grouped queries, Sapiens-2": "vit_base_patch16_sapiens2",
     "perception encoder": "vit_pe_core_tiny_patch16_384",
 }
 # Models that are no plain sequence of tokens and blocks.
@@ -40,6 +41,15 @@ OTHERS = {
     "parallel things": "vit_small_patch16_18x2_224",
     "differential": "vit_dwee_patch16_reg1_gap_256",
     "relative positions": "vit_relpos_small_patch16_224",
+}
+
+
+# What the shape of the small models would contradict: arguments to give instead, None to leave one as it is.
+OWN_SHAPE: dict[str, dict] = {
+    "sapiens2": {"num_kv_heads": 1},
+    "ttreg": {"register_neurons": {}},
+    "vitamin": {"embed_dim": None},
+    "_mci_": {"embed_dim": None},
 }
 
 
@@ -54,6 +64,8 @@ def small(name: str, seed: int = 0, **kwargs) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(seed)
     size = {"img_size": (4 * patch_of(name), 5 * patch_of(name))}
     shape = {"embed_dim": 48, "depth": 3, "num_heads": 2, "num_classes": 7}
+    for part, own in OWN_SHAPE.items():
+        shape = {k: v for k, v in (shape | own).items() if v is not None} if part in name else shape
     for drop in ((), ("img_size",)):
         try:
             given = {**size, **shape, **kwargs}
