@@ -72,3 +72,9 @@ def keys(family: str) -> dict[str, dict]:
     if shared.is_file():
         return json.loads(shared.read_text())
     return json.loads(gzip.decompress((ROOT / "goldens" / "keys" / f"keys_{family}.json.gz").read_bytes()))
+
+
+def case(name: str) -> Path:
+    """The folder of a case, something a user met: in ZOO_CASES, else ../shared/cases, else tests/cases."""
+    places = [Path(os.environ["ZOO_CASES"])] if os.environ.get("ZOO_CASES") else [ROOT.parent.parent / "shared" / "cases"]
+    return next((place / name for place in places if (place / name).is_dir()), ROOT / "cases" / name)

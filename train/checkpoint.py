@@ -9,16 +9,20 @@ the disk failed; the digests tell. The last two are kept.
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KEEP = 2
+# What reading a damaged file raises: safetensors, torch's zip reader and its restricted unpickler each have their own.
+DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
@@ -36,9 +40,19 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Has a file, or the names in a folder, written to the disk."""
+    folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs only what may be written
+    except OSError:
+        if folder:  # Windows opens none, and needs no sync of names
+            return
+        raise
     try:
         os.fsync(handle)
+    except OSError:
+        if not folder:  # some network file systems sync files only
+            raise
     finally:
         os.close(handle)
 
@@ -68,7 +82,8 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
             save_file(plain(tensors), temporary / f"{name}.safetensors", metadata={"step": str(step)})
         torch.save(dict(state), temporary / "state.pt")
         digests = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(temporary.iterdir())}
-        (temporary / "checkpoint.json").write_text(json.dumps({"step": step, "files": digests}, indent=1))
+        about = json.dumps({"step": step, "files": digests}, indent=1)
+        (temporary / "checkpoint.json").write_text(about, encoding="utf-8")
         for file in temporary.iterdir():
             _sync(file)
     except BaseException:
@@ -103,22 +118,29 @@ def steps(folder: Path) -> list[Path]:
 def fault(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        files = json.loads((path / "checkpoint.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["files"]
+        files = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in listed.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "checkpoint.json is missing or unreadable"
-    for name, expected in files.items():
+    for name in ("model.safetensors", "state.pt"):
+        if name not in files:
+            return f"checkpoint.json does not list {name}"
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if digest(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if digest(file) != sha256:
             return f"{name} does not have the content that was written"
     return None
 
 
-def latest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest intact checkpoint below `folder`, or None. Says why a newer one is passed over.
+Content = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+
+
+def newest(folder: Path, say: Callable[[str], None] = print) -> tuple[Path, Content] | None:
+    """The newest intact checkpoint below `folder` and its content, or None. Says why a newer one is passed over.
 
     Raises ValueError if there are checkpoints but none is intact: starting again silently would lose the run.
     """
@@ -126,14 +148,23 @@ def latest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     for path in reversed(found):
         reason = fault(path)
         if reason is None:
-            return path
+            try:
+                return path, load(path)
+            except DAMAGE as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         say(f"checkpoint {path.name} is damaged ({reason}); looking for the one before it")
     if found:
         raise ValueError(f"no intact checkpoint in {folder}: start again with --run.overwrite=true or another run.dir")
     return None
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def latest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The folder of `newest`."""
+    found = newest(folder, say)
+    return None if found is None else found[0]
+
+
+def load(path: Path) -> Content:
     """(weights by file stem, state) of a checkpoint folder, on the CPU. Executes nothing from the files."""
     weights = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     return weights, torch.load(path / "state.pt", map_location="cpu", weights_only=True)

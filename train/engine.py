@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,11 +27,12 @@ from train.damaged import Damaged
 from train.data.check import refuse
 from train.evaluation import evaluate
 from train.failures import Stop, readable, stop_signal
+from train.folder import MEASURES, check_folder, claimed, open_folder, repair_rows, versions
 from train.log import Log
 from train.results import finish, save_product
 from train.schema import Config
-from train.setup import build, check_folder, dataset, open_folder, start
-from train.state import Parts, RunState, improved, restore, save
+from train.setup import build, dataset, start
+from train.state import Parts, RunState, improved, restore, save, settings
 from train.tasks import Task
 from train.tasks.base import Names, stacked
 
@@ -59,6 +61,7 @@ class Run:
     parts: Parts
     model: nn.Module
     products: nn.Module
+    schedule: Scheduler
     names: Names
     state: RunState
     micro_batches: int
@@ -79,27 +82,30 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
         resume: go on from the newest intact checkpoint of the run folder, from the start if there is none.
         accept_changes: go on even if the config differs from the folder's.
     """
-    run = prepare(config, resume, accept_changes)
-    began = time.perf_counter()
-    with contextlib.closing(run.log), stop_signal() as stop, readable(config, run.folder):
-        metrics = train(run, stop)
-        if not metrics and run.state.step == run.steps:  # resumed after its last step
-            metrics = evaluate(run.task, run.products, run.val_set, run.accelerator, config)
-        summary = {"step": run.state.step, "steps": run.steps, "best": {}, "best_step": run.state.best_step, "last": metrics}
-        summary |= {"stopped": run.state.step < run.steps, "seconds": round(time.perf_counter() - began, 1)}
-        summary |= {"unreadable": run.damaged.counts()} if run.damaged.share else {}
-        if run.state.step == run.steps:
-            finish(run.folder, config, run.task, run.products, run.val_set, run.accelerator, summary, run.log)
-        run.accelerator.wait_for_everyone()
+    accelerator = start(config)
+    with claimed(Path(config.run.dir), accelerator):
+        run = prepare(config, accelerator, resume, accept_changes)
+        began = time.perf_counter()
+        with contextlib.closing(run.log), stop_signal() as stop, readable(config, run.folder):
+            metrics = train(run, stop)
+            if not metrics and run.state.step == run.steps:  # resumed after its last step
+                metrics = evaluate(run.task, run.products, run.val_set, accelerator, config)
+            summary = {"step": run.state.step, "steps": run.steps, "best": {}, "best_step": run.state.best_step}
+            summary |= {"last": metrics, "stopped": run.state.step < run.steps}
+            summary |= {"seconds": round(time.perf_counter() - began, 1), "versions": versions()}
+            summary |= {"unreadable": run.damaged.counts()} if run.damaged.share else {}
+            if run.state.step == run.steps:
+                finish(run.folder, config, run.task, run.products, run.val_set, accelerator, summary, run.log)
+            accelerator.wait_for_everyone()
     if config.run.trackers:
-        run.accelerator.end_training()
+        accelerator.end_training()
     return summary
 
 
 def train(run: Run, stop: Stop) -> dict[str, float]:
     """The steps that are left, with evaluations and checkpoints; returns the metrics of the last evaluation, if any."""
     config, accelerator, task, state, log = run.config, run.accelerator, run.task, run.state, run.log
-    model, optimizer, average, schedule = run.model, run.parts.optimizer, run.parts.average, run.parts.schedule
+    model, optimizer, average, schedule = run.model, run.parts.optimizer, run.parts.average, run.schedule
     parameters = [p for p in run.parts.net.parameters() if p.requires_grad]
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     metrics: dict[str, float] = {}
@@ -160,15 +166,14 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     return metrics
 
 
-def prepare(config: Config, resume: bool, accept_changes: bool) -> Run:
-    """Process, data, model, optimiser and state of a run; its folder is made last, when nothing else can fail.
+def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_changes: bool) -> Run:
+    """Data, model, optimiser and state of a run; its folder is filled last, when nothing else can fail.
 
     Raises FileExistsError for a folder in use, ValueError for what does not fit together.
     """
-    accelerator = start(config)
     say, folder = accelerator.print, Path(config.run.dir)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
-    check_folder(folder, config, resume, accept_changes)
+    changes = check_folder(folder, config, resume, accept_changes)
     loader.seed_all(config.run.seed)
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
@@ -195,8 +200,13 @@ def prepare(config: Config, resume: bool, accept_changes: bool) -> Run:
     schedule = optim.schedule(optimizer, config.optim, steps, pass_steps)
     optimizer = accelerator.prepare(optimizer)
     model = net if sharded else accelerator.prepare(net)  # DDP
-    parts = Parts(net, average, optimizer, schedule, accelerator.scaler)
+    parts = Parts(net, average, optimizer, accelerator.scaler, settings(optimizer))
     state = restore(folder, parts, say) if resume else RunState()
+    if state.step > steps:
+        raise ValueError(f"{folder} has made {state.step} steps already, more than the {steps} asked for: raise optim.steps")
+    if state.best is not None and state.step < steps and any(change.startswith(MEASURES) for change in changes):
+        say(f"the best so far, {state.best:.4f}, was measured in another way: the next evaluation counts as the best")
+        state.best, state.best_step = None, 0
     if resume:
         damaged.load(folder / "unreadable.txt")
 
@@ -205,6 +215,9 @@ def prepare(config: Config, resume: bool, accept_changes: bool) -> Run:
     positions = loader.Steps(order, state.step, steps, images, offsets)
     accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
     if main:
+        if resume:
+            due = {} if changes else {"log.csv": config.run.log_every, "metrics.csv": eval_every}
+            repair_rows(folder, state.step, due, say)
         open_folder(folder, config, resume)  # after what can fail: a wrong path or argument leaves nothing behind
     if config.run.trackers:
         sections = configuration.as_dict(config).items()
@@ -234,11 +247,10 @@ def prepare(config: Config, resume: bool, accept_changes: bool) -> Run:
         f"learning rate {config.optim.lr:g}; evaluation every {eval_every} steps, checkpoint every {save_every}; {folder}"
     )
     products = average.module if average else net
-    names = Names.of(val_set)
-    counts = {"micro_batches": len(offsets), "steps": steps, "eval_every": eval_every, "save_every": save_every}
-    return Run(
-        config, folder, accelerator, task, val_set, batches, damaged, parts, model, products, names, state, **counts, log=log
-    )
+    every = {"eval_every": eval_every, "save_every": save_every}
+    run = {"config": config, "folder": folder, "accelerator": accelerator, "task": task, "val_set": val_set, "batches": batches}
+    run |= {"damaged": damaged, "parts": parts, "model": model, "products": products, "schedule": schedule, "state": state}
+    return Run(**run, **every, names=Names.of(val_set), micro_batches=len(offsets), steps=steps, log=log)
 
 
 def train_mode(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from train import checkpoint, sharding
 from train import config as configuration
 from train.evaluation import pictures, protocol
+from train.folder import versions
 from train.log import Log, curves
 from train.schema import Config
 from train.tasks import Task
@@ -25,6 +26,7 @@ def save_product(
 ) -> None:
     """Weights as a result: safetensors with config, metrics and class names in its header, written by the main process."""
     about = {"metrics": metrics, "config": configuration.as_dict(config), "names": dataclasses.asdict(names)}
+    about |= {"versions": versions()}
     about = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
     tensors = sharding.whole(model.state_dict())
     if main:
@@ -45,7 +47,8 @@ def finish(
     with safe_open(folder / "model.safetensors", "pt") as file:
         summary["best"] = json.loads(file.metadata()["metrics"])
     if main:
-        checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(json.dumps(summary, indent=1)))
+        text = json.dumps(summary, indent=1)
+        checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
         curves(folder)
     pictures(folder / "predictions.png", task, model, data, accelerator, config)
     rows = [

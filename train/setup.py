@@ -1,11 +1,9 @@
-"""What a run is made of before its first step: process, folder, data and model."""
+"""What a run is made of before its first step: process, data and model."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
@@ -14,15 +12,11 @@ from torch.utils.data import Dataset
 
 import backbones.edits
 import weights
-from train import checkpoint, optim
-from train import config as configuration
+from train import optim
 from train.data import open_split
 from train.schema import Config
 from train.tasks import Task
 from train.transforms import Seeded, build_transform
-
-RUN_FILES = ("config.yaml", "log.csv", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors", "last.safetensors")
-RUN_FILES += ("summary.json", "curves.png", "predictions.png")
 
 
 def start(config: Config) -> Accelerator:
@@ -51,42 +45,6 @@ def start(config: Config) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     return accelerator
-
-
-def in_use(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def check_folder(folder: Path, config: Config, resume: bool, accept_changes: bool) -> None:
-    """Raises FileExistsError for a folder in use, ValueError with the differences if a resumed run's config has changed."""
-    saved, used = folder / "config.yaml", in_use(folder)
-    if used and resume:
-        if not saved.is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-        old, new = yaml.safe_load(saved.read_text()), configuration.as_dict(config)
-        old["run"].pop("overwrite", None), new["run"].pop("overwrite", None)
-        changes = configuration.difference(old, new)
-        if changes and not accept_changes:
-            raise ValueError(
-                f"the config has changed since {folder} was started:\n  " + "\n  ".join(changes) + "\n"
-                "add --accept-changes to go on with the new one, or choose another run.dir"
-            )
-    elif used and not config.run.overwrite:
-        raise FileExistsError(
-            f"{folder} exists; choose another --run.dir, go on with --resume, or replace it with --run.overwrite=true"
-        )
-    elif used and not saved.is_file():
-        raise FileExistsError(f"{folder} holds no run (no config.yaml) and is not overwritten; choose another run.dir")
-
-
-def open_folder(folder: Path, config: Config, resume: bool) -> None:
-    """Makes the run folder, without the files of the run that it replaces, and writes its config.yaml."""
-    if in_use(folder) and not resume:
-        for name in (*RUN_FILES, "unreadable.txt"):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / "config.yaml", lambda temporary: temporary.write_text(configuration.as_yaml(config)))
 
 
 def dataset(config: Config, task: Task, split: str) -> Dataset:

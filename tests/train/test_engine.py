@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from train import checkpoint, checks, config, engine, evaluation, failures, log, results, setup
+from train import folder as run_folder
 from train.tasks.segmentation import Segmentation
 
 
@@ -37,7 +38,7 @@ def no_pictures(monkeypatch):
 
 def test_a_run_leaves_what_it_promises(finished):
     folder, summary = finished
-    for name in setup.RUN_FILES:
+    for name in run_folder.RUN_FILES:
         assert (folder / name).exists(), name
     assert summary["step"] == 6 and summary["stopped"] is False and set(summary["last"]) == {"miou", "macc", "aacc"}
     assert json.loads((folder / "summary.json").read_text()) == summary
