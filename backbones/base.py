@@ -154,6 +154,7 @@ class StagedBackbone(nn.Module):
     min_size = 32  # pixels; the smallest image side that the family accepts
     # What features_only returns unless told: stages, or a function of the constructor's arguments.
     default_out_indices: Sequence[int] | Callable[..., Sequence[int]] = (0, 1, 2, 3)
+    token_head = TokenHead
     patch_embed: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
@@ -167,7 +168,7 @@ class StagedBackbone(nn.Module):
         drop_rate: float,
         feature_norms: Sequence[nn.Module] | None = None,
         tokens: Sequence[int] | None = None,
-        head: type[TokenHead] = TokenHead,
+        head: nn.Module | None = None,
     ) -> None:
         """Add the classifier and what timm reads of a model.
 
@@ -180,7 +181,8 @@ class StagedBackbone(nn.Module):
             feature_norms: one norm for each stage's map when it is returned as a feature, as the authors' dense-prediction
                 code has (norm0..norm3 there), or None.
             tokens: class tokens that each stage leaves, None where the family has none.
-            head: the classifier where the last stage leaves tokens; without them it is timm's ClassifierHead.
+            head: the classifier, with the `fc`, `reset` and `pool_type` of timm's ClassifierHead. Unless given it is that
+                one, or `token_head` where the last stage leaves tokens.
         """
         tokens = [0] * len(dims) if tokens is None else tokens
         self.num_classes, self.num_prefix_tokens = num_classes, tokens[-1]
@@ -191,8 +193,10 @@ class StagedBackbone(nn.Module):
         ]
         self.feature_norms = None if feature_norms is None else nn.ModuleDict({str(i): n for i, n in enumerate(feature_norms)})
         pool = global_pool if global_pool is not None else "token" if self.num_prefix_tokens else "avg"
-        if self.num_prefix_tokens:
-            self.head = head(self.num_features, num_classes, self.num_prefix_tokens, pool, drop_rate)
+        if head is not None:
+            self.head = head
+        elif self.num_prefix_tokens:
+            self.head = self.token_head(self.num_features, num_classes, self.num_prefix_tokens, pool, drop_rate)
         else:
             check_pool(pool)
             self.head = ClassifierHead(self.num_features, num_classes, pool_type=pool, drop_rate=drop_rate)

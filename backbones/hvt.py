@@ -19,7 +19,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple
-from timm.models import register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.base import check_img_size, check_size, register_variants
 from backbones.layers import drop_path_rates
+from backbones.tracing import leaf
 from weights.convert.hvt import resample_sequence
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -40,15 +40,13 @@ def pooled(tokens: int, kernel: int) -> int:
     return (tokens - kernel) // 2 + 1
 
 
-@torch.fx.wrap
-@register_notrace_function
+@leaf
 def fitted(embedding: Tensor, x: Tensor) -> Tensor:
     """Position embedding 1 n C resized to the sequence x, B N C; the same tensor if it fits."""
     return resample_sequence(embedding, x.shape[1])
 
 
-@torch.fx.wrap
-@register_notrace_function
+@leaf
 def with_positions(x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches B H W C plus their position embedding 1 N C, of a grid that is resized to H W -> B N C."""
     return x.flatten(1, 2) + resample_abs_pos_embed(embedding, x.shape[1:3], grid, num_prefix_tokens=0)

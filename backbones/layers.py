@@ -38,6 +38,12 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = Fal
 
 
 @leaf
+def channels_last_on_cpu(x: Tensor) -> Tensor:
+    """The image in the layout that the device's convolutions prefer."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+@leaf
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The first `height` rows and `width` columns of B H W C."""
     if torch.compiler.is_exporting():  # a slice of open size would need a proof that it lies inside

@@ -97,6 +97,7 @@ class PiT(StagedBackbone):
     """
 
     family = "pit"
+    token_head = PiTHead
     min_size = 1  # of a model: its patch_size
     default_out_indices = (0, 1, 2)
 
@@ -146,7 +147,7 @@ class PiT(StagedBackbone):
         )
         self.norm = LayerNorm(dims[-1])
         strides, tokens = [stride * 2**i for i in range(len(dims))], [1 + distilled] * len(dims)
-        self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=tokens, head=PiTHead)
+        self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=tokens)
 
     def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the first stage's map for images of this size, pixels."""

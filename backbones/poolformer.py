@@ -10,22 +10,14 @@ Shapes: B batch, H W map height and width, C channels.
 
 from collections.abc import Sequence
 
-import torch
 from timm.layers import DropPath, LayerScale2d, Mlp
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, register_variants
-from backbones.layers import drop_path_rates
-from backbones.tracing import leaf
+from backbones.layers import channels_last_on_cpu, drop_path_rates
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("poolformer")
-
-
-@leaf
-def channels_last_on_cpu(x: Tensor) -> Tensor:
-    """The image in the layout that the device's convolutions prefer."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class Stem(nn.Conv2d):

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, to_2tuple
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
-from backbones.layers import crop, drop_path_rates, pad_to_multiple
+from backbones.layers import channels_last_on_cpu, crop, drop_path_rates, pad_to_multiple
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("stvit")
@@ -27,7 +26,6 @@ default_cfgs = _default_cfgs("stvit")
 LAYER_SCALE = 1e-6  # initial value, in the stages that have one
 
 
-@register_notrace_module  # the device decides the layout
 class Stem(nn.Sequential):
     """Four 3x3 convolutions, the first and third of stride 2, each followed by GELU and then BatchNorm.
 
@@ -41,7 +39,7 @@ class Stem(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/4 W/4, rounded up
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+        return super().forward(channels_last_on_cpu(x))
 
 
 class Attention(nn.Module):
@@ -214,9 +212,9 @@ class STViT(StagedBackbone):
         self.num_features = self.head_hidden_size = projection
         self.head.apply(init_linear)
 
-    def feature(self, x: Tensor, index: int, norm: bool) -> Tensor:
+    def feature(self, x: Tensor, tokens: Tensor | None, index: int, norm: bool) -> tuple[Tensor, Tensor]:
         """The stage's map as it is: the network has no norm of its maps, only the projection before its classifier."""
-        return x
+        return super().feature(x, tokens, index, norm=False)
 
 
 SCALED = (False, False, True, True)
