@@ -3,12 +3,13 @@
 Also the two errors of a run that are no mistake of the user.
 """
 
+import contextlib
 import difflib
 import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -22,14 +23,45 @@ class NonFiniteLoss(RunError):
     """The loss, or the gradient, of a step is NaN or infinite."""
 
 
-def known(where: str, name: Any, names: Iterable[str]) -> None:
-    """ValueError with the nearest valid name unless `name` is one of `names`."""
+class Mistakes(ValueError):
+    """Several mistakes of one configuration, a line each; `sentences` holds them."""
+
+    def __init__(self, sentences: Sequence[str]):
+        self.sentences = list(sentences)
+        lines = self.sentences if len(self.sentences) == 1 else [f"{len(self.sentences)} mistakes", *self.sentences]
+        super().__init__("\n  ".join(lines))
+
+
+class Collected:
+    """Errors of checks that do not need each other, kept until `done` raises them together."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    @contextlib.contextmanager
+    def check(self) -> Iterator[None]:
+        """Keeps a ValueError that is raised inside."""
+        try:
+            yield
+        except Mistakes as error:
+            self.sentences += error.sentences
+        except ValueError as error:
+            self.sentences.append(str(error))
+
+    def done(self) -> None:
+        """Raises Mistakes if there were any."""
+        if self.sentences:
+            raise Mistakes(list(dict.fromkeys(self.sentences)))
+
+
+def require_known(where: str, name: Any, names: Iterable[str]) -> None:
+    """Raises ValueError with the nearest valid name unless `name` is one of `names`. where: the key it was given for."""
     names = list(names)
     if name not in names:
-        raise ValueError(f"{where}: unknown name {name!r}; {hint(str(name), names)}")
+        raise ValueError(f"{where}: unknown name {name!r}; {nearest(str(name), names)}")
 
 
-def hint(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """The end of an error message: the nearest valid names, or all of a short list."""
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
@@ -40,10 +72,16 @@ def hint(name: str, names: Iterable[str]) -> str:
     return f"valid: {', '.join(names) or 'none'}"
 
 
-def arguments(cls: Callable, values: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
+def checked_arguments(cls: Callable, values: Mapping[str, Any], where: str, skip: Sequence[str] = ()) -> dict[str, Any]:
     """`values` checked against the signature of a class or function, converted to its annotated types, defaults filled in.
 
-    skip: arguments that do not come from the config. Raises ValueError naming the key, the value and the nearest valid key.
+    Args:
+        cls: the class or function.
+        values: what the configuration gives it.
+        where: the section, for errors.
+        skip: arguments that do not come from the configuration.
+
+    Raises Mistakes naming every key with its value and what it should be, or the nearest valid key.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
@@ -52,22 +90,50 @@ def arguments(cls: Callable, values: Mapping[str, Any], where: str, skip: Sequen
     add = parser.add_class_arguments if inspect.isclass(cls) else parser.add_function_arguments
     add(cls, skip={name for name in skip if name in present}, fail_untyped=False)
     valid = list(vars(parser.get_defaults()))
-    for key in values:
-        if key not in valid:
-            raise ValueError(f"{where}: unknown key {key!r} for {cls.__name__}; {hint(str(key), valid)}")
+    found = [
+        f"{where}: unknown key {key!r} for {cls.__name__}; {nearest(str(key), valid)}" for key in values if key not in valid
+    ]
     for name, parameter in present.items():
         if name not in skip and name not in values and parameter.default is parameter.empty and name in valid:
-            raise ValueError(f"{where}: {cls.__name__} needs {name!r}")
-    try:
-        checked = parser.parse_object(dict(values))
-    except Exception as error:  # jsonargparse raises several kinds, all of them meaning: wrong type
-        key = re.search(r'key "([^"]+)"', str(error))
-        if key is None or key[1].split(".")[0] not in values:
-            raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
-        name = key[1].split(".")[0]
-        wanted = present[name].annotation if name in present else "another type"
-        raise ValueError(f"{where}.{name}: {values[name]!r} is not {spelled(wanted)}") from error
+            found.append(f"{where}: {cls.__name__} needs {name!r}")
+    given = {key: value for key, value in values.items() if key in valid}
+    for key, value in list(given.items()):
+        if value is None and key in present and not _takes_none(cls, key):
+            found.append(f"{where}.{key}: null is not {spelled(_annotation(cls, key))}")
+            del given[key]
+    checked = None
+    while checked is None:
+        try:
+            checked = parser.parse_object(dict(given))
+        except Exception as error:  # jsonargparse raises several kinds, all of them meaning: wrong type
+            match = re.search(r'key "([^"]+)"', str(error))
+            name = match[1].split(".")[0] if match else None
+            if name is None or name not in given:
+                if not found:  # else it is what is missing
+                    found.append(f"{where}: {' '.join(str(error).split())}")
+                break
+            wanted = _annotation(cls, name) if name in present else "another type"
+            found.append(f"{where}.{name}: {given.pop(name)!r} is not {spelled(wanted)}")
+    if found:
+        raise Mistakes(found)
     return {key: checked[key] for key in valid}
+
+
+def _annotation(cls: Callable, name: str) -> Any:
+    """The type of an argument; its text where it cannot be evaluated."""
+    function = cls.__init__ if inspect.isclass(cls) else cls
+    try:
+        return typing.get_type_hints(function)[name]
+    except (NameError, TypeError, KeyError):
+        return inspect.signature(cls).parameters[name].annotation
+
+
+def _takes_none(cls: Callable, name: str) -> bool:
+    """Whether null is a value of an argument, or its type does not say."""
+    kind = _annotation(cls, name)
+    if kind is Any or kind is inspect.Parameter.empty or isinstance(kind, str):
+        return not isinstance(kind, str) or "None" in kind
+    return kind is type(None) or type(None) in typing.get_args(kind) or inspect.signature(cls).parameters[name].default is None
 
 
 def spelled(kind: Any) -> str:
@@ -80,3 +146,6 @@ def spelled(kind: Any) -> str:
     if kind is type(None):
         return "null"
     return kind.__name__ if isinstance(kind, type) and not parts else str(kind)
+
+
+known, hint, arguments = require_known, nearest, checked_arguments

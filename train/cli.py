@@ -261,7 +261,7 @@ def export(args: argparse.Namespace) -> None:
     import timm
 
     import backbones  # noqa: F401  (registers our models with timm)
-    from train.checks import hint
+    from train.checks import nearest
     from train.evaluation import open_run
     from train.export import export
 
@@ -273,7 +273,7 @@ def export(args: argparse.Namespace) -> None:
         in_chans, *size = model.pretrained_cfg["input_size"]
         print("a model by name has random weights; export a run folder for trained ones", file=sys.stderr)
     else:
-        raise ValueError(f"{args.source!r} is neither a run folder nor a model; {hint(args.source, timm.list_models())}")
+        raise ValueError(f"{args.source!r} is neither a run folder nor a model; {nearest(args.source, timm.list_models())}")
     worst = export(model, args.destination, tuple(args.size or size), in_chans)
     print(json.dumps({"file": args.destination, "largest difference": worst}))
 

@@ -5,8 +5,9 @@ against its signature. Text such as 1e-4, which YAML reads as a string, becomes 
 """
 
 import dataclasses
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import timm.optim
 import yaml
 from jsonargparse import ArgumentParser
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
 
 import backbones  # noqa: F401  (registers our models with timm)
 from backbones.edits import EDITS
 from heads import HEADS
-from train.checks import arguments, hint, known
+from train.checks import Collected, checked_arguments, nearest, require_known
 from train.data import DATASETS
+from train.inference import Predictor
 from train.reading import parse, set_key
 from train.recipes import read
+from train.rules import check_applies, check_ranges
 from train.schema import SECTIONS, Config, InferConfig
 from train.tasks import TASKS, Task
 from train.transforms import check_augment, check_eval_resize
@@ -31,9 +35,10 @@ from train.transforms import check_augment, check_eval_resize
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of a shipped name or a path, after overrides such as "--optim.lr=1e-4"."""
     title, values = read(name)
+    given = _given(values)
     for text in overrides:
-        override(values, text)
-    config = resolve(values)
+        given.add(override(values, text))
+    config = resolve(values, given)
     if config.run.dir is None:
         config.run.dir = f"runs/{title}"
     return config
@@ -44,54 +49,119 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
-    return load(str(path), overrides)
+    _, values = read(str(path))
+    given = {override(values, text) for text in overrides}  # what the file holds was checked when the run began
+    return resolve(values, given)
 
 
-def override(values: dict[str, Any], text: str) -> None:
+def override(values: dict[str, Any], text: str) -> str:
     """Sets one key of nested dicts in place: "--section.key=value", deeper keys inside arguments; the value is YAML.
 
-    Raises ValueError if the text has another form.
+    Returns section.key. Raises ValueError if the text has another form.
     """
     key, equals, value = text.removeprefix("--").partition("=")
     parts = key.split(".")
     if not equals or len(parts) < 2 or not all(parts):
         raise ValueError(f"cannot read {text!r}: overrides have the form --section.key=value")
     if parts[0] not in (*SECTIONS, "task"):
-        raise ValueError(f"unknown section {parts[0]!r} in {text!r}: {hint(parts[0], [*SECTIONS, 'task'])}")
+        raise ValueError(f"unknown section {parts[0]!r} in {text!r}: {nearest(parts[0], [*SECTIONS, 'task'])}")
     set_key(values, key, parse(value, f"{value[:60]!r} of --{key}"))
+    return ".".join(parts[:2])
 
 
-def resolve(values: Mapping[str, Any]) -> Config:
+def _given(values: Mapping[str, Any]) -> set[str]:
+    """The keys, with their section, that somebody has set.
+
+    A printed configuration has all of them; those that hold their default then count as not set.
+    """
+    given = {f"{name}.{key}" for name, section in values.items() if isinstance(section, Mapping) for key in section}
+    defaults = as_dict(Config())
+    if not {f"{name}.{key}" for name, section in defaults.items() for key in section} <= given:
+        return given
+    task = values.get("task") or {}
+    if task.get("name") in TASKS:
+        parameters = inspect.signature(TASKS[task["name"]]).parameters
+        defaults["task"] = {key: parameters[key].default for key in task if key in parameters}
+    unset = object()
+    return {
+        f"{name}.{key}" for name in values for key, value in values[name].items() if value != defaults[name].get(key, unset)
+    }
+
+
+def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> Config:
     """Nested plain values -> a Config in which every key, name and type is known to be right and derived values are filled in.
 
-    Nothing is built. Raises ValueError naming the key, the value and the nearest valid one.
+    Nothing is built. given: the keys, with their section, that somebody has set: one that has no effect is an error. Without
+    it, those of `values`. Raises ValueError naming the key, the value and the nearest valid one; mistakes that do not hide
+    each other come together.
     """
-    unknown = [key for key in values if key not in (*SECTIONS, "task")]
-    if unknown:
-        raise ValueError(f"unknown section {unknown[0]!r}: {hint(unknown[0], [*SECTIONS, 'task'])}")
-    sections = {name: cls(**arguments(cls, values.get(name) or {}, name)) for name, cls in SECTIONS.items()}
-    config = Config(task=dict(values.get("task") or {}), **sections)
-    _check_names(config)
-    _check_numbers(config)
+    found = Collected()
+    for key in values:
+        if key not in (*SECTIONS, "task"):
+            found.sentences.append(f"unknown section {key!r}: {nearest(str(key), [*SECTIONS, 'task'])}")
+    sections: dict[str, Any] = {name: cls() for name, cls in SECTIONS.items()}
+    for name, cls in SECTIONS.items():
+        with found.check():
+            section = values.get(name)
+            sections[name] = cls(**checked_arguments(cls, {} if section is None else section, name))
+    readable = not found.sentences
+    config, task = Config(**sections), None
+    with found.check():
+        config.task = _checked_task(values.get("task"))
+        task = build_task(config)
+    _check_names(config, found)
+    with found.check():
+        check_ranges(as_dict(config))
+    if readable:  # else defaults stand where a section could not be read
+        _check_contradictions(config, found)
+    found.done()
+    assert task is not None  # else its mistake has just been raised
+    _fill_in(config)
+    dense = any(target in ("mask", "depth") for target in task.targets("train"))
+    with found.check():
+        check_augment(config.augment, dense, config.data.size, config.data.mean, config.data.std)
+    with found.check():
+        check_eval_resize(config.data.eval_resize, dense)
+    if isinstance(config.data.eval_resize, tuple) and config.data.eval_batch > 1:
+        rule = list(config.data.eval_resize)
+        found.sentences.append(f"data.eval_batch must be 1 with eval_resize {rule}: images then differ in size")
+    with found.check():
+        _check_infer(config, task)
+    with found.check():
+        check_applies(config, dense, _given(values) if given is None else given)
+    found.done()
+    return config
+
+
+def _fill_in(config: Config) -> None:
+    """Sets what follows from other keys: the model's image size, mean and std."""
     model, data = config.model, config.data
     model.img_size = model.img_size or data.size
     pretrained = released(model.backbone)
     for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        channels = tuple(getattr(data, name) or (getattr(pretrained, name) if pretrained else None) or default)
+        own = getattr(data, name)
+        channels = tuple(own if own is not None else (getattr(pretrained, name) if pretrained else None) or default)
         if len(channels) not in (1, model.in_chans):
             raise ValueError(f"data.{name} has {len(channels)} values but model.in_chans is {model.in_chans}")
         setattr(data, name, channels)
-    task = build_task(config)
-    dense = any(target in ("mask", "depth") for target in task.targets("train"))
-    check_augment(config.augment, dense, data.size, data.mean, data.std)
-    check_eval_resize(data.eval_resize, dense)
-    if isinstance(data.eval_resize, tuple) and data.eval_batch > 1:
-        raise ValueError(f"data.eval_batch must be 1 with eval_resize {list(data.eval_resize)}: images then differ in size")
-    if task.average is None and config.infer != InferConfig():
-        raise ValueError(f"infer: {config.task['name']} runs whole images once; leave this section out")
-    if config.infer.mode == "slide" and config.infer.window is None:
+
+
+def _check_infer(config: Config, task: Task) -> None:
+    """Raises ValueError for settings of evaluation that contradict each other or the task, before hours of training."""
+    infer = config.infer
+    if task.average is None:
+        if infer != InferConfig():
+            raise ValueError(f"infer: {config.task['name']} runs whole images once; leave this section out")
+        return
+    if infer.mode == "slide" and infer.window is None:
         raise ValueError("infer.window is missing: mode slide needs its height and width")
-    return config
+    settings = dataclasses.asdict(infer)
+    if infer.mode == "whole":
+        settings |= {"window": None, "stride": None}
+    try:
+        Predictor(nn.Identity(), average=task.average, **settings)
+    except ValueError as error:
+        raise ValueError(f"infer: {error}") from error
 
 
 def released(backbone: str) -> Any:
@@ -103,7 +173,7 @@ def released(backbone: str) -> Any:
     except RuntimeError as error:  # timm's word for a wrong tag
         name, _, tag = backbone.partition(".")
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-        raise ValueError(f"model.backbone: {name} has no weights {tag!r}; {hint(tag, tags)}") from error
+        raise ValueError(f"model.backbone: {name} has no weights {tag!r}; {nearest(tag, tags)}") from error
 
 
 def build_task(config: Config) -> Task:
@@ -111,77 +181,80 @@ def build_task(config: Config) -> Task:
     return TASKS[config.task["name"]](**{key: value for key, value in config.task.items() if key != "name"})
 
 
-def _check_names(config: Config) -> None:
-    """Names of task, data set, backbone, heads and optimiser, and the arguments of the first two and of the heads."""
-    task, model, data, optim = config.task, config.model, config.data, config.optim
-    if "name" not in task:
-        raise ValueError(f"task.name is missing: {hint('', TASKS)}")
-    known("task.name", task["name"], TASKS)
-    args = {key: value for key, value in task.items() if key != "name"}
-    config.task = {"name": task["name"], **arguments(TASKS[task["name"]], args, "task")}
-    known("data.name", data.name, DATASETS)
-    data.args = arguments(DATASETS[data.name], data.args, "data.args", skip=("root", "split", "targets", "transform"))
-    if not DATASETS[data.name].in_memory:
-        if data.root is None:
-            raise ValueError(f"data.root is missing: {data.name} needs the folder that holds its files")
-    elif data.root is not None:
-        raise ValueError(f"data.root: {data.name} is made in memory and reads no files; set it to null")
-    if ":" not in model.backbone and not timm.is_model(model.backbone):
-        raise ValueError(f"model.backbone: unknown model {model.backbone!r}; {hint(model.backbone, timm.list_models())}")
-    for name, args in (("head", "head_args"), ("aux_head", "aux_args")):
-        head = getattr(model, name)
-        if head is not None:
-            known(f"model.{name}", head, HEADS)
-            given = getattr(model, args)  # defaults are left to the head: some depend on the backbone
-            checked = arguments(HEADS[head], given, f"model.{args}", skip=("channels", "out_channels"))
-            setattr(model, args, {key: checked[key] for key in given})
-    model.edits = [_checked_edit(edit, f"model.edits[{i}]") for i, edit in enumerate(model.edits)]
+def _checked_task(values: Any) -> dict[str, Any]:
+    """The task's name and arguments, defaults filled in. Raises ValueError for a name or an argument that there is not."""
+    if not isinstance(values or {}, Mapping):
+        raise ValueError(f"task: expected keys and values, got {values!r}")
+    if "name" not in (values or {}):
+        raise ValueError(f"task.name is missing: {nearest('', TASKS)}")
+    require_known("task.name", values["name"], TASKS)
+    args = {key: value for key, value in values.items() if key != "name"}
+    return {"name": values["name"], **checked_arguments(TASKS[values["name"]], args, "task")}
+
+
+def _check_names(config: Config, found: Collected) -> None:
+    """Names of data set, backbone, heads, edits and optimiser, and the arguments of all but the backbone."""
+    model, data, optim = config.model, config.data, config.optim
+    with found.check():
+        require_known("data.name", data.name, DATASETS)
+        if not DATASETS[data.name].in_memory:
+            if data.root is None:
+                found.sentences.append(f"data.root is missing: {data.name} needs the folder that holds its files")
+        elif data.root is not None:
+            found.sentences.append(f"data.root: {data.name} is made in memory and reads no files; set it to null")
+        skip = ("root", "split", "targets", "transform")
+        data.args = checked_arguments(DATASETS[data.name], data.args, "data.args", skip=skip)
+    with found.check():
+        if ":" not in model.backbone and not timm.is_model(model.backbone):
+            raise ValueError(f"model.backbone: unknown model {model.backbone!r}; {nearest(model.backbone, timm.list_models())}")
+    for name, key in (("head", "head_args"), ("aux_head", "aux_args")):
+        with found.check():
+            head = getattr(model, name)
+            if head is not None:
+                require_known(f"model.{name}", head, HEADS)
+                given = getattr(model, key)  # defaults are left to the head: some depend on the backbone
+                checked = checked_arguments(HEADS[head], given, f"model.{key}", skip=("channels", "out_channels"))
+                setattr(model, key, {name: checked[name] for name in given})
+    with found.check():
+        model.edits = [_checked_edit(edit, f"model.edits[{i}]") for i, edit in enumerate(model.edits)]
     if model.aux_head is None and model.aux_args:
-        raise ValueError("model.aux_args is set but model.aux_head is not")
-    known("optim.name", optim.name, timm.optim.list_optimizers())
+        found.sentences.append("model.aux_args is set but model.aux_head is not")
+    with found.check():
+        require_known("optim.name", optim.name, timm.optim.list_optimizers())
 
 
 def _checked_edit(edit: Mapping[str, Any], where: str) -> dict[str, Any]:
     """One entry of model.edits with its name and the types of its arguments checked; the model is seen when it is built."""
     if "name" not in edit:
-        raise ValueError(f"{where}: name is missing; {hint('', EDITS)}")
-    known(f"{where}.name", edit["name"], EDITS)
+        raise ValueError(f"{where}: name is missing; {nearest('', EDITS)}")
+    require_known(f"{where}.name", edit["name"], EDITS)
     given = {key: value for key, value in edit.items() if key != "name"}
-    checked = arguments(EDITS[edit["name"]], given, where, skip=("model",))
+    checked = checked_arguments(EDITS[edit["name"]], given, where, skip=("model",))
     return {"name": edit["name"], **{key: checked[key] for key in given}}
 
 
-def _check_numbers(config: Config) -> None:
-    """Ranges that no type expresses."""
+def _check_contradictions(config: Config, found: Collected) -> None:
+    """Keys that exclude each other, and lists of another form than their type says."""
     data, optim, run = config.data, config.optim, config.run
+    say = found.sentences.append
     if (optim.steps is None) == (optim.epochs is None):
-        raise ValueError("give optim.steps or optim.epochs, one of them")
+        say("give optim.steps or optim.epochs, one of them")
     if optim.warmup_steps is not None and optim.warmup_epochs:
-        raise ValueError("give optim.warmup_steps or optim.warmup_epochs, one of them")
-    positive = [(optim, "optim", ("lr", "steps", "epochs", "global_batch", "micro_batch", "clip_norm", "head_lr_scale"))]
-    positive += [(data, "data", ("eval_batch", "repeats")), (run, "run", ("eval_every", "save_every", "log_every", "threads"))]
-    for section, name, keys in positive:
-        for key in keys:
-            value = getattr(section, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}.{key} must be positive, got {value}")
-    for section, name, keys in (
-        (optim, "optim", ("weight_decay", "min_lr", "warmup_lr", "warmup_epochs")),
-        (data, "data", ("workers",)),
-    ):
-        for key in keys:
-            if getattr(section, key) < 0:
-                raise ValueError(f"{name}.{key} must not be negative, got {getattr(section, key)}")
+        say("give optim.warmup_steps or optim.warmup_epochs, one of them")
+    if optim.min_lr > optim.lr:
+        say(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}: the schedule would end higher than it starts")
     if run.parallel == "fsdp" and run.channels_last:
-        raise ValueError("run.parallel fsdp splits contiguous tensors only: set run.channels_last=false, or run.parallel=ddp")
+        say("run.parallel fsdp splits contiguous tensors only: set run.channels_last=false, or run.parallel=ddp")
     if run.parallel == "fsdp" and run.precision == "fp16":
-        raise ValueError("run.parallel fsdp goes with run.precision bf16 or no: fp16 would need its loss scale on every slice")
-    if not 0 <= data.skip_unreadable < 1:
-        raise ValueError(f"data.skip_unreadable is a share of the files in [0, 1), got {data.skip_unreadable}")
-    for key in ("layer_decay", "ema_decay"):
-        value = getattr(optim, key)
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"optim.{key} must lie in (0, 1], got {value}")
+        say("run.parallel fsdp goes with run.precision bf16 or no: fp16 would need its loss scale on every slice")
+    for name in ("mean", "std"):
+        if getattr(data, name) is not None and not getattr(data, name):
+            say(f"data.{name} is empty: one value, or one per channel; null = the backbone's own")
+    weights = config.task.get("class_weights")
+    if isinstance(weights, list) and weights and not any(weights):
+        say("task.class_weights are all 0: no pixel would count")
+    if config.model.out_indices == []:
+        say("model.out_indices is empty: name at least one level; null = all")
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import backbones
 from backbones.ops import neighborhood
 from train import recipes
-from train.checks import hint
+from train.checks import nearest
 from weights import manifest
 
 
@@ -69,7 +69,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
     size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one.
     """
     if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}; {hint(name, timm.list_models())}")
+        raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models())}")
     model = timm.create_model(name, **(args or {})).eval()
     cfg = model.pretrained_cfg
     size = size or tuple(cfg["input_size"][1:])

@@ -14,7 +14,7 @@ from rich.console import Console
 import backbones  # noqa: F401  (registers the zoo's models with timm)
 from backbones.ops import neighborhood
 from train.bench.clock import measure, processor, shown, table
-from train.checks import hint
+from train.checks import nearest
 
 OPTIONAL = (
     "accelerate",
@@ -38,7 +38,7 @@ def run(model: str | None = None, size: tuple[int, int] | None = None) -> None:
     Without a model the attention of nat_tiny's first level is shown. An unknown name is a ValueError with the nearest one.
     """
     if model is not None and not timm.is_model(model):
-        raise ValueError(f"unknown model {model!r}; {hint(model, timm.list_models())}")
+        raise ValueError(f"unknown model {model!r}; {nearest(model, timm.list_models())}")
     console = Console()
     console.print(table(system(), "this machine"))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from train.checks import hint
+from train.checks import nearest
 from train.reading import parse, read_text, set_key
 from train.schema import SECTIONS
 
@@ -63,7 +63,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
             if not names:
                 raise ValueError(f"{file} has no variants: leave out ':{variant}'")
             if variant:
-                raise ValueError(f"{file} has no variant {variant!r}; {hint(variant, names)}")
+                raise ValueError(f"{file} has no variant {variant!r}; {nearest(variant, names)}")
             raise ValueError(f"{file} has several variants; choose one, e.g. {file}:{names[0]} (of {', '.join(names)})")
         return "_".join(filter(None, (path.stem, variant))), found[variant].values
     if name in _package():
@@ -71,7 +71,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
     inside = [key for key, recipe in _package().items() if recipe.file == f"{name}.yaml"]
     if inside:
         raise FileNotFoundError(f"{name} is a table of variants; choose one: {', '.join(inside)}")
-    raise FileNotFoundError(f"no configuration {name!r} is shipped, and there is no such file; {hint(name, shipped())}")
+    raise FileNotFoundError(f"no configuration {name!r} is shipped, and there is no such file; {nearest(name, shipped())}")
 
 
 def variants_of(content: Any, file: str) -> dict[str, Recipe]:

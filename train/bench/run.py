@@ -14,7 +14,7 @@ from train.bench.clock import machine, table
 from train.bench.heads import bench_heads
 from train.bench.models import PEER, bench_model
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
-from train.checks import hint
+from train.checks import nearest
 
 
 def run(
@@ -52,4 +52,4 @@ def run(
         console.print(table(rows, f"{what}, and {PEER} for comparison"))
     else:
         names = ["ops", "heads", *timm.list_models()]
-        raise ValueError(f"nothing to measure is called {what!r}: 'ops', 'heads' or a model; {hint(what, names)}")
+        raise ValueError(f"nothing to measure is called {what!r}: 'ops', 'heads' or a model; {nearest(what, names)}")
