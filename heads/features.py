@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .positions import follow
+
 
 class FeatureBackbone(nn.Module):
     """Feature maps of a timm model or of a module with timm's `forward_intermediates` and `feature_info`.
@@ -28,6 +30,7 @@ class FeatureBackbone(nn.Module):
     prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none. P is 0
         where a stage has none (CvT's and LIT-Ti's earlier stages).
     norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
+    positions: the rule by which a plain ViT resizes its positions, "dpt" or "dinov2" (see heads/positions.py); default: timm's.
     taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates does
         not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect ratio.
     backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
@@ -52,6 +55,7 @@ class FeatureBackbone(nn.Module):
         prefix_tokens: bool = False,
         norm: bool = False,
         taps: Sequence[str] | None = None,
+        positions: str | None = None,
         **backbone_args,
     ):
         super().__init__()
@@ -86,7 +90,7 @@ class FeatureBackbone(nn.Module):
         count = getattr(model, "num_prefix_tokens", 0)
         counts = [entries[i].get("prefix_tokens", count) for i in self.out_indices]
         self.prefix_counts: list[int] | None = None if taps else counts
-        self.model = model
+        self.model = model if positions is None else follow(model, positions)
         self.norm = norm
         self.taps = tuple(taps or ())
         modules = dict(model.named_modules())

@@ -42,8 +42,14 @@ class Published:
 
 
 def build(name: str, img_size: int | Sequence[int] | None = None) -> DensePredictor:
-    """The predictor of `PUBLISHED[name]`, with random weights. img_size: (H, W) for encoders bound to one size."""
+    """The predictor of `PUBLISHED[name]`, with random weights.
+
+    img_size: (H, W) of the images, for encoders bound to one size. Plain ViTs and BEiTs are built at their native size whatever
+    it is: they take every size, and one resize of the stored positions is what their authors' code does.
+    """
     spec = PUBLISHED[name]
+    if "positions" in spec.backbone_args:
+        img_size = None
     return DensePredictor(
         spec.backbone,
         spec.head,
@@ -96,7 +102,7 @@ def _dpt() -> dict[str, Published]:
     found = {}
     for size, (backbone, backbone_args, reassemble) in encoders.items():
         args = {"readout": "project", "fusion": "double", **reassemble}
-        shared = {"source": "isl-org/DPT", "backbone_args": backbone_args}
+        shared = {"source": "isl-org/DPT", "backbone_args": backbone_args | {"positions": "dpt"}}
         found[f"dpt_{size}_depth"] = Published(backbone, "dpt", head_args=args, rule=DepthRule("relu"), **shared)
         args = args | {"norm": True, "predictor": "segmentation"}
         found[f"dpt_{size}_ade20k"] = Published(backbone, "dpt", out_channels=ADE20K, head_args=args, size=(480, 480), **shared)
@@ -116,7 +122,7 @@ def _midas() -> dict[str, Published]:
         large = size == "large"
         found[f"dpt_beit_{size}_{pixels}"] = Published(
             f"beit_{name}",
-            backbone_args={"out_indices": (5, 11, 17, 23) if large else (2, 5, 8, 11)},
+            backbone_args={"out_indices": (5, 11, 17, 23) if large else (2, 5, 8, 11), "positions": "dpt"},
             head_args={"readout": "project", "reassemble": (256, 512, 1024, 1024) if large else (96, 192, 384, 768)},
             size=(pixels, pixels),
             **shared,
@@ -162,7 +168,7 @@ def _depth_anything() -> dict[str, Published]:
                 f"vit_{size}_patch14_dinov2",
                 "dpt",
                 "DepthAnything/Depth-Anything-V2",
-                backbone_args={"out_indices": blocks, "norm": True},
+                backbone_args={"out_indices": blocks, "norm": True, "positions": "dinov2"},
                 head_args={"width": width, "reassemble": reassemble, "patch_size": 14},
                 rule=rule,
                 normalisation=IMAGENET,

@@ -1,0 +1,254 @@
+"""Whole published dense models at several sizes, square and not: stored outputs of the authors' code, and independent readings.
+
+The readings are written from the papers and the authors' repositories with plain functions on the published file's names; they
+share no code with heads/ or timm.
+"""
+
+import math
+
+import golden
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+
+import weights
+from heads import DensePredictor, FeatureBackbone, published
+from heads.positions import follow
+from heads.published import PUBLISHED
+from weights.resample import dino_positions
+
+State = dict[str, torch.Tensor]
+
+
+def close(got: torch.Tensor, want: torch.Tensor, what: str, **tolerance: float) -> None:
+    torch.testing.assert_close(got, want, **tolerance, msg=lambda text: f"{what}: {text}")
+
+
+# Depth-Anything-V2: stored outputs
+
+
+def depth_anything(info: dict, img_size: tuple[int, int] | None) -> DensePredictor:
+    """The fixture's model as a user builds it, by timm's name; img_size None: at the file's native size."""
+    kwargs, head = info["encoder_kwargs"], info["head_kwargs"]
+    args = {name: kwargs[name] for name in ("embed_dim", "depth", "num_heads", "mlp_ratio", "init_values")}
+    args |= {"out_indices": info["taps"], "norm": True, "positions": "dinov2"}
+    head_args = {
+        "width": head["features"],
+        "reassemble": head["out_channels"],
+        "readout": "project" if head["use_clstoken"] else "ignore",
+        "norm": head["use_bn"],
+        "unit_bias": True,
+        "patch_size": kwargs["patch_size"],
+    }
+    size = img_size or (kwargs["img_size"],) * 2
+    return DensePredictor("vit_small_patch14_dinov2", "dpt", 1, head_args, backbone_args=args, img_size=size)
+
+
+@pytest.mark.parametrize("build", ["native", "at_the_size"])
+@pytest.mark.parametrize("case", golden.cases("whole_depth_anything_v2"))
+def test_depth_anything_at_every_size(case, build):
+    info, tensors = golden.load(case)
+    state = golden.state(tensors)
+    for size in info["sizes"]:
+        images = tensors[f"{size}/input"]
+        model = depth_anything(info, None if build == "native" else tuple(images.shape[-2:])).eval()
+        report = weights.load_checkpoint(model, state)
+        assert not report.missing and not report.unexpected
+        grid, stored = model.backbone.model.patch_embed.grid_size, info["encoder_kwargs"]["img_size"] // 14
+        assert ("backbone.model.pos_embed" in report.resized) == (grid != (stored, stored))
+        with torch.no_grad():
+            maps, output = model.backbone(images), model(images).relu()[:, 0]
+        for i, found in enumerate(maps):
+            m = found[0] if isinstance(found, tuple) else found
+            got, want = m.flatten(2).mT, tensors[f"{size}/tokens_{i}"]
+            close(got, want, f"{size} map {i}", **golden.tolerance(info))
+        close(output, tensors[f"{size}/output"], size, **golden.tolerance(info))
+
+
+# DPT and MiDaS on ViT and BEiT: an independent reading
+
+
+def vit_blocks(state: State, x: torch.Tensor, heads: int, biases: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    """Raw outputs of all blocks; biases: of the attention of each block, heads N N."""
+    outputs, depth = [], 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for i in range(depth):
+        own = {name.removeprefix(f"blocks.{i}."): value for name, value in state.items() if name.startswith(f"blocks.{i}.")}
+        y = F.layer_norm(x, x.shape[-1:], own["norm1.weight"], own["norm1.bias"], 1e-6)
+        if biases is None:
+            bias = own["attn.qkv.bias"]
+        else:
+            bias = torch.cat([own["attn.q_bias"], torch.zeros_like(own["attn.v_bias"]), own["attn.v_bias"]])
+        qkv = F.linear(y, own["attn.qkv.weight"], bias)
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        logits = (q @ k.mT) * q.shape[-1] ** -0.5
+        logits = logits if biases is None else logits + biases[i]
+        y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        y = F.linear(y, own["attn.proj.weight"], own["attn.proj.bias"])
+        x = x + y * own.get("gamma_1", 1)
+        y = F.layer_norm(x, x.shape[-1:], own["norm2.weight"], own["norm2.bias"], 1e-6)
+        y = F.linear(
+            F.gelu(F.linear(y, own["mlp.fc1.weight"], own["mlp.fc1.bias"])), own["mlp.fc2.weight"], own["mlp.fc2.bias"]
+        )
+        x = x + y * own.get("gamma_2", 1)
+        outputs.append(x)
+    return outputs
+
+
+def offsets_bias(table: torch.Tensor, old: int, grid: tuple[int, int]) -> torch.Tensor:
+    """A BEiT block's bias, heads N N, from its table of a square window of `old`, pair by pair."""
+    (h, w), side = grid, 2 * old - 1
+    image = table[:-3].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, (2 * h - 1, 2 * w - 1), mode="bilinear")[0]
+    count = h * w
+    bias = torch.empty(table.shape[1], count + 1, count + 1)
+    for i in range(count):
+        for j in range(count):
+            bias[:, 1 + i, 1 + j] = image[:, i // w - j // w + h - 1, i % w - j % w + w - 1]
+    bias[:, 0, :], bias[:, :, 0] = table[-3][:, None], table[-2][:, None]
+    bias[:, 0, 0] = table[-1]
+    return bias
+
+
+def reading(state: State, images: torch.Tensor, heads: int, native: int, double: bool) -> torch.Tensor:
+    """The authors' forward of DPT or MiDaS on a plain ViT or BEiT of patch 16, hooks on blocks 0 to 3: B 1 H W."""
+    vit = {name.removeprefix("pretrained.model."): value for name, value in state.items()}
+    h, w = images.shape[2] // 16, images.shape[3] // 16
+    x = F.conv2d(images, vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"], stride=16).flatten(2).mT
+    x = torch.cat([vit["cls_token"].expand(len(x), -1, -1), x], 1)
+    biases = None
+    if "pos_embed" in vit:
+        grid = vit["pos_embed"][:, 1:].reshape(1, native, native, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (h, w), mode="bilinear").permute(0, 2, 3, 1).reshape(1, h * w, -1)
+        x = x + torch.cat([vit["pos_embed"][:, :1], grid], 1)
+    else:
+        tables = [vit[f"blocks.{i}.attn.relative_position_bias_table"] for i in range(4)]
+        biases = [offsets_bias(table, native, (h, w)) for table in tables]
+    maps = []
+    for i, tokens in enumerate(vit_blocks(vit, x, heads, biases), 1):
+        own = f"pretrained.act_postprocess{i}."
+        pairs = torch.cat([tokens[:, 1:], tokens[:, :1].expand_as(tokens[:, 1:])], -1)
+        x = F.gelu(F.linear(pairs, state[own + "0.project.0.weight"], state[own + "0.project.0.bias"]))
+        x = F.conv2d(x.mT.unflatten(2, (h, w)), state[own + "3.weight"], state[own + "3.bias"])
+        if i < 3:
+            x = F.conv_transpose2d(x, state[own + "4.weight"], state[own + "4.bias"], stride=(4, 2)[i - 1])
+        if i == 4:
+            x = F.conv2d(x, state[own + "4.weight"], state[own + "4.bias"], stride=2, padding=1)
+        maps.append(F.conv2d(x, state[f"scratch.layer{i}_rn.weight"], padding=1))
+
+    def unit(x: torch.Tensor, name: str) -> torch.Tensor:
+        y = F.conv2d(x.relu(), state[name + ".conv1.weight"], state[name + ".conv1.bias"], padding=1)
+        return x + F.conv2d(y.relu(), state[name + ".conv2.weight"], state[name + ".conv2.bias"], padding=1)
+
+    path = None
+    for i in (4, 3, 2, 1):
+        name = f"scratch.refinenet{i}"
+        path = maps[i - 1] if path is None else path + unit(maps[i - 1], name + ".resConfUnit1")
+        path = unit(path, name + ".resConfUnit2")
+        size = [2 * n for n in path.shape[2:]] if double or i == 1 else maps[i - 2].shape[2:]
+        path = F.interpolate(path, tuple(size), mode="bilinear", align_corners=True)
+        path = F.conv2d(path, state[name + ".out_conv.weight"], state[name + ".out_conv.bias"])
+    out = "scratch.output_conv."
+    x = F.conv2d(path, state[out + "0.weight"], state[out + "0.bias"], padding=1)
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    x = F.conv2d(x, state[out + "2.weight"], state[out + "2.bias"], padding=1).relu()
+    return F.conv2d(x, state[out + "4.weight"], state[out + "4.bias"]).relu()
+
+
+TINY = {"embed_dim": 24, "depth": 4, "num_heads": 2, "mlp_ratio": 2}
+HEAD = {"width": 8, "readout": "project", "reassemble": (4, 6, 8, 12)}
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Every weight drawn, so that positions, gates and biases of zero count too; norms near one."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.normal_(1 if "norm" in name and name.endswith("weight") else 0, 0.2)
+        for name, value in model.named_parameters():
+            if name.endswith(("pos_embed", "relative_position_bias_table")):
+                value.normal_(0, 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("build", ["native", "at_the_size"])
+@pytest.mark.parametrize("encoder", ["vit_base_patch16_384", "beit_base_patch16_384"])
+@pytest.mark.parametrize("fusion", ["next", "double"])
+def test_dpt_and_midas_on_vit_and_beit_at_every_size(encoder, fusion, build):
+    vit = {**TINY, "out_indices": (0, 1, 2, 3), "positions": "dpt"}
+    args = HEAD | {"fusion": fusion}
+    source = randomised(DensePredictor(encoder, "dpt", 1, args, backbone_args=vit, img_size=64))
+    state = weights.convert.converter(source).to_official(source.state_dict(), source)
+    for size in ((64, 64), (96, 160), (128, 64), (64, 96), (48, 80)):
+        if fusion == "double" and any(n % 32 for n in size):
+            continue  # DPT's own code takes multiples of 32 alone
+        model = DensePredictor(encoder, "dpt", 1, args, backbone_args=vit, img_size=64 if build == "native" else size).eval()
+        report = weights.load_checkpoint(model, state)
+        assert bool(report.resized) == (build == "at_the_size" and size != (64, 64)), str(report)
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            got, want = model(images).relu(), reading(state, images, 2, 4, fusion == "double")
+        assert want.std() > 0
+        close(got, want, f"{size}", rtol=1e-4, atol=2e-5 * want.abs().max().item())
+
+
+def test_dpt_hybrid_resizes_its_positions_bilinearly():
+    """The ResNet in front has a fixture of its own at one size; here the positions alone, at another."""
+    spec = PUBLISHED["dpt_hybrid_depth"]
+    assert spec.backbone_args["positions"] == "dpt"
+    vit = follow(VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2, dynamic_img_size=True), "dpt")
+    position, tokens = vit.pos_embed, torch.randn(1, 6, 10, 24)
+    with torch.no_grad():
+        got = vit._pos_embed(tokens)[:, 1:]
+        image = F.interpolate(position[:, 1:].mT.unflatten(2, (4, 4)), (6, 10), mode="bilinear").flatten(2).mT
+    torch.testing.assert_close(got, tokens.flatten(1, 2) + image)
+
+
+@pytest.mark.parametrize("new", [(4, 4), (5, 9), (3, 4), (7, 6)])
+def test_the_two_copies_of_dinov2s_rule_agree(new):
+    """heads/ may not import weights/, so the rule stands in both."""
+    vit = follow(VisionTransformer(img_size=64, embed_dim=8, depth=1, num_heads=2, dynamic_img_size=True), "dinov2")
+    table = torch.randn(1, 16, 8)
+    assert torch.equal(vit.resize_positions(table, (4, 4), new), dino_positions(table, (4, 4), new, False, 0.1))
+
+
+# What every published entry promises
+
+
+def test_published_vits_and_beits_name_their_authors_rule():
+    for name, spec in PUBLISHED.items():
+        rule = "dinov2" if name.startswith("depth_anything") else "dpt" if spec.backbone.startswith(("vit_", "beit_")) else None
+        assert spec.backbone_args.get("positions") == rule, name
+
+
+@pytest.mark.parametrize("name", ["depth_anything_v2_vits", "dpt_base_depth", "dpt_hybrid_384", "dpt_beit_base_384"])
+def test_published_vits_take_any_size_from_one_stored_grid(name):
+    with torch.device("meta"):
+        model, sized = published.build(name), published.build(name, img_size=(224, 320))
+    for built in (model, sized):
+        assert built.backbone.fixed_size is None
+        assert type(built.backbone.model).__name__ in ("PlainViT", "AnySizeBeit")
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert shapes == {key: value.shape for key, value in sized.state_dict().items()}, "one file fits both as it is"
+
+
+def test_an_unknown_rule_and_a_model_without_positions_are_refused():
+    with pytest.raises(ValueError, match="positions is 'bicubic'; use one of dpt, dinov2"):
+        FeatureBackbone("vit_tiny_patch16_224", depth=1, positions="bicubic")
+    with pytest.raises(ValueError, match="not for ResNet"):
+        FeatureBackbone("resnet18", positions="dpt")
+    with pytest.raises(ValueError, match="not for Beit"):
+        follow(Beit(embed_dim=8, depth=1, num_heads=1), "dpt")  # absolute positions
+
+
+def test_grids_of_one_count_are_told_apart():
+    beit = Beit(img_size=64, embed_dim=16, depth=1, num_heads=2, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    model = follow(randomised(beit), "dpt")
+    wide, high = torch.randn(1, 3, 32, 128), torch.randn(1, 3, 128, 32)
+    with torch.no_grad():
+        assert math.prod(wide.shape) == math.prod(high.shape)
+        model(wide)
+        first = model(high)
+        torch.testing.assert_close(model(high), first)
+        assert not torch.allclose(model(high.mT.contiguous()), first)
