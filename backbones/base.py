@@ -372,14 +372,18 @@ def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None
         kwargs.pop("img_size", None)
     indices = cls.default_out_indices
     feature_cfg = {"out_indices": indices(**kwargs) if callable(indices) else indices, "feature_cls": "getter"}
-    source = contextlib.nullcontext()
+    file = None
     if pretrained:
         names = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
         overlay = kwargs["pretrained_cfg_overlay"] = weights.overlay(name, *(kwargs.get(key) for key in names))
-        source = weights.safe_reading(overlay.get("file"))
+        if file := overlay.pop("file", None):  # read here and not by timm: whatever it is, the error says so
+            overlay["state_dict"] = weights.open_checkpoint(file)
     complete = functools.partial(weights.complete_state_dict, features=kwargs.get("features_only", False))
-    with source, torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
-        return build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs)
+    with torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
+        model = build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs)
+    if file:  # the model remembers where its weights came from, not a second copy of them
+        weights.convert.backbone(model).pretrained_cfg |= {"state_dict": None, "file": file}
+    return model
 
 
 @contextlib.contextmanager

@@ -75,6 +75,8 @@ class PlainViT(VisionTransformer):
 class AnySizeBeit(Beit):
     """timm's Beit at any multiple of its patches: every block resizes its table of offsets bilinearly, as MiDaS does."""
 
+    position_rule = "dpt"
+
     def forward_features(self, x: Tensor) -> Tensor:
         self.set_grid(x)
         return super().forward_features(x)

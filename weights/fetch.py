@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from weights import manifest
-from weights.convert import unwrap
-from weights.load import open_checkpoint
+from weights.choose import mappings
+from weights.read import open_checkpoint
 
 HEAD = r"(^|\.)head\.bias$"  # the classifier's bias in the authors' files
 GENERIC = {"model.safetensors", "pytorch_model.bin"}  # names that every model on a hub shares
@@ -106,13 +106,16 @@ def overlay(name: str, pretrained_cfg=None, pretrained_cfg_overlay: dict | None 
     if cfg.file:
         if not Path(cfg.file).is_file():
             raise FileNotFoundError(f"pretrained_cfg_overlay names the weights file {cfg.file}, which does not exist")
-        return given
+        return given | {"file": cfg.file}
     checkpoint = manifest.find(name, cfg.tag)
     if checkpoint and cfg.url == address(checkpoint):
         given["file"] = str(_fetch(checkpoint, cache_dir, progress=True))
         if checkpoint.get("classes_from_file"):
-            state = unwrap(open_checkpoint(given["file"]))
-            given["num_classes"] = next(len(value) for key, value in state.items() if re.search(HEAD, key))
+            states = [state for _, state in mappings(open_checkpoint(given["file"]))]
+            biases = [value for state in states for key, value in state.items() if re.search(HEAD, key)]
+            if not biases:
+                raise ValueError(f"{given['file']} has no classifier (head.bias) that says how many classes it knows")
+            given["num_classes"] = len(biases[0])
         return given
     if cfg.url:
         return given | {"file": str(_fetch({"url": cfg.url, "name": name, "tag": cfg.tag}, cache_dir, progress=True))}

@@ -1,18 +1,16 @@
 """Open a file without running anything in it, find its format, convert it, load it strictly, and say what happened."""
 
-import argparse
-import contextlib
-import pickle
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from weights.convert import backbone, converter, fit_shapes, layers, source_format, split, to_native, unwrap
+from weights.choose import Choice, choose
+from weights.convert import Shapes, backbone, converter, fit_shapes, layers, source_format, to_native
+from weights.read import check_tensors, open_checkpoint
 
 FRESH = r"feature_norms\."  # norms of returned maps: classification files lack them; they start as the identity's affine part
 COUNTER = "num_batches_tracked"  # of BatchNorm; used by no result in evaluation
@@ -27,17 +25,23 @@ class Report:
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # of the backbone, absent from the file; they keep their values
     unexpected: list[str] = field(default_factory=list)  # in the file (its names for heads), of no use to the model
-    resized: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)  # table or embedding: (shape in the file, now)
-    dropped: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)  # classifier: (shape in the file, in the model)
+    resized: Shapes = field(default_factory=dict)  # table or embedding: (shape in the file, now)
+    dropped: Shapes = field(default_factory=dict)  # what counts classes: (shape in the file, in the model)
     untouched: list[str] = field(default_factory=list)  # of the model but not of its backbone: heads
+    choice: str = ""  # where in the file the weights were, if it holds several that fit or wraps them; empty: as they are
+    others: list[str] = field(default_factory=list)  # where else in the file are weights that would fit
+    warnings: list[str] = field(default_factory=list)  # what is doubtful about the weights
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.format} format, {len(self.loaded)} tensors loaded"]
+        if self.others:
+            lines.append(f"  chosen: {self.choice}; which='...' takes another: {', '.join(self.others)}")
         for what in ("missing", "unexpected", "untouched"):
             if names := getattr(self, what):
                 lines.append(f"  {what}: {summary(names)}")
         for what in ("resized", "dropped"):
             lines += [f"  {what}: {name} {list(old)} -> {list(new)}" for name, (old, new) in getattr(self, what).items()]
+        lines += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
 
@@ -47,45 +51,53 @@ def summary(names: list[str], shown: int = 6) -> str:
     return f"{len(names)}: {', '.join(folded[:shown])}" + (", ..." if len(folded) > shown else "")
 
 
-def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, strict: bool = True) -> Report:
+def convert_state_dict(state_dict: dict, model: nn.Module, which: str | None = None) -> dict[str, Tensor]:
+    """A checkpoint's content in any known format -> the names and shapes of `model`, or of the backbone inside a mere wrapper.
+
+    Native names pass unchanged. What a dense-prediction file holds beside the backbone (decode_head.*) is left out for a
+    backbone, and converted for a dense predictor. which: as for load_checkpoint.
+    """
+    model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
+    own = choose(state_dict, model, which).state
+    return fit_shapes(to_native(own, model), model, own)[0]
+
+
+def load_checkpoint(
+    model: nn.Module, path_or_state_dict: str | Path | dict, strict: bool = True, which: str | None = None
+) -> Report:
     """Load a checkpoint in any known format into `model`, in place.
 
-    model: a backbone, timm's feature wrapper around one, or a dense predictor with `.backbone`; a file with every weight of the
-    whole model fills it whole, any other fills the backbone. path_or_state_dict: .pth, .pt, .tar,
-    .bin or .safetensors, or what was read from one, wrapped (model, state_dict_ema, module., backbone. ...) or bare.
-    strict: False lets the classifier differ in size (it is dropped) or be absent, the final norm be absent from a
-    dense-prediction file, and the file hold names that the backbone lacks; in any case every other weight of the backbone must
-    be found. Always allowed: heads of dense-prediction files (reported as unexpected), a classifier in the file where the
-    model has none, layers behind the last map of a wrapped backbone, feature_norms that the file lacks (they stay as they are).
+    The weights may lie under any name of the file and behind any prefix that all of them carry: what has most of the model's
+    names is taken, an average of the weights or a teacher before the raw weights or a student. The report names the choice.
 
-    Raises FileNotFoundError for a missing file and ValueError, which names what is wrong, for everything else.
+    Args:
+        model: a backbone, timm's feature wrapper around one, or a dense predictor with `.backbone`. A file with heads fills the
+            predictor, any other its backbone.
+        path_or_state_dict: .pth, .pt, .tar, .bin or .safetensors, or what was read from one.
+        strict: False lets what counts classes differ in size (it is dropped) or be absent, heads of a predictor be absent or
+            others (every head that fits is loaded), the final norm be absent from a dense-prediction file, and the file hold
+            names that the backbone lacks. In any case every other weight of the backbone must be found. Always allowed: heads
+            of dense-prediction files for a backbone (reported as unexpected), a classifier in the file where the model has
+            none, layers behind the last map of a wrapped backbone, feature_norms that the file lacks (they stay as they are).
+        which: a part of the place of the weights in the file, such as "student" or "model_ema".
+
+    Raises FileNotFoundError for a missing file and ValueError, which names what is wrong, for everything else; the model is
+    then as it was.
     """
     if isinstance(path_or_state_dict, dict):
         source, checkpoint = "a state dict", path_or_state_dict
     else:
         source, checkpoint = str(path_or_state_dict), open_checkpoint(path_or_state_dict)
-    state = unwrap(checkpoint)
-    if not state:
-        raise ValueError(f"{source} holds no weights: no tensors under {', '.join(list(checkpoint)[:8]) or 'any name'}")
     *wrappers, target = layers(model)
     for wrapper in wrappers:
-        own, rest = split(state, wrapper)
-        whole, resized = fit_shapes(to_native(own, wrapper), wrapper, own)
-        wanted, form = wrapper.state_dict(), source_format(own, wrapper)
-        extra = sorted(whole.keys() - wanted.keys())
-        if form == "official-dense" and strict:
-            _check_dense(source, [name for name in wanted if name not in whole and not name.endswith(COUNTER)], extra)
-        if wanted.keys() <= whole.keys():
-            report = Report(source, form, unexpected=sorted([*rest, *extra]), resized=resized)
-            if not strict and hasattr(wrapper, "get_classifier"):
-                for name in [name for name in wanted if name.startswith(classifier_names(wrapper))]:
-                    if whole[name].shape != wanted[name].shape:
-                        report.dropped[name] = tuple(whole.pop(name).shape), tuple(wanted[name].shape)
-            return _fill(wrapper, whole, report)
+        found = _choose(checkpoint, wrapper, which, source)
+        if (report := _load_whole(wrapper, found, source, strict)) is not None:
+            return report
 
-    own, heads = split(state, target)
-    report = Report(source, source_format(own, target), unexpected=sorted(heads))
-    native, report.resized = fit_shapes(to_native(own, target), target, own)
+    found = _choose(checkpoint, target, which, source)
+    report = Report(source, source_format(found.state, target), unexpected=sorted(found.rest))
+    _note_choice(report, found)
+    native, report.resized = fit_shapes(to_native(found.state, target), target, found.state)
     wanted = target.state_dict()
     report.untouched = _outside(model, target)
     classifier = classifier_names(target)
@@ -109,13 +121,90 @@ def load_checkpoint(model: nn.Module, path_or_state_dict: str | Path | dict, str
     return _fill(target, {name: value for name, value in native.items() if name in wanted}, report)
 
 
+def _choose(checkpoint: dict, model: nn.Module, which: str | None, source: str) -> Choice:
+    """The weights in a file's content; ValueError, which names the file, if there are none or they are no plain numbers."""
+    try:
+        found = choose(checkpoint, model, which)
+    except ValueError as error:
+        raise ValueError(f"{source} {error}" if str(error).startswith("holds") else f"{source}: {error}") from error
+    check_tensors(found.state, source)
+    return found
+
+
+def _note_choice(report: Report, found: Choice) -> None:
+    report.choice, report.others = (str(found), found.others) if found.path or found.prefix or found.others else ("", [])
+
+
+def _load_whole(model: nn.Module, found: Choice, source: str, strict: bool) -> Report | None:
+    """Fill a wrapper around a backbone, heads included; None if the file has nothing for its heads.
+
+    With strict=False each head is loaded for which the file has every weight, but for what counts classes.
+    """
+    whole, resized = fit_shapes(to_native(found.state, model), model, found.state)
+    wanted, form = model.state_dict(), source_format(found.state, model)
+    report = Report(source, form, unexpected=sorted([*found.rest, *(whole.keys() - wanted.keys())]), resized=resized)
+    _note_choice(report, found)
+    if doubts := getattr(converter(model), "doubts", None):
+        report.warnings += doubts(found.state, model)
+    if not wanted.keys() <= whole.keys():
+        if getattr(model, "family", None) != "dense":
+            return None
+        heads: dict[str, list[str]] = {}
+        for name in wanted:
+            if not name.startswith("backbone."):
+                heads.setdefault(_head(name), []).append(name)
+        found_heads = [names for names in heads.values() if any(name in whole for name in names)]
+        if not found_heads and form != "official-dense":
+            return None
+        lost = [name for name in wanted if name not in whole and not name.endswith(COUNTER)]
+        if strict:
+            _check_dense(source, lost, sorted(whole.keys() - wanted.keys()))
+        classes = classifier_names(model)
+        unfit = [name for name in lost if not name.startswith("backbone.")]
+        unfit += [
+            name
+            for name in wanted.keys() & whole.keys()
+            if whole[name].shape != wanted[name].shape and not name.startswith(("backbone.", *classes))
+        ]
+        out = {_head(name) for name in unfit}
+        if len(out) == len(heads):
+            return None  # another head than the model's: the backbone alone is loaded
+        for name in (name for head in out for name in heads[head]):
+            whole.pop(name, None)
+            report.untouched.append(name)
+        report.missing = [name for name in wanted if name not in whole and name not in report.untouched]
+        if lost := [name for name in report.missing if name.startswith("backbone.") and not name.endswith(COUNTER)]:
+            raise ValueError(f"{source} lacks weights of the predictor's backbone, {summary(lost)}")
+    elif strict and form == "official-dense":
+        _check_dense(source, [], sorted(whole.keys() - wanted.keys()))
+    if not strict:
+        for name in [name for name in wanted if name in whole and name.startswith(classifier_names(model))]:
+            if whole[name].shape != wanted[name].shape:
+                report.dropped[name] = tuple(whole.pop(name).shape), tuple(wanted[name].shape)
+    return _fill(model, whole, report)
+
+
+def _head(name: str) -> str:
+    """Which head a weight of a predictor belongs to: "head", "aux_head", "heads.mask"; necks count as their head's."""
+    parts = re.sub(r"^(aux_)?necks?\.", lambda m: m[0].replace("neck", "head"), name).split(".")
+    return ".".join(parts[:2]) if parts[0] == "heads" else parts[0]
+
+
 def _fill(module: nn.Module, state: dict[str, Tensor], report: Report) -> Report:
     """Copy `state` into `module` (put it there, where the module is on the meta device) and note what was loaded."""
     wanted = module.state_dict()
     report.loaded = [name for name in wanted if name in state]
-    pairs = {name: (state[name].shape, wanted[name].shape) for name in report.loaded}
+    pairs = {name: (tuple(state[name].shape), tuple(wanted[name].shape)) for name in report.loaded}
     if wrong := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         raise ValueError(f"{report.source} has other shapes than the model: {_shapes(wrong)}")
+    for name in report.loaded:
+        if wanted[name].is_floating_point() and not state[name].is_floating_point():
+            raise ValueError(f"{report.source} holds {name} as {state[name].dtype}, the model needs {wanted[name].dtype}")
+        if state[name].is_meta and not wanted[name].is_meta:
+            raise ValueError(f"{report.source} holds the shape of {name} without numbers (a tensor of the meta device)")
+    broken = [name for name in report.loaded if not state[name].is_meta and not torch.isfinite(state[name]).all()]
+    if broken:
+        report.warnings.append(f"NaN or infinite numbers in {summary(broken)}")
     assign = any(value.is_meta for value in wanted.values())
     module.load_state_dict({name: state[name] for name in report.loaded}, strict=False, assign=assign)
     return report
@@ -183,9 +272,14 @@ def _outside(model: nn.Module, target: nn.Module) -> list[str]:
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifiers' parameters, e.g. ("head.fc.",), also where they are an Identity."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else ()
-    found = found if isinstance(found, (tuple, list)) else (found,)
+    """Prefixes of the parameters that count classes, e.g. ("head.fc.",), also where they are an Identity.
+
+    Those of every head inside the model count: auxiliary heads, the heads of several tasks, a distilled second classifier.
+    """
+    found: list[nn.Module] = []
+    for module in model.modules():
+        layer = module.get_classifier() if hasattr(module, "get_classifier") else ()
+        found += layer if isinstance(layer, (tuple, list)) else [layer]
     names = [name for name, module in model.named_modules(remove_duplicate=False) if any(module is layer for layer in found)]
     stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()  # also an auxiliary one
     names += [stated] if isinstance(stated, str) else stated
@@ -198,7 +292,7 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
     timm compares names only when the number of classes is the file's; this always does. feature_norms that the file lacks, and
     the final norm if the model will only give features, keep the model's values.
     """
-    own, wanted = split(unwrap(state_dict), model)[0], model.state_dict()
+    own, wanted = _choose(state_dict, model, None, "the checkpoint").state, model.state_dict()
     native = fit_shapes(to_native(own, model), model, own)[0]
     kept = FRESH + (r"|norm\." if features else "") + rf"|.*\.{COUNTER}$"
     native |= {name: value for name, value in wanted.items() if name not in native and re.match(kept, name)}
@@ -213,13 +307,23 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
 
 
 def convert_file(
-    model: nn.Module | str, source: str | Path, destination: str | Path, naming: str = "native", **model_args
+    model: nn.Module | str,
+    source: str | Path,
+    destination: str | Path,
+    naming: str = "native",
+    which: str | None = None,
+    **model_args,
 ) -> Report:
     """Rewrite a checkpoint as safetensors under our names ("native") or the authors' ("official"); returns the load's report.
 
-    model: a backbone or its name (`backbones` must have been imported); a named model is built with the file's number of
-    classes, without a classifier if the file has none, and with feature_norms if the file has them; model_args: further
-    arguments of it, such as img_size. The heads of a dense-prediction file are left out and reported as unexpected.
+    Args:
+        model: a backbone or its name (`backbones` must have been imported). A named model is built with the file's number of
+            classes, without a classifier if the file has none, and with feature_norms if the file has them.
+        source: the checkpoint; the heads of a dense-prediction file are left out and reported as unexpected.
+        destination: a .safetensors file. Its header says what it was made of and by which versions.
+        naming: "native" or "official".
+        which: as for load_checkpoint.
+        model_args: further arguments of a named model, such as img_size.
     """
     from safetensors.torch import save_file
 
@@ -228,88 +332,47 @@ def convert_file(
     destination = Path(destination)
     if destination.suffix != ".safetensors":
         raise ValueError(f"a checkpoint is written as .safetensors, got {destination}")
-    state = unwrap(open_checkpoint(source))
+    content = open_checkpoint(source)
     if isinstance(model, str):
-        model = _build_for(model, state, model_args)
-    report = load_checkpoint(model, state, strict=False)
+        model = _build_for(model, content, model_args, which, str(source))
+    report = load_checkpoint(model, content, strict=False, which=which)
     report.source = str(source)
     target = backbone(model)
     result = {name: value for name, value in target.state_dict().items() if name in set(report.loaded)}
     if naming == "official":
-        result = converter(target).to_official(result, target)
-    metadata = {"format": "pt", "source": Path(source).name, "source_format": report.format, "naming": naming}
+        names = converter(target)
+        if names is None:
+            raise ValueError(f"the authors' names of timm's {type(target).__name__} are not known here: use naming='native'")
+        result = names.to_official(result, target)
+    header = {"format": "pt", "source": Path(source).name, "source_format": report.format, "naming": naming} | versions()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().contiguous().clone() for name, value in result.items()}, destination, metadata)
+    save_file({name: value.detach().contiguous().clone() for name, value in result.items()}, destination, header)
     return report
 
 
-def _build_for(name: str, state: dict[str, Tensor], model_args: dict) -> nn.Module:
+def versions() -> dict[str, str]:
+    """Versions of zoo, torch and timm, as weights files state them in their headers."""
+    import timm
+
+    try:
+        zoo = metadata.version("backbone-zoo")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        zoo = "unknown"
+    return {"zoo": zoo, "torch": str(torch.__version__), "timm": timm.__version__}
+
+
+def _build_for(name: str, content: dict, model_args: dict, which: str | None, source: str) -> nn.Module:
     """Model `name` without memory (meta device), its classifier and feature norms as the file has them."""
     import timm
 
     model = timm.create_model(name, **model_args, device="meta")
-    native = to_native(split(state, model)[0], model)
+    native = to_native(_choose(content, model, which, source).state, model)
     rows = [
-        value.shape[0] for key, value in native.items() if key.startswith(classifier_names(model)) and key.endswith("weight")
+        value.shape[0]
+        for key, value in native.items()
+        if key.startswith(classifier_names(model)) and key.endswith("weight") and value.ndim
     ]
     args = {"num_classes": rows[0] if rows else 0}
     if any(re.match(FRESH, key) for key in native):
         args["feature_norms"] = True
     return timm.create_model(name, **(args | model_args), device="meta")
-
-
-# Settings that training programs save beside their weights: plain containers here, so that their files can be read.
-HARMLESS = [(argparse.Namespace, "argparse.Namespace"), (OrderedDict, "yacs.config.CfgNode")]
-
-
-def open_checkpoint(path: str | Path) -> dict:
-    """What a weights file holds, on the CPU; nothing in it is executed.
-
-    Raises FileNotFoundError, or ValueError for a format that is not read and for a file that asks to execute code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    if path.suffix in (".npz", ".npy", ".h5", ".onnx"):
-        raise ValueError(f"{path}: {path.suffix} files are not read; save the weights as .safetensors or .pth")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with safe_reading(path):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    return content
-
-
-@contextlib.contextmanager
-def safe_reading(path: str | Path) -> Iterator[None]:
-    """Inside, torch.load(weights_only=True) of `path` passes over the settings in HARMLESS, and its errors become ValueErrors
-    that say what to do."""
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            yield
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "weights_only" not in str(error):  # timm's own wording of the refusal
-            raise
-        found = re.findall(r"(?:GLOBAL|globals:) ([\w.]+(?:, [\w.]+)*?)\.? ", str(error))
-        wanted = ", ".join(dict.fromkeys(found)).rstrip(".") or str(error)
-        raise ValueError(
-            f"{path} is refused: reading it would execute code from the file ({wanted}). "
-            "If you trust whoever made it, rewrite it where that code is installed, "
-            "torch.save(torch.load(path, weights_only=False)['model'], 'new.pth'), and load the new file"
-        ) from error
-    except EOFError as error:
-        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file, perhaps an incomplete download: {error}") from error

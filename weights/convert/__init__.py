@@ -2,8 +2,8 @@
 
 A family's module defines `to_native(state_dict, model)` and `to_official(state_dict, model)`, which rename,
 `source_format(keys)` and, where a shape depends on the image size or the kernel, `resize(name, value, model)`: the tensor for
-the model's size, or as it is. What all of them share is here: taking off the wrappings of a training program, finding the
-backbone inside a wrapped model, and fitting the sizes.
+the model's size, or as it is. What all of them share is here: finding the backbone inside a wrapped model, timm's own filters,
+and fitting the sizes.
 """
 
 import importlib.util
@@ -14,21 +14,9 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")  # an average is preferred to the raw weights
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")  # put before every name by DDP, torch.compile, dense code, timm
 
 INNER = ("module", "_orig_mod", "backbone", "model")  # where DDP, torch.compile, a dense predictor, timm keep the model
-
-
-def convert_state_dict(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint's content in any known format -> the names and shapes of `model`, or of the backbone inside a mere wrapper.
-
-    Native names pass unchanged. What a dense-prediction file holds beside the backbone (decode_head.*) is left out for a
-    backbone, and converted for a dense predictor.
-    """
-    model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
-    own = split(unwrap(state_dict), model)[0]
-    return fit_shapes(to_native(own, model), model, own)[0]
 
 
 def rename(key: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
@@ -38,28 +26,6 @@ def rename(key: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]
         if count:
             return new
     return key
-
-
-def unwrap(checkpoint: dict) -> dict[str, Tensor]:
-    """The state dict inside what a training program saved: its averaged weights if there are any, else its weights."""
-    for name in WRAPPERS:
-        if isinstance(checkpoint.get(name), dict):
-            return unwrap(checkpoint[name])
-    return {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-
-
-def split(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what belongs to the backbone without its prefixes, the rest under its names in the file).
-
-    A prefix that some but not all names carry is the dense-prediction code's: the others are heads.
-    """
-    own, rest = state_dict, {}
-    while prefix := next((p for p in PREFIXES if any(key.startswith(p) for key in own)), None):
-        if any(key.startswith(prefix) for key in model.state_dict()):
-            break  # the model's own name
-        rest |= {key: value for key, value in own.items() if not key.startswith(prefix)}
-        own = {key.removeprefix(prefix): value for key, value in own.items() if key.startswith(prefix)}
-    return own, rest
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

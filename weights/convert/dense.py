@@ -141,6 +141,20 @@ def fit_shapes(
     return native | {prefix + name: value for name, value in fitted.items()}, {prefix + k: v for k, v in resized.items()}
 
 
+def doubts(source: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """A sentence if the file's authors resize positions by another rule than the model's backbone does."""
+    backbone, form = model.backbone.model, program(source)
+    rule = {"isl": "dpt", "depth-anything": "dinov2"}.get(form or "")
+    if rule is None or not architectures(backbone) & {"vision_transformer", "beit"} or hasattr(backbone, "position_rule"):
+        return []
+    if convert.converter(backbone) is not None or not getattr(backbone, "dynamic_img_size", False):
+        return []
+    return [
+        f"the file's authors resize positions by the rule {rule!r} and this backbone by timm's, so that images of another size "
+        f"than it is built for come out differently: build it with positions={rule!r}, as heads.published does"
+    ]
+
+
 def resize_positions(name: str, value: Tensor, model: nn.Module, form: str) -> Tensor:
     """The positions of a timm ViT or BEiT for its grid, by the rule of DPT, MiDaS or Depth-Anything; other tensors as they are.
 

@@ -1,0 +1,197 @@
+"""Open a weights file without running anything in it, and say what it is where it is no weights file."""
+
+import contextlib
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOM = 1 << 28  # bytes that a file may ask for beyond what it stores before it is refused: small files cannot harm
+MARKS = [  # first bytes -> what such a file is, and what to do
+    (rb"version https://git-lfs", "a Git LFS pointer ({size} bytes of text), not weights: fetch the real file (git lfs pull)"),
+    (rb"\s*<(!doctype|html|\?xml|head)", "a web page, not weights: download the file itself, not the page around it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): save the weights as .safetensors or .pth"),
+    (rb"\x93NUMPY", "one NumPy array: save the weights as .safetensors or .pth"),
+    (rb"GGUF", "a GGUF file: save the weights as .safetensors or .pth"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it, and load the file inside"),
+    (rb"\xff\xd8\xff|\x89PNG|GIF8|%PDF", "a picture or document, not weights"),
+]
+# Names that a file may hold beside its weights and that are read as data without a meaning: nothing of them is imported.
+BUILTINS = "getattr|set|frozenset|slice|range|complex|object|bytearray|list|dict|tuple|int|float|str|bool"
+DATA = rf"(numpy|_codecs|datetime|collections|fractions|decimal|uuid|torch(?!\.nn))\..*|(builtins|__builtin__)\.({BUILTINS})"
+DATA += r"|(copyreg|copy_reg)\._reconstructor|functools\.partial"
+# Modules whose classes, too, are refused: no settings have them, and a user should hear of a file that does.
+REFUSED = {"os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "importlib", "runpy", "pty", "ctypes", "code"}
+REFUSED |= {
+    "commands",
+    "pickle",
+    "cPickle",
+    "builtins",
+    "__builtin__",
+    "multiprocessing",
+    "threading",
+    "webbrowser",
+    "operator",
+    "asyncio",
+    "tempfile",
+    "io",
+}
+
+
+class Settings(OrderedDict):
+    """Stands in for a class of another program: takes any arguments, and is an empty dictionary that can be filled."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        return OrderedDict()
+
+
+class Data:
+    """Stands in for a value of another program whose content no weights depend on: a NumPy number, a date."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def open_checkpoint(path: str | Path) -> dict:
+    """What a weights file holds, on the CPU; nothing in it is executed, and classes of other programs are not imported.
+
+    Settings of a training program come as empty dictionaries. The kind of file is read from its first bytes, whatever its
+    name. Raises FileNotFoundError, or ValueError for a format that is not read, a damaged file, one that asks to execute code,
+    and one that would fill much more memory than it stores.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if path.suffix in (".npz", ".npy", ".h5", ".onnx"):
+        raise ValueError(f"{path}: {path.suffix} files are not read; save the weights as .safetensors or .pth")
+    with open(path, "rb") as file:
+        start = file.read(64)
+    size = path.stat().st_size
+    if not start:
+        raise ValueError(f"{path} is not a readable weights file: it is empty, perhaps an incomplete download")
+    for mark, what in MARKS:
+        if re.match(mark, start, re.IGNORECASE):
+            raise ValueError(f"{path} is {what.format(size=size)}")
+    if re.fullmatch(rb"[\x09\x0a\x0d\x20-\x7e]{16,}", start):
+        raise ValueError(f"{path} is a text file, not weights; it begins {start[:40].decode()!r}")
+    if start[8:9] == b"{" or (path.suffix == ".safetensors" and start[:2] not in (b"PK", b"\x80\x02")):
+        return read_safetensors(path)
+    if start[:2] == b"PK":
+        check_zip(path, size)
+    content = read_pickle(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    return content
+
+
+def check_zip(path: Path, size: int) -> None:
+    """ValueError for a zip file that would unpack to much more than it stores: torch never compresses."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
+    if unpacked > size + ROOM:
+        raise ValueError(f"{path} is refused: its {size} bytes would unpack to {unpacked}, which no weights file does")
+
+
+def read_pickle(path: Path) -> Any:
+    """torch.load of weights alone, with stand-ins for the classes of other programs that the file names."""
+    stand_ins: list[tuple[type, str]] = []
+    while True:
+        try:
+            # an open file, as torch would look at the name
+            with open(path, "rb") as file, safe_reading(path, stand_ins):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Refused as error:
+            name = error.name
+            if name is None or not harmless(name) or name in {known for _, known in stand_ins} or len(stand_ins) > 500:
+                raise ValueError(str(error)) from error
+            stand_ins.append((Data if re.fullmatch(DATA, name) else Settings, name))
+        except ValueError:
+            raise
+        except Exception as error:  # damaged bytes end in any error: KeyError, IndexError, struct.error, MemoryError
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {text}") from error
+
+
+def harmless(name: str) -> bool:
+    """Whether a global of a pickle, "module.Name", is read as data: known data types and classes, which stand-ins replace."""
+    if re.fullmatch(DATA, name):
+        return True
+    return name.split(".")[0] not in REFUSED and name.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
+class Refused(ValueError):
+    """A file that names code. name: "module.name" of what it names, None if that is not known."""
+
+    def __init__(self, message: str, name: str | None = None):
+        super().__init__(message)
+        self.name = name
+
+
+@contextlib.contextmanager
+def safe_reading(path: str | Path, stand_ins: list[tuple[type, str]] | None = None) -> Iterator[None]:
+    """Inside, torch.load(weights_only=True) of `path` refuses code with one sentence that says what to do.
+
+    stand_ins: (class, "module.Name") to put in the place of names in the file.
+    """
+    try:
+        with torch.serialization.safe_globals(stand_ins or []):
+            yield
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):  # timm's own wording of the refusal
+            raise
+        found = re.findall(r"GLOBAL ([\w.<>]+?)\.? (?:was not|whose)", str(error))
+        name = found[0] if found else None
+        if name and "." not in name:
+            name = f"builtins.{name}"
+        if name is None and not re.search("reduce for|create new object|Can only|whose module", str(error)):
+            text = re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
+            raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {text}") from error
+        wanted = name or re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
+        raise Refused(
+            f"{path} is refused: reading it would execute code from the file ({wanted}). "
+            "If you trust whoever made it, rewrite it where that code is installed: content = torch.load(path, "
+            "weights_only=False); print(content.keys()); torch.save(content[the key of the weights], 'new.pth'), "
+            "and load the new file",
+            name,
+        ) from error
+    except EOFError as error:
+        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; ValueError if it is damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # SafetensorError, and what torch says of types and sizes that it does not know
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path} is not a readable safetensors file, perhaps an incomplete download: {text}") from error
+
+
+def check_tensors(state: dict[str, Tensor], source: str) -> None:
+    """ValueError for tensors that are no plain numbers (sparse, quantized) or claim far more numbers than are stored."""
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_nested:
+            kind = "quantized" if value.is_quantized else "nested" if value.is_nested else "sparse"
+            raise ValueError(f"{source} holds a {kind} tensor, {name}: save it dense, value.to_dense() or .dequantize()")
+        if value.is_meta:
+            continue
+        asked, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
+        if asked > stored + ROOM:
+            raise ValueError(
+                f"{source} is refused: {name} {list(value.shape)} asks for {asked / 1e9:.1f} GB and the file stores {stored} "
+                "bytes of it"
+            )
