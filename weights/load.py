@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weights.choose import Choice, choose
-from weights.convert import Shapes, backbone, converter, fit_shapes, layers, source_format, to_native
+from weights.convert import Shapes, backbone, converter, fit_shapes, huggingface, layers, source_format, to_native
 from weights.read import check_tensors, open_checkpoint
 
 FRESH = r"feature_norms\."  # norms of returned maps: classification files lack them; they start as the identity's affine part
@@ -58,7 +58,7 @@ def convert_state_dict(state_dict: dict, model: nn.Module, which: str | None = N
     backbone, and converted for a dense predictor. which: as for load_checkpoint.
     """
     model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
-    own = choose(state_dict, model, which).state
+    own = _choose(state_dict, model, which, "the state dict").state
     return fit_shapes(to_native(own, model), model, own)[0]
 
 
@@ -95,7 +95,8 @@ def load_checkpoint(
             return report
 
     found = _choose(checkpoint, target, which, source)
-    report = Report(source, source_format(found.state, target), unexpected=sorted(found.rest))
+    form = "huggingface" if found.huggingface else source_format(found.state, target)
+    report = Report(source, form, unexpected=sorted(found.rest))
     _note_choice(report, found)
     native, report.resized = fit_shapes(to_native(found.state, target), target, found.state)
     wanted = target.state_dict()
@@ -128,6 +129,8 @@ def _choose(checkpoint: dict, model: nn.Module, which: str | None, source: str) 
     except ValueError as error:
         raise ValueError(f"{source} {error}" if str(error).startswith("holds") else f"{source}: {error}") from error
     check_tensors(found.state, source)
+    if authors := huggingface.to_authors(found.state):
+        found.state, found.huggingface = authors, True
     return found
 
 
@@ -142,7 +145,12 @@ def _load_whole(model: nn.Module, found: Choice, source: str, strict: bool) -> R
     """
     whole, resized = fit_shapes(to_native(found.state, model), model, found.state)
     wanted, form = model.state_dict(), source_format(found.state, model)
-    report = Report(source, form, unexpected=sorted([*found.rest, *(whole.keys() - wanted.keys())]), resized=resized)
+    report = Report(
+        source,
+        "huggingface" if found.huggingface else form,
+        unexpected=sorted([*found.rest, *(whole.keys() - wanted.keys())]),
+        resized=resized,
+    )
     _note_choice(report, found)
     if doubts := getattr(converter(model), "doubts", None):
         report.warnings += doubts(found.state, model)
@@ -212,9 +220,12 @@ def _fill(module: nn.Module, state: dict[str, Tensor], report: Report) -> Report
 
 def _check_anything_fits(report: Report, native: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     if not native.keys() & wanted.keys():
+        hint = ""
+        if any(re.search(huggingface.MARKS, name) for name in native):
+            hint = f"; they are Hugging Face's names, of which these families are read: {huggingface.READ}"
         raise ValueError(
             f"{report.source} does not fit this model: none of its {len(native)} names ({', '.join(list(native)[:3])}, ...) "
-            f"is among the model's ({', '.join(list(wanted)[:3])}, ...)"
+            f"is among the model's ({', '.join(list(wanted)[:3])}, ...){hint}"
         )
 
 

@@ -14,6 +14,8 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
+from weights.convert import huggingface
+
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")  # put before every name by DDP, torch.compile, dense code, timm
 
 INNER = ("module", "_orig_mod", "backbone", "model")  # where DDP, torch.compile, a dense predictor, timm keep the model
@@ -49,6 +51,7 @@ def converter(model: nn.Module) -> ModuleType | None:
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Names without wrappings -> the names of `model`, a backbone of the zoo or of timm (whose own filter also resizes)."""
+    state_dict = huggingface.to_authors(state_dict) or state_dict
     if module := converter(model):
         return module.to_native(state_dict, model)
     if state_dict.keys() <= model.state_dict().keys():
