@@ -22,7 +22,7 @@ class Choice:
     path: str = ""  # keys of the file that lead to the mapping, "model.state_dict"
     prefix: str = ""  # taken off every name
     others: list[str] = field(default_factory=list)
-    huggingface: bool = False  # the names were Hugging Face's, and are the authors' now
+    format: str | None = None  # of the port whose names became the authors'
 
     def __str__(self) -> str:
         return place(self.path, self.prefix)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weights.choose import Choice, choose
-from weights.convert import Shapes, backbone, converter, fit_shapes, huggingface, layers, source_format, to_native
+from weights.convert import Shapes, authors, backbone, converter, fit_shapes, huggingface, layers, source_format, to_native
 from weights.read import check_tensors, open_checkpoint
 
 FRESH = r"feature_norms\."  # norms of returned maps: classification files lack them; they start as the identity's affine part
@@ -95,7 +95,7 @@ def load_checkpoint(
             return report
 
     found = _choose(checkpoint, target, which, source)
-    form = "huggingface" if found.huggingface else source_format(found.state, target)
+    form = found.format or source_format(found.state, target)
     report = Report(source, form, unexpected=sorted(found.rest))
     _note_choice(report, found)
     native, report.resized = fit_shapes(to_native(found.state, target), target, found.state)
@@ -129,8 +129,7 @@ def _choose(checkpoint: dict, model: nn.Module, which: str | None, source: str) 
     except ValueError as error:
         raise ValueError(f"{source} {error}" if str(error).startswith("holds") else f"{source}: {error}") from error
     check_tensors(found.state, source)
-    if authors := huggingface.to_authors(found.state):
-        found.state, found.huggingface = authors, True
+    found.state, found.format = authors(found.state)
     return found
 
 
@@ -147,7 +146,7 @@ def _load_whole(model: nn.Module, found: Choice, source: str, strict: bool) -> R
     wanted, form = model.state_dict(), source_format(found.state, model)
     report = Report(
         source,
-        "huggingface" if found.huggingface else form,
+        found.format or form,
         unexpected=sorted([*found.rest, *(whole.keys() - wanted.keys())]),
         resized=resized,
     )

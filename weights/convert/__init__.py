@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from weights.convert import huggingface
+from weights.convert import huggingface, mmsegmentation
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")  # put before every name by DDP, torch.compile, dense code, timm
 
@@ -51,12 +51,21 @@ def converter(model: nn.Module) -> ModuleType | None:
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Names without wrappings -> the names of `model`, a backbone of the zoo or of timm (whose own filter also resizes)."""
-    state_dict = huggingface.to_authors(state_dict) or state_dict
+    state_dict = authors(state_dict)[0]
     if module := converter(model):
         return module.to_native(state_dict, model)
     if state_dict.keys() <= model.state_dict().keys():
         return dict(state_dict)  # timm's filters can take a model without its classifier for an old one, and rename it again
     return timm_filter(state_dict, model)
+
+
+def authors(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str | None]:
+    """(names of a port of a model -> its authors', the program of the port); unchanged and None if they are of no port."""
+    if found := huggingface.to_authors(state_dict):
+        return found, "huggingface"
+    if found := mmsegmentation.to_authors(state_dict):
+        return found, "official-dense"
+    return state_dict, None
 
 
 def timm_filter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

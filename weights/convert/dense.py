@@ -20,6 +20,13 @@ FORMATS = {  # name -> (a name that only this format has, what its backbone's na
     "depth-anything": (r"depth_head\.", "pretrained."),
     "glpn": (r"decoder\.bot_conv\.", "encoder."),
 }
+OURS = ("backbone.model.", "head.", "neck.levels.", "aux_head.", "aux_neck.")
+BRIDGE = [  # names of heads.mmseg.ZooHead -> ours
+    (r"^decode_head\.head\.", "head."),
+    (r"^decode_head\.pyramid\.", "neck."),
+    (r"^auxiliary_head\.head\.", "aux_head."),
+    (r"^auxiliary_head\.pyramid\.", "aux_neck."),
+]
 BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask", "attention_bias_idxs")  # recomputed by the model
 TAIL = r"(norm|fc_norm|head|head_dist|proj_head|mask_token)(\.|$)"  # behind the last map: stored, of no use to a dense model
 
@@ -47,6 +54,13 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     if form is None or not hasattr(model, "aux_head"):
         return dict(state_dict)
     prefix = FORMATS[form][1]
+    native: dict[str, Tensor] = {}
+    if form == "mmsegmentation":
+        state_dict = bridged(state_dict, model)
+        native = {key: value for key, value in state_dict.items() if key.startswith(OURS)}
+        state_dict = {key: value for key, value in state_dict.items() if key not in native}
+        if model.aux_head is None:
+            native = {key: value for key, value in native.items() if not key.startswith("aux_")}
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "aux_head": {}}
     for key, value in state_dict.items():
         if key.startswith(prefix):
@@ -57,7 +71,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
             parts["head"][re.sub(r"^neck\.", "", key)] = value
     backbone = model.backbone.model
     wanted = backbone.state_dict().keys()
-    native = {
+    native |= {
         f"backbone.model.{key}": value
         for key, value in backbone_to_native(parts["backbone"], backbone).items()
         if key in wanted or not re.match(TAIL, key)
@@ -66,6 +80,21 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         if (head := getattr(model, name)) is not None:
             native |= {f"{name}.{key}": value for key, value in head_to_native(parts[name], head).items()}
     return native
+
+
+def bridged(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Our names for what heads.mmseg's ZooBackbone and ZooHead, and mmsegmentation's TIMMBackbone, put into a file."""
+    own, found = model.backbone.model.state_dict().keys(), {}
+    for key, value in state_dict.items():
+        if m := re.match(r"backbone\.(?:timm_model\.)?(?:model\.)?(.+)", key):
+            flat = re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", m[1])  # timm's flattened stages
+            name = next((name for name in (m[1], flat) if name in own), None)
+            if name and key.startswith(("backbone.timm_model.", "backbone.model.")):
+                key = f"backbone.model.{name}"
+        for pattern, replacement in BRIDGE:
+            key = re.sub(pattern, replacement, key)
+        found[key] = value
+    return found
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,71 @@
+"""mmsegmentation 1.2.2's own Swin and MiT -> their authors' names, which the converters read."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+SWIN: Rules = [
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^stages\.", "layers."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+]
+MIT: Rules = [
+    (r"^layers\.(\d)\.0\.projection\.", lambda m: f"patch_embed{int(m[1]) + 1}.proj."),
+    (r"^layers\.(\d)\.0\.norm\.", lambda m: f"patch_embed{int(m[1]) + 1}.norm."),
+    (r"^layers\.(\d)\.1\.", lambda m: f"block{int(m[1]) + 1}."),
+    (r"^layers\.(\d)\.2\.", lambda m: f"norm{int(m[1]) + 1}."),
+    (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.dwconv.dwconv."),
+    (r"\.ffn\.layers\.4\.", ".mlp.fc2."),
+]
+
+
+def to_authors(state_dict: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The authors' names of a file with mmsegmentation's own Swin or MiT, bare or behind "backbone."; None for other names."""
+    swin = any(".attn.w_msa." in key for key in state_dict)
+    if not swin and not any(
+        re.match(r"(backbone\.)?layers\.\d\.1\.\d+\.attn\.attn\.in_proj_weight$", key) for key in state_dict
+    ):
+        return None
+    found: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        prefix = "backbone." if key.startswith("backbone.") else ""
+        name = key.removeprefix(prefix)
+        if not prefix and key.startswith(("decode_head.", "auxiliary_head.", "neck.")):
+            found[key] = value
+        elif swin:
+            found[prefix + renamed(name, SWIN)] = merging(name, value)
+        else:
+            found |= {prefix + new: tensor for new, tensor in mit(name, value).items()}
+    return found
+
+
+def renamed(key: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def merging(name: str, value: Tensor) -> Tensor:
+    """Swin's patch merging: mmsegmentation keeps the four pixels of a channel together, row by row; the authors column by
+    column, and the channels of a pixel together."""
+    if not re.search(r"\.downsample\.(reduction\.weight|norm\.(weight|bias))$", name) or value.shape[-1] % 4:
+        return value
+    return value.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
+
+
+def mit(name: str, value: Tensor) -> dict[str, Tensor]:
+    """One tensor of MiT: torch's attention as query and key-value layers, 1x1 convolutions as linear layers."""
+    if m := re.match(r"(.*\.attn\.)attn\.in_proj_(weight|bias)$", name):
+        query, key, content = value.chunk(3) if len(value) % 3 == 0 else (value, value[:0], value[:0])
+        stem = renamed(m[1], MIT)
+        return {f"{stem}q.{m[2]}": query, f"{stem}kv.{m[2]}": torch.cat([key, content])}
+    if re.search(r"\.ffn\.layers\.[04]\.weight$", name) and value.ndim == 4:
+        value = value.flatten(1)
+    return {renamed(name, MIT): value}
