@@ -32,9 +32,10 @@ from train.log import Log
 from train.results import finish, save_product
 from train.schema import Config
 from train.setup import build, dataset, start
+from train.show import Names
 from train.state import Parts, RunState, improved, restore, save, settings
 from train.tasks import Task
-from train.tasks.base import Names, stacked
+from train.tasks.base import stacked
 
 
 @dataclass

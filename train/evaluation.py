@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from train import config as configuration
-from train import loader, visualize
+from train import loader
 from train.damaged import Damaged
 from train.inference import Predictor
 from train.schema import Config, InferConfig
 from train.setup import build, dataset, load_weights, start
+from train.show import Names, save_sheet, to_rgb
 from train.tasks import Task
-from train.tasks.base import Names
 from train.transforms import describe_evaluation
 
 
@@ -112,6 +112,8 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
 @torch.no_grad()
 def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config) -> None:
     """Image, truth and prediction of a few evenly spaced samples side by side; every process runs the model, one writes."""
+    if task.show is None:
+        return
     model.eval()
     names = Names.of(data)
     chosen = [i * len(data) // 6 for i in range(min(6, len(data)))]
@@ -121,7 +123,7 @@ def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerato
         with accelerator.autocast():
             output = task.forward(inference(task, model, config), batch)
         prediction = task.measure(task.metric(), output, batch)
-        image = visualize.to_rgb(batch["image"][0], config.data.mean, config.data.std)
-        rows.append(task.picture(image, batch, prediction, names))
+        image = to_rgb(batch["image"][0], config.data.mean, config.data.std)
+        rows.append(task.show.panels(image, batch, prediction, names))
     if accelerator.is_main_process:
-        visualize.save_predictions(path, rows, **task.legend(names))
+        save_sheet(path, rows)

@@ -7,10 +7,10 @@ import torch
 from PIL import ImageOps
 from torchvision import tv_tensors
 
-from train import visualize
 from train.data.files import IMAGE_SUFFIXES, open_image, rgb_array
 from train.evaluation import inference, open_run
 from train.loader import collate
+from train.show import to_rgb
 from train.transforms import build_transform
 
 
@@ -30,6 +30,8 @@ def predict(
     it would replace a file.
     """
     config, task, model, names = open_run(run, overrides, weights)
+    if (show := task.show) is None:
+        raise ValueError(f"{run}: task {config.task['name']} makes no predictions that could be written")
     device = torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
     files, out = find_images(Path(images), say), Path(out)
@@ -38,7 +40,7 @@ def predict(
         twice = sorted(path.name for path in files if sum(other.stem == path.stem for other in files) > 1)
         raise ValueError(f"{images}: {twice[0]} and {twice[1]} would have the same output; rename one")
     if not overwrite:
-        taken = [path for stem in stems.values() if out.is_dir() for path in task.outputs(stem) if path.exists()]
+        taken = [path for stem in stems.values() if out.is_dir() for path in show.outputs(stem) if path.exists()]
         if taken:
             raise FileExistsError(f"{taken[0]} exists; choose another --out, or replace it with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def predict(
         with torch.no_grad():
             output = task.forward(run_model, {**batch, "image": batch["image"].to(device)})
             prediction = task.predict(output, tuple(pixels.shape[-2:]))
-        written += task.write(stem, visualize.to_rgb(pixels), prediction, names)
+        written += show.write(stem, to_rgb(pixels), prediction, names)
     say(f"{len(files)} images, {len(written)} files in {out}")
     return written
 

@@ -17,8 +17,8 @@ from train.evaluation import pictures, protocol
 from train.folder import versions
 from train.log import Log, curves
 from train.schema import Config
+from train.show import Names
 from train.tasks import Task
-from train.tasks.base import Names
 
 
 def save_product(

@@ -8,8 +8,9 @@ from torch import nn
 from train import config
 from train.data import DATASETS
 from train.metrics import Metric
+from train.show import Names
 from train.tasks import TASKS
-from train.tasks.base import Names, Task, stacked
+from train.tasks.base import Task, stacked
 from train.tasks.dense import DenseTask
 
 SIZE = (8, 12)
@@ -258,8 +259,8 @@ def test_written_predictions_have_the_size_of_the_image(arguments, tmp_path):
     image = np.zeros((20, 30, 3), np.uint8)
     with torch.no_grad():
         prediction = task.predict(Pixelwise(task).eval()(torch.randn(1, 3, *SIZE)), (20, 30))
-    files = task.write(tmp_path / "photo", image, prediction, Names(list("abcd"), None))
-    assert files == task.outputs(tmp_path / "photo") and all(path.is_file() for path in files)
+    files = task.show.write(tmp_path / "photo", image, prediction, Names(list("abcd"), None))
+    assert files == task.show.outputs(tmp_path / "photo") and all(path.is_file() for path in files)
     for path in files:
         if path.suffix == ".npy":
             assert np.load(path).shape == (20, 30) and np.load(path).dtype == np.float32
@@ -267,7 +268,7 @@ def test_written_predictions_have_the_size_of_the_image(arguments, tmp_path):
             raw = Image.open(path)
             assert raw.size == (30, 20) and raw.mode == ("L" if "classes" in path.name else "I;16")
     measured = prediction if task.targets("val") == ("label",) else wrapped(prediction)
-    assert task.picture(image, {}, measured, Names(list("abcd"), None))
+    assert task.show.panels(image, {}, measured, Names(list("abcd"), None))
 
 
 def wrapped(prediction):

@@ -130,8 +130,6 @@ class Inpainting(Task):
     def metric(self):
         return Error()
 
-    picture = outputs = write = None  # nothing to show
-
 
 @pytest.fixture
 def inpainting(monkeypatch):

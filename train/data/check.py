@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from train import visualize
 from train.data import open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.files import Unreadable
 from train.schema import DataConfig
+from train.show import Panel, save_sheet, to_rgb
+from train.show.depth import metric_panel
+from train.show.masks import class_legend, color_mask, overlay
+from train.show.sheet import make_palette
 from train.tasks import Task
 
 DIVISORS = (1, 10, 100, 256, 1000, 5000)  # file units per metre seen in public depth data
@@ -350,11 +353,9 @@ def histogram(dataset: ImageDataset, counts: Counter, total: int, most: int = 30
 
 def sheet(datasets: list[ImageDataset], path: Path) -> None:
     """A picture of samples spread over the splits: image, mask over the image, depth; with legend and depth scale."""
-    rows: list[list[visualize.Panel]] = []
-    present: set[int] = set()
-    palette, spec = None, None
+    rows: list[list[Panel]] = []
     for dataset in datasets:
-        palette = dataset.palette or visualize.make_palette(len(dataset.classes or ()) or 1)
+        palette = dataset.palette or make_palette(len(dataset.classes or ()) or 1)
         count = min(SHEET_ROWS // len(datasets) or 1, len(dataset))
         if dataset.targets == ("label",):
             count = min(12, len(dataset))
@@ -363,25 +364,21 @@ def sheet(datasets: list[ImageDataset], path: Path) -> None:
                 sample = dataset.read(step * len(dataset) // count)
             except (ValueError, OSError):
                 continue  # already an error of the report
-            image = visualize.to_rgb(sample["image"])
+            image = to_rgb(sample["image"])
             name = f"{dataset.split}: {Path(str(sample['path'])).name}"
-            row = [visualize.Panel(image, name)]
+            row = [Panel(image, name)]
             if "label" in dataset.targets:
                 row[0].title += f"\n{named(dataset, [int(sample['label'])])}"
             if "mask" in dataset.targets and np.shape(sample["mask"]) == image.shape[:2]:
                 mask = np.asarray(sample["mask"])
-                present.update(np.unique(mask).tolist())
-                row.append(visualize.Panel(visualize.overlay(image, mask, palette), "mask over image"))
-                row.append(visualize.Panel(visualize.color_mask(mask, palette), "mask (black: ignored)"))
+                row.append(Panel(overlay(image, mask, palette), "mask over image"))
+                row[-1].legend = class_legend(dataset.classes, palette, mask)
+                row.append(Panel(color_mask(mask, palette), "mask (black: ignored)"))
             if "depth" in dataset.targets:
-                spec = dataset.depth
-                depth = np.asarray(sample["depth"])
-                row.append(visualize.Panel(visualize.depth_to_rgb(depth, spec.min_depth, spec.max_depth), "depth"))
+                row.append(metric_panel(np.squeeze(np.asarray(sample["depth"])), "depth"))
             rows.append(row)
-    if not rows:
-        return
-    legend = visualize.class_legend(datasets[0].classes, palette, sorted(present)) if present and datasets[0].classes else ()
-    visualize.save_predictions(path, rows, legend[:40], None if spec is None else (spec.min_depth, spec.max_depth))
+    if rows:
+        save_sheet(path, rows)
 
 
 def run(

@@ -8,34 +8,17 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.visualize import Color, Panel, make_palette
+from train.show import Show
 
 if TYPE_CHECKING:
     from train.data import ImageDataset
     from train.metrics import Metric
     from train.schema import ModelConfig
-
-
-@dataclass
-class Names:
-    """What class ids are called and how they are coloured; None where a task has no classes."""
-
-    classes: list[str] | None = None
-    palette: list[Color] | None = None
-
-    @classmethod
-    def of(cls, dataset: Any) -> Names:
-        """Those of a dataset; colours are made where it has none."""
-        palette = dataset.palette or (make_palette(len(dataset.classes)) if dataset.classes else None)
-        return cls(dataset.classes, [tuple(color) for color in palette] if palette else None)
 
 
 class Task(abc.ABC):
@@ -44,6 +27,7 @@ class Task(abc.ABC):
     best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
     average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
         possible.
+    show:    draws and writes predictions (train/show); None: there is nothing to see.
 
     One training step calls, in this order: `sample` for every sample as it is loaded, `augment` for every micro-batch, `counts`
     for every micro-batch, then `forward` and `losses` for one after another.
@@ -51,6 +35,7 @@ class Task(abc.ABC):
 
     best: tuple[str, str]
     average: str | dict[str, str] | None = None
+    show: Show | None = None
 
     @abc.abstractmethod
     def targets(self, split: str) -> tuple[str, ...]:
@@ -109,25 +94,6 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def metric(self) -> Metric:
         """A fresh streaming metric for the predictions of `predict`."""
-
-    @abc.abstractmethod
-    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Any, names: Names) -> list[Panel]:
-        """Panels of one sample: image, truth where the batch has it, prediction.
-
-        image: uint8 H W 3; batch: of one sample; prediction: as `measure` returns it for that batch.
-        """
-
-    @abc.abstractmethod
-    def outputs(self, stem: Path) -> list[Path]:
-        """The files that `write` makes."""
-
-    @abc.abstractmethod
-    def write(self, stem: Path, image: np.ndarray, prediction: Any, names: Names) -> list[Path]:
-        """Writes the prediction for one image (uint8 H W 3), at its size, to `stem` plus suffixes; returns the files."""
-
-    def legend(self, names: Names) -> dict[str, Any]:
-        """What visualize.save_predictions shows below the panels: `legend`, `depth_range`."""
-        return {}
 
     def measure(self, metric: Metric, output: Any, batch: dict[str, Any]) -> Any:
         """Adds the model output for one evaluation batch to the metric; returns the prediction."""

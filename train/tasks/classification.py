@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,8 @@ from torch import Tensor, nn
 
 import weights
 from train.metrics import ClassificationMetric
-from train.tasks.base import Names, Task
-from train.visualize import Panel, label_panels, save_predictions
+from train.show import Labels
+from train.tasks.base import Task
 
 if TYPE_CHECKING:
     from train.schema import ModelConfig
@@ -38,6 +36,7 @@ class Classification(Task):
     """
 
     best = ("top1", "max")
+    show = Labels()
 
     def __init__(
         self,
@@ -158,25 +157,6 @@ class Classification(Task):
 
     def metric(self) -> ClassificationMetric:
         return ClassificationMetric()
-
-    def outputs(self, stem: Path) -> list[Path]:
-        return [stem.with_name(f"{stem.name}_top5.csv"), stem.with_name(f"{stem.name}_labelled.png")]
-
-    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
-        """The five best classes with their probabilities as CSV, and the image under the best one."""
-        table, picture = self.outputs(stem)
-        best = prediction[0].cpu().topk(min(5, self.num_classes))
-        lines = [
-            f"{int(i)},{names.classes[int(i)] if names.classes else ''},{float(p):.6f}"
-            for p, i in zip(best.values, best.indices, strict=True)
-        ]
-        table.write_text("\n".join(["id,class,probability", *lines]) + "\n")
-        save_predictions(picture, [label_panels(image, None, prediction[0], names.classes)])
-        return [table, picture]
-
-    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Tensor, names: Names) -> list[Panel]:
-        truth = int(batch["label"][0]) if "label" in batch else None
-        return label_panels(image, truth, prediction[0], names.classes)
 
 
 def images_in(batch: dict[str, Any]) -> Tensor:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from heads.depth import DepthRule
@@ -18,9 +14,8 @@ from train.data.files import Unreadable
 from train.depth import DepthSpec
 from train.losses import DEPTH_LOSSES
 from train.metrics import DepthMetric, crop_rows_columns
-from train.tasks.base import Names
+from train.show import DepthMaps
 from train.tasks.dense import DenseTask, Losses, resized
-from train.visualize import Panel, depth_panels
 
 
 class Depth(DenseTask):
@@ -60,6 +55,7 @@ class Depth(DenseTask):
         clamp: bool = False,
     ):
         self.spec = DepthSpec(min_depth=min_depth, max_depth=max_depth, metric=metric, inverse=inverse)
+        self.show = DepthMaps(self.spec)
         values = {"min_depth": min_depth if metric else 0.0, "max_depth": max_depth, **(rule_args or {})}
         self.rule = DepthRule(**arguments(DepthRule, {"name": rule, **values}, "task.rule_args"))
         self.out_channels = self.rule.channels
@@ -99,27 +95,6 @@ class Depth(DenseTask):
 
     def metric(self) -> DepthMetric:
         return DepthMetric(self.spec, **self.protocol)
-
-    def outputs(self, stem: Path) -> list[Path]:
-        names = ["depth.npy", "depth.png", "depth_coloured.png"]
-        return [stem.with_name(f"{stem.name}_{name}") for name in (names if self.spec.metric else names[::2])]
-
-    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
-        """float32 H W as .npy; metres also as a 16-bit PNG, 1000 units per metre (256 above 65 m); colours, near light."""
-        files = self.outputs(stem)
-        values = prediction[0, 0].cpu().numpy().astype(np.float32)
-        np.save(files[0], values)
-        if self.spec.metric:
-            units = 1000 if self.spec.max_depth <= 65 else 256
-            Image.fromarray((values * units).round().clip(0, 65535).astype(np.uint16)).save(files[1])
-        Image.fromarray(self.picture(image, {}, [prediction], names)[-1].image).save(files[-1])
-        return files
-
-    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
-        return depth_panels(image, batch["depth"][0] if "depth" in batch else None, prediction[0][0], self.spec)
-
-    def legend(self, names: Names) -> dict[str, Any]:
-        return {"depth_range": (self.spec.min_depth, self.spec.max_depth)} if self.spec.metric else {}
 
 
 def readings(target: Tensor) -> Tensor:

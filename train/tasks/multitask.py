@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor, nn
 
 import heads
 from train.checks import arguments, known
 from train.metrics import Metric
-from train.tasks.base import Names, Task
+from train.show import Several
+from train.tasks.base import Task
 from train.tasks.dense import DenseTask, backbone_arguments, one_map
 from train.tasks.depth import Depth
 from train.tasks.segmentation import Segmentation
-from train.visualize import Panel
 
 if TYPE_CHECKING:
     from train.schema import ModelConfig
@@ -45,6 +43,7 @@ class MultiTask(Task):
             self.heads[name] = values.pop("head", None), values.pop("head_args", {})
             self.parts[name] = PARTS[name](**arguments(PARTS[name], values, f"task.parts.{name}"))
         self.average = {name: part.average for name, part in self.parts.items()}
+        self.show = Several({name: part.show for name, part in self.parts.items()})
         first = next(iter(self.parts))
         self.best = (f"{first}_{self.parts[first].best[0]}", self.parts[first].best[1])
 
@@ -83,19 +82,6 @@ class MultiTask(Task):
 
     def measure(self, metric: Metric, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.measure(metric.metrics[name], output[name], batch) for name, part in self.parts.items()}
-
-    def outputs(self, stem: Path) -> list[Path]:
-        return [path for part in self.parts.values() for path in part.outputs(stem)]
-
-    def write(self, stem: Path, image: np.ndarray, prediction: dict[str, Any], names: Names) -> list[Path]:
-        return [path for name, part in self.parts.items() for path in part.write(stem, image, prediction[name], names)]
-
-    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: dict[str, Any], names: Names) -> list[Panel]:
-        rows = [part.picture(image, batch, prediction[name], names) for name, part in self.parts.items()]
-        return rows[0] + [panel for row in rows[1:] for panel in row[1:]]  # the image once
-
-    def legend(self, names: Names) -> dict[str, Any]:
-        return {key: value for part in self.parts.values() for key, value in part.legend(names).items()}
 
 
 class Together(Metric):

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from train.losses import SEGMENTATION_LOSSES, cross_entropy_divisor, valid_pixels
 from train.metrics import SegmentationMetric
-from train.tasks.base import Names
+from train.show import Masks
 from train.tasks.dense import DenseTask, Losses, resized
-from train.visualize import Panel, class_legend, make_palette, mask_panels, overlay
 
 
 class Segmentation(DenseTask):
@@ -45,6 +40,7 @@ class Segmentation(DenseTask):
             raise ValueError(f"task.class_weights has {len(class_weights)} values for {num_classes} classes")
         self.out_channels = self.num_classes = num_classes
         self.ignore_index, self.aux_weight, self.class_weights = ignore_index, aux_weight, class_weights
+        self.show = Masks(num_classes, ignore_index)
         shared = {"ignore_index": ignore_index, "class_weight": class_weights}
         counts = {"cross_entropy": cross_entropy_divisor, None: valid_pixels}
         self.terms = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared, counts)
@@ -69,25 +65,3 @@ class Segmentation(DenseTask):
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(self.num_classes, self.ignore_index)
-
-    def outputs(self, stem: Path) -> list[Path]:
-        return [stem.with_name(f"{stem.name}_classes.png"), stem.with_name(f"{stem.name}_overlay.png")]
-
-    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
-        """Class ids as a one-channel PNG (8 bit, 16 bit above 256 classes) and the colours over the image."""
-        raw, coloured = self.outputs(stem)
-        ids = prediction[0].cpu().numpy()
-        Image.fromarray(ids.astype(np.uint8 if self.num_classes <= 256 else np.uint16)).save(raw)
-        palette = names.palette or make_palette(self.num_classes)
-        Image.fromarray(overlay(image, ids, palette)).save(coloured)
-        return [raw, coloured]
-
-    def picture(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
-        truth = batch["mask"][0] if "mask" in batch else None
-        palette = names.palette or make_palette(self.num_classes)
-        return mask_panels(image, truth, prediction[0][0], palette, self.ignore_index)
-
-    def legend(self, names: Names) -> dict[str, Any]:
-        if not names.classes or len(names.classes) > 40:
-            return {}
-        return {"legend": class_legend(names.classes, names.palette or make_palette(self.num_classes))}

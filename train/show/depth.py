@@ -1,0 +1,63 @@
+"""Depth: near light, far dark, and metres in files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from train.depth import DepthSpec
+from train.show.base import Names, Show
+from train.show.sheet import Panel, depth_to_rgb, resize_rgb
+
+
+class DepthMaps(Show):
+    """Metres, or relative inverse depth, B 1 H W. spec: what the numbers mean."""
+
+    def __init__(self, spec: DepthSpec):
+        self.spec = spec
+
+    def panels(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
+        """Image, truth and prediction; the title of a metric one has its AbsRel.
+
+        A relative prediction is stretched to its own range, and shown with the sign of a depth: near light, far dark.
+        """
+        values = prediction[0][0].float().cpu()
+        values = values[0] if values.ndim == 3 else values
+        panels, title = [Panel(resize_rgb(image, tuple(values.shape)), "image")], "prediction"
+        truth = torch.as_tensor(batch["depth"][0]).float().cpu().reshape(values.shape) if "depth" in batch else None
+        if truth is not None:
+            panels.append(metric_panel(truth, "truth"))
+        if not self.spec.metric:
+            return [*panels, Panel(depth_to_rgb(as_depth(values, self.spec)), "prediction (relative)")]
+        if truth is not None and (valid := self.spec.valid(truth)).any():
+            title = f"prediction, AbsRel {float(((values - truth).abs()[valid] / truth[valid]).mean()):.3f}"
+        return [*panels, metric_panel(values, title)]
+
+    def outputs(self, stem: Path) -> list[Path]:
+        names = ["depth.npy", "depth.png", "depth_coloured.png"]
+        return [stem.with_name(f"{stem.name}_{name}") for name in (names if self.spec.metric else names[::2])]
+
+    def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
+        """float32 H W as .npy; metres also as a 16-bit PNG, 1000 units per metre (256 above 65 m); and colours, near light."""
+        files, values = self.outputs(stem), prediction[0, 0].float().cpu()
+        np.save(files[0], values.numpy())
+        if self.spec.metric:
+            units = 1000 if self.spec.max_depth <= 65 else 256
+            Image.fromarray((values.numpy() * units).round().clip(0, 65535).astype(np.uint16)).save(files[1])
+        Image.fromarray(depth_to_rgb(as_depth(values, self.spec))).save(files[-1])
+        return files
+
+
+def metric_panel(depth: Tensor | np.ndarray, title: str) -> Panel:
+    """Metres H W (0, NaN, inf: missing) as a panel; a sheet colours all of its panels over one range."""
+    values = torch.as_tensor(depth).float().cpu().numpy()
+    return Panel(depth_to_rgb(values), title, depth=values)
+
+
+def as_depth(values: Tensor, spec: DepthSpec) -> Tensor:
+    """A prediction with the sign of a depth: relative inverse depth is turned round."""
+    return values.max() - values + 1e-6 if spec.inverse and not spec.metric else values
