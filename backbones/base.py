@@ -288,6 +288,8 @@ class StagedBackbone(nn.Module):
             self.feature_norms = nn.ModuleDict({str(i): self.feature_norms[str(i)] for i in sorted(take)})
         if prune_norm:
             self.norm = nn.Identity()
+            if hasattr(self.head, "norm"):  # of the pooled vector
+                self.head.norm = nn.Identity()
         if prune_head:
             self.reset_classifier(0, "")
         return take

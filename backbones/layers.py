@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, to_2tuple
+from timm.layers import ClassifierHead, DropPath, to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -71,6 +71,20 @@ class Block(nn.Module):
         if self.attn is not None:
             x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PooledNormHead(ClassifierHead):
+    """Global average pooling, LayerNorm of the pooled vector (of every position where nothing is pooled), classifier."""
+
+    def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, eps: float):
+        super().__init__(dim, num_classes, pool_type=pool_type, drop_rate=drop_rate)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B C H W -> B num_classes
+        x = self.global_pool(x)
+        x = self.norm(x) if x.ndim == 2 else self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.drop(x)
+        return self.flatten(x if pre_logits else self.fc(x))
 
 
 class PatchEmbed(nn.Module):

@@ -43,6 +43,7 @@ KINDS = [
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
     "hvt_s_4",
+    "fcaformer_l1",
     "vit_small_patch14_ttreg_dinov2",
 ]
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.

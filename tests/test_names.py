@@ -52,6 +52,7 @@ def test_names_are_the_papers():
         "pit": "ti xs s b ti_distilled xs_distilled s_distilled b_distilled",
         "poolformer": "s12_gn s24_gn s36_gn m36_gn m48_gn",
         "hvt": "ti_1 s_0 s_1 s_2 s_3 s_4",
+        "fcaformer": "l1 l2 l3 l4",
         "stvit": "small base large",
         "vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2",
     }
