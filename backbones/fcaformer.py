@@ -4,11 +4,11 @@ Paper:  Zhang et al. 2022, "Fcaformer: Forward Cross Attention in Hybrid Vision 
 Source: github.com/hkzhang-git/FcaFormer @ 7dcd8e0 (no licence file), its classification and its segmentation code.
     Released weights load through weights/convert/fcaformer.py.
 
-Stages 1 and 2 are ConvNeXt's, stages 3 and 4 attend. The authors have two programs: classification attends over the whole map and
-takes one image size; dense prediction attends inside windows of 14 and 7 tokens, at any size. A map of the constructed size is one
-window, so here both are one program: windows as large as the maps for images of `img_size`, and maps of another size are padded to
-whole windows, at the top and left before blocks 0, 2, ... and at the bottom and right before blocks 1, 3, ... so that the windows'
-borders move. Padding is not masked. Left behind tokens stay with the number of their window.
+Stages 1 and 2 are ConvNeXt's, stages 3 and 4 attend. The authors have two programs: classification attends over the whole map
+and takes one image size; dense prediction attends inside windows of 14 and 7 tokens, at any size. A map of the constructed size
+is one window, so here both are one program: windows as large as the maps for images of `img_size`, and maps of another size are
+padded to whole windows, at the top and left before blocks 0, 2, ... and at the bottom and right before blocks 1, 3, ... so that
+the windows' borders move. Padding is not masked. Tokens left behind stay with the number of their window.
 
 Shapes: B batch (windows count as images), H W map height and width, C channels, h heads, N tokens, S tokens left behind.
 """
@@ -95,7 +95,7 @@ class NormMlp(nn.Module):
 
 
 class FcaBlock(nn.Module):
-    """Attention to the map and to the tokens left behind, a 3x3 depth-wise convolution without residual, MLP (paper, sec. 3)."""
+    """Attention to the map and to tokens left behind, a 3x3 depth-wise convolution without residual, MLP (paper, sec. 3)."""
 
     def __init__(
         self,

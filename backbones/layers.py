@@ -82,7 +82,7 @@ class PooledNormHead(ClassifierHead):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B C H W -> B num_classes
         x = self.global_pool(x)
-        x = self.norm(x) if x.ndim == 2 else self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.norm(x) if self.global_pool.pool_type else self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.drop(x)
         return self.flatten(x if pre_logits else self.fc(x))
 

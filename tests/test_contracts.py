@@ -43,6 +43,7 @@ KINDS = [
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
     "hvt_s_4",
+    "sret_t",
     "fcaformer_l1",
     "vit_small_patch14_ttreg_dinov2",
 ]
