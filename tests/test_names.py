@@ -53,7 +53,8 @@ def test_names_are_the_papers():
         "poolformer": "s12_gn s24_gn s36_gn m36_gn m48_gn",
         "hvt": "ti_1 s_0 s_1 s_2 s_3 s_4",
         "fcaformer": "l1 l2 l3 l4",
-        "sret": "t t_distill t_wo_slice t_wo_slice_distill t_wo_slice_384 lt lt_distill lt_16_14_1 lt_wo_slice lt_wo_slice_distill s s_wo_slice s_wo_slice_384 s_wo_slice_512",
+        "sret": "t t_distill t_wo_slice t_wo_slice_distill t_wo_slice_384 lt lt_distill lt_16_14_1 lt_wo_slice "
+        "lt_wo_slice_distill s s_wo_slice s_wo_slice_384 s_wo_slice_512",
         "stvit": "small base large",
         "vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2",
     }
