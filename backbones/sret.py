@@ -49,13 +49,19 @@ def seeded_permutation(count: int, seed: int, number: int, device: torch.device)
     return torch.argsort(x ^ (x >> 16), stable=True)
 
 
-def slices(count: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Consecutive runs of `count` tokens whose lengths differ by at most one: index g L of tokens, and which of them exist."""
+def slices(count: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Consecutive runs of `count` tokens whose lengths differ by at most one.
+
+    Returns the tokens of each run, g L, padded to one length; which of them exist; and where each token stands in g * L.
+    """
     groups = min(groups, count)
+    length = -(-count // groups)
     starts = torch.arange(groups + 1, device=device) * count // groups
-    index = starts[:-1, None] + torch.arange(-(-count // groups), device=device)
+    index = starts[:-1, None] + torch.arange(length, device=device)
     exists = index < starts[1:, None]
-    return index.clamp(max=count - 1), exists
+    tokens = torch.arange(count, device=device)
+    group = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
+    return index.clamp(max=count - 1), exists, group * length + tokens - starts[group]
 
 
 class GroupAttention(nn.Module):
@@ -74,9 +80,8 @@ class GroupAttention(nn.Module):
         if count % groups == 0:
             out = self.attend(qkv.unflatten(1, (groups, -1))).flatten(1, 2)
         else:
-            index, exists = slices(count, groups, x.device)
-            out = self.attend(qkv[:, index], exists[None, :, None, None])
-            out = out.new_empty(x.shape).index_copy(1, index[exists], out[:, exists])
+            index, exists, places = slices(count, groups, x.device)
+            out = self.attend(qkv[:, index], exists[None, :, None, None]).flatten(1, 2)[:, places]
         if permutation is not None:
             out = torch.empty_like(out).index_copy(1, permutation, out)
         return self.proj(out)

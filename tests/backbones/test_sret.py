@@ -111,7 +111,8 @@ def test_permutations_are_permutations_that_differ_and_can_be_given():
 
 @pytest.mark.parametrize(("count", "groups"), [(7, 3), (5, 8), (9, 4)])
 def test_uneven_slices_hold_every_token_once_and_attend_inside_themselves(count, groups):
-    index, exists = slices(count, groups, torch.device("cpu"))
+    index, exists, places = slices(count, groups, torch.device("cpu"))
+    assert torch.equal(index.flatten()[places], torch.arange(count))
     assert torch.equal(index[exists], torch.arange(count))
     assert exists.sum(1).max() - exists.sum(1).min() <= 1
     torch.manual_seed(0)
