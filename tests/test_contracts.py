@@ -43,6 +43,8 @@ KINDS = [
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
     "hvt_s_4",
+    "tap_fan_base_16_p4_hybrid",
+    "fan_tiny_12_p16_224",
     "sret_t",
     "fcaformer_l1",
     "vit_small_patch14_ttreg_dinov2",

@@ -55,6 +55,9 @@ def test_names_are_the_papers():
         "fcaformer": "l1 l2 l3 l4",
         "sret": "t t_distill t_wo_slice t_wo_slice_distill t_wo_slice_384 lt lt_distill lt_16_14_1 lt_wo_slice "
         "lt_wo_slice_distill s s_wo_slice s_wo_slice_384 s_wo_slice_512",
+        "fan": "tiny_12_p16_224 small_12_p16_224 base_18_p16_224 large_24_p16_224 tiny_8_p4_hybrid small_12_p4_hybrid "
+        "base_16_p4_hybrid large_16_p4_hybrid xlarge_16_p4_hybrid",
+        "tap": "fan_base_16_p4_hybrid",
         "stvit": "small base large",
         "vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2",
     }

@@ -22,6 +22,7 @@ NARROW = {  # backbone file -> arguments that make its models narrow; depths sta
     "hvt": {"embed_dim": 32, "num_heads": 2},
     "fcaformer": {"dims": [16, 16, 32, 32], "heads": [0, 0, 2, 2]},
     "sret": {"base_dims": [8, 8, 8], "heads": [1, 2, 4]},
+    "fan": {"embed_dim": 16, "num_heads": 2},
     "stvit": {"dims": [16, 16, 32, 32], "heads": [1, 1, 2, 2], "projection": 32},
     "sparsifiner": {"embed_dim": 32, "heads": 2},
     "vision_transformer": {"embed_dim": 32, "num_heads": 2},

@@ -17,7 +17,7 @@ ENTRIES = {name: entry for name, entry in ALL.items() if "url" in entry or "by_h
 def test_every_model_has_a_checkpoint_or_says_that_there_is_none():
     assert not [name for name in backbones.list_models() if not manifest.find(name)]
     assert all("published no weights" in entry["note"] for name, entry in ALL.items() if name not in ENTRIES)
-    assert {name.split("_")[0] for name in ALL.keys() - ENTRIES.keys()} == {"sparsifiner", "fcaformer"}
+    assert {name.split("_")[0] for name in ALL.keys() - ENTRIES.keys()} == {"sparsifiner", "fcaformer", "fan"}
 
 
 def test_every_checkpoint_belongs_to_a_model():
@@ -27,7 +27,7 @@ def test_every_checkpoint_belongs_to_a_model():
 @pytest.mark.parametrize("entry", [*ENTRIES.values(), *manifest.files()], ids=lambda entry: f"{entry['name']}.{entry['tag']}")
 def test_a_checkpoint_states_where_it_is_and_under_which_terms(entry):
     assert ("url" in entry) != ("by_hand" in entry)
-    assert entry["license"] in ("mit", "apache-2.0", "none stated")
+    assert entry["license"] in ("mit", "apache-2.0", "nvidia-source-code-nc", "none stated")
     assert re.fullmatch(r"github\.com/[\w.-]+/[\w.-]+ @ [0-9a-f]{7,}", entry["source"])
     assert re.fullmatch(r"\d{4}\.\d{5}", entry["paper"])
     if "url" in entry:
