@@ -263,7 +263,7 @@ class ClassStage(FANStage):
     def forward(self, x: Tensor) -> MapAndToken:  # B C H W -> B C H W, B 1 C
         x = super().forward(x)
         size = x.shape[-2:]
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
         tokens = self.class_blocks(tokens)
         return tokens[:, 1:].mT.unflatten(2, size), tokens[:, :1]
 
