@@ -22,17 +22,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp
-from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, init_linear, register_variants
+from backbones.base import Stage, StagedBackbone, State, init_linear, register_variants
 from backbones.layers import pad_to_multiple
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("fan") | _default_cfgs("tap_fan")
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-MapAndToken = tuple[Tensor, Tensor]  # B C H W, B 1 C
 
 
 class UnbiasedNorm2d(LayerNorm2d):
@@ -70,8 +69,7 @@ class ConvBlock(nn.Module):
         return x + self.gamma[:, None, None] * self.mlp(self.norm(self.conv_dw(x)))
 
 
-@torch.fx.wrap
-@register_notrace_function
+@leaf
 def fourier_map(like: Tensor, dense: bool) -> Tensor:
     """Sines and cosines of the row (32 channels) and the column (32), 1 64 H W, of a map B C H W; dense: the dense code's."""
     height, width = like.shape[-2:]
@@ -260,19 +258,12 @@ class ClassStage(FANStage):
         self.class_blocks = nn.Sequential(*class_blocks)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
 
-    def forward(self, x: Tensor) -> MapAndToken:  # B C H W -> B C H W, B 1 C
+    def forward(self, x: Tensor) -> State:  # B C H W -> B C H W, B 1 C
         x = super().forward(x)
         size = x.shape[-2:]
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
         tokens = self.class_blocks(tokens)
         return tokens[:, 1:].mT.unflatten(2, size), tokens[:, :1]
-
-
-class TokenNorm(nn.LayerNorm):
-    """The final norm, of the class token and all others: (map, class token) -> B 1+N C."""
-
-    def forward(self, x: MapAndToken) -> Tensor:
-        return super().forward(with_token(x))
 
 
 class Halving(nn.Module):
@@ -284,29 +275,6 @@ class Halving(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B D H/2 W/2
         return self.norm(self.proj(x))
-
-
-class TokenHead(nn.Module):
-    """A linear layer on the class token, which comes first."""
-
-    def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float):
-        super().__init__()
-        self.dim, self.pool_type = dim, pool_type
-        self.drop = nn.Dropout(drop_rate)
-        self.fc: nn.Module = nn.Identity()
-        self.reset(num_classes, pool_type)
-
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier; 0 classes give the class token, pool "" all tokens."""
-        pool = self.pool_type if pool_type is None else pool_type
-        if pool not in ("token", "") or (pool == "" and num_classes):
-            raise ValueError(f"global_pool must be 'token', or '' without classes; got {pool!r} for {num_classes} classes")
-        self.pool_type = pool
-        self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B 1+N C -> B num_classes
-        x = self.drop(x[:, 0] if self.pool_type else x)
-        return x if pre_logits else self.fc(x)
 
 
 class FAN(StagedBackbone):
@@ -333,7 +301,7 @@ class FAN(StagedBackbone):
         unbiased_stem_norm: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "token",
+        global_pool: str | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -351,7 +319,7 @@ class FAN(StagedBackbone):
             class_depth: blocks of class attention.
             dense_positions: the position frequencies of the authors' dense code, which weights fine-tuned there expect.
             unbiased_stem_norm: divide by C - 1 in the hybrid stem's norms.
-            in_chans, num_classes, drop_rate: as timm's; global_pool: "token" or "".
+            in_chans, num_classes, drop_rate: as timm's; global_pool: None for the class token, "avg" or "".
             attn_drop_rate: dropout of the attention of FAN blocks.
             drop_path_rate: stochastic depth, the same in every FAN block; none in the stem and the class attention.
         """
@@ -383,20 +351,20 @@ class FAN(StagedBackbone):
         self.stages.append(
             ClassStage(halving, blocks, [ClassBlock(wide, wide_heads, **rest) for _ in range(class_depth)], wide)
         )
-        self.norm = TokenNorm(wide, eps=1e-6)
-        head = TokenHead(wide, num_classes, global_pool, drop_rate)
-        self.finish(dims, strides, num_classes, global_pool, drop_rate, head=head)
+        self.norm = LayerNorm(wide)
+        self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=(0, 0, 0, 1))
         self.apply(init_linear)
 
     def embed(self, x: Tensor) -> Tensor:
         return super().embed(pad_to_multiple(x, 16) if self.hybrid else x)
 
-    def feature(self, x: Tensor | MapAndToken, index: int, norm: bool) -> Tensor:
-        """The stage's map, without a norm; of the last stage without its class token."""
-        return x[0] if isinstance(x, tuple) else x
+    def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
+        normed = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return normed, None if tokens is None else self.norm(tokens)
 
-    def output(self, x: Tensor | MapAndToken) -> Tensor:
-        return with_token(x) if isinstance(x, tuple) else x
+    def feature(self, x: Tensor, tokens: Tensor | None, index: int, norm: bool) -> tuple[Tensor, Tensor]:
+        """The stage's map without a norm, as the authors' dense code returns it."""
+        return super().feature(x, tokens, index, norm=False)
 
     def block_places(self) -> list[tuple[int, int]]:
         """(stage, block) of every FAN block, in order."""
@@ -414,11 +382,6 @@ class FAN(StagedBackbone):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
-
-
-def with_token(x: MapAndToken) -> Tensor:
-    """(map B C H W, class token B 1 C) -> tokens B 1+N C, the class token first."""
-    return torch.cat([x[1], x[0].flatten(2).mT], 1)
 
 
 BASE_HYBRID = {"embed_dim": 448, "depths": (3, 3, 16, 0), "num_heads": 8, "conv_dims": (128, 256)}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
-from backbones.layers import PooledNormHead, drop_path_rates, relative_bias
+from backbones.layers import PooledNormHead, channels_last_on_cpu, drop_path_rates, relative_bias
 from weights.convert.fcaformer import resize_positions
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -40,7 +40,6 @@ def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: i
     return nn.Sequential(OrderedDict(c=conv, bn=nn.BatchNorm2d(outputs)))
 
 
-@register_notrace_module  # the device decides the layout
 class Stem(nn.Sequential):
     """Two 3x3 convolutions of stride 2 with BatchNorm, GELU between; on a CPU its map lies in memory channels-last."""
 
@@ -48,7 +47,7 @@ class Stem(nn.Sequential):
         super().__init__(conv_norm(in_chans, dim // 2, 3, stride=2), nn.GELU(), conv_norm(dim // 2, dim, 3, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B C H/4 W/4, rounded up
-        return super().forward(x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x)
+        return super().forward(channels_last_on_cpu(x))
 
 
 class Merging(nn.Module):
@@ -285,8 +284,8 @@ class FcaFormer(StagedBackbone):
                 nn.Sequential(nn.Conv2d(dim, out, 1, bias=False), LayerNorm2d(out, eps=1e-6))
                 for dim, out in zip(dims, feature_dims)
             ]
-        head = PooledNormHead(dims[-1], num_classes, global_pool, drop_rate, eps=1e-5)
-        self.finish(dims, strides, num_classes, global_pool, drop_rate, norms, head)
+        self.finish(dims, strides, num_classes, global_pool, drop_rate, norms)
+        self.head = PooledNormHead(dims[-1], num_classes, global_pool, drop_rate, eps=1e-5)
         if feature_dims is not None:
             for entry, out in zip(self.feature_info, feature_dims):
                 entry["num_chs"] = out

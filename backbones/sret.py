@@ -17,11 +17,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
-from timm.models import register_notrace_function, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
 from backbones.layers import PooledNormHead
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_position_embedding
 
@@ -30,8 +31,7 @@ default_cfgs = _default_cfgs("sret")
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-@torch.fx.wrap
-@register_notrace_function
+@leaf
 def resize_to(embedding: Tensor, x: Tensor) -> Tensor:
     """Position embedding 1 C h w, resized (bicubic) to the map x, B C H W; the same tensor if it fits already."""
     return resample_position_embedding(embedding, tuple(x.shape[-2:]))
@@ -185,7 +185,7 @@ class Stem(nn.Module):
         return F.relu(self.bn3(self.conv3(x)))
 
 
-class TokenStage(Stage):
+class SlicedStage(Stage):
     """A stage on maps whose blocks take tokens."""
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B D H/2 W/2
@@ -262,11 +262,11 @@ class SReT(StagedBackbone):
         self.patch_embed = Stem(in_chans, dims[0])
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, dims[0], *self.grid(img_size)), std=0.02))
         self.stages = nn.ModuleList(
-            TokenStage(pool(i), [recursion(i, j) for j in range(depth)]) for i, depth in enumerate(depths)
+            SlicedStage(pool(i), [recursion(i, j) for j in range(depth)]) for i, depth in enumerate(depths)
         )
         self.norm = nn.Identity()
-        head = PooledNormHead(dims[-1], num_classes, global_pool, drop_rate, eps=1e-6)
-        self.finish(dims, [8 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate, head=head)
+        self.finish(dims, [8 * 2**i for i in range(len(dims))], num_classes, global_pool, drop_rate)
+        self.head = PooledNormHead(dims[-1], num_classes, global_pool, drop_rate, eps=1e-6)
         for module in self.recursions():
             module.seed = permutation_seed
 
