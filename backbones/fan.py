@@ -182,12 +182,17 @@ class Pooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         x = x.permute(0, 3, 1, 2)
-        shares = self.proj(x).softmax(1)
-        kernel = x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
-        out = shares[:, :1] * x
-        for i in range(1, shares.shape[1]):
-            out = out + shares[:, i : i + 1] * F.conv2d(x, kernel, padding=i, dilation=i, groups=x.shape[1])
-        return out.permute(0, 2, 3, 1)
+        return mixed_means(x, self.proj(x).softmax(1)).permute(0, 2, 3, 1)
+
+
+@leaf
+def mixed_means(x: Tensor, shares: Tensor) -> Tensor:
+    """x, B C H W, and its 3x3 means of dilation 1, 2, ..., weighted by shares, B K H W, and summed."""
+    kernel = x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
+    out = shares[:, :1] * x
+    for i in range(1, shares.shape[1]):
+        out = out + shares[:, i : i + 1] * F.conv2d(x, kernel, padding=i, dilation=i, groups=x.shape[1])
+    return out
 
 
 class Block(nn.Module):
