@@ -80,7 +80,6 @@ class KMax(Head):
             raise ValueError(f"kmax: aux is {aux!r}; use 'aspp', 'plain' or null")
         widths = [*widths, *[widths[-1]] * (levels - len(widths))][:levels]
         blocks = [*blocks, *[blocks[-1]] * (levels - len(blocks))][:levels]
-        self.queries = queries
         self.pixel_decoder = PixelDecoder(channels[::-1], widths, blocks, axial)
         outputs = [4 * width for width in widths]
         self.predictor = KMeansDecoder(
@@ -96,6 +95,7 @@ class KMax(Head):
             drop_path=drop_path,
             aux=auxiliary(aux, channels, out_channels, aux_width, aux_projections),
         )
+        self.queries, self.layers, self.semantic = queries, len(self.predictor.level), aux is not None
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
         """Every layer that depends on the number of classes: one a prediction, and the auxiliary head's."""

@@ -65,7 +65,7 @@ class Mask2Former(Head):
         super().__init__()
         if width % heads or width % 4:
             raise ValueError(f"mask2former: width {width} must be a multiple of 4 and of the {heads} heads")
-        self.queries = queries
+        self.queries, self.layers = queries, decoder_layers
         self.pixel_decoder = PixelDecoder(channels, width, mask_width, heads, encoder_ffn, encoder_layers, points)
         self.predictor = QueryDecoder(
             width,

@@ -3,6 +3,7 @@
 from train.tasks.base import Task
 from train.tasks.classification import Classification
 from train.tasks.depth import Depth
+from train.tasks.mask_classification import MaskClassification
 from train.tasks.multitask import MultiTask
 from train.tasks.segmentation import Segmentation
 from train.tasks.sparsifiner import SparsifinerPhase
@@ -11,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "segmentation": Segmentation,
     "depth": Depth,
+    "mask_classification": MaskClassification,
     "multitask": MultiTask,
     "sparsifiner": SparsifinerPhase,
 }
