@@ -11,9 +11,6 @@ About speed: this attention is computed densely and masked, as in the source. Pr
 dense attention does not have, and choosing the top quarter alone costs more on a CPU than the attention it would save, so a
 Sparsifiner is slower than the DeiT it came from (224 pixels, one image, one CPU thread: DeiT-S 90 ms, sparsifiner_deit_s 156
 ms, with token_keep_rate 0.7 113 ms). What it tells is which connections matter.
-`block_size` keeps whole tiles of keys instead, which is not exact to the authors' masks, and computes attention on these alone.
-Choosing them still takes most of what it saves (one attention layer of DeiT-S, keep_rate 0.25, one image, one CPU thread: 224
-pixels dense 3.5 ms, masked 7.1, tiles of 7 6.4; 512 pixels dense 44 ms, masked 156, tiles of 8 51).
 
 Shapes: B batch, N tokens with the class token first, C channels, h heads, d head width, r reduced tokens.
 """
@@ -22,11 +19,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
-from timm.models import register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -37,12 +34,9 @@ from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import resample_position_embedding
+from weights.resample import resample_predictor
 
 default_cfgs = _default_cfgs("sparsifiner")
-
-RECONSTRUCTION = {"attn_recon": 0.01}  # weights of the losses while the predictors are trained (5 epochs)
-DISTILLATION = {"cls": 1.0, "cls_distill": 0.5, "token_distill": 0.5}  # and then while everything else is (45 epochs)
 
 
 @dataclass
@@ -76,15 +70,32 @@ class Details:
         return {name: torch.stack(values).mean() for name, values in zeros.items()}
 
 
-@register_notrace_module
+class Rule(NamedTuple):
+    """How keys are chosen from the estimate of an attention map; see `MaskPredictor`."""
+
+    scale: float
+    keep_rate: float
+    basis_threshold: float
+    coef_top: int
+    coef_threshold: float
+    score_threshold: float | None
+
+
 class MaskPredictor(nn.Module):
     """Chooses the keys of each patch query from a low-rank estimate of the attention map.
 
-    grid: (rows, columns) of patches for which the weights are made; keep_rate: share of the N keys kept per query, rounded up;
-    reduce_n, reduce_c: N and d divided by these (down) give the sizes of the estimate; share_proj: one matrix both reduces the
-    keys and holds the basis; basis_threshold: basis entries not above it are zero; coef_top: how many coefficients remain, or
-    0, then those above coef_threshold do; score_threshold: keys that score higher are kept, whatever their number; None
-    keeps keep_rate of them; block_size: choose square tiles of patches with sides this long, not single keys, see `tiled`.
+    Args:
+        dim: channels of a token.
+        heads: of the attention.
+        grid: (rows, columns) of patches for which the weights are made.
+        keep_rate: share of the N keys kept per query, rounded up.
+        reduce_n: N divided by this, rounded down, is the rank of the estimate.
+        reduce_c: d divided by this, rounded down, is the width in which queries and keys are compared.
+        share_proj: one matrix both reduces the keys and holds the basis.
+        basis_threshold: basis entries not above it are zero.
+        coef_top: how many coefficients remain, or 0, then those above coef_threshold do.
+        coef_threshold: see coef_top.
+        score_threshold: keys that score higher are kept, whatever their number; None keeps keep_rate of them.
     """
 
     def __init__(
@@ -100,20 +111,14 @@ class MaskPredictor(nn.Module):
         coef_top: int = 8,
         coef_threshold: float = 0.0,
         score_threshold: float | None = None,
-        block_size: int | None = None,
     ):
         super().__init__()
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"block_size, the side of a tile in patches, must be at least 1 (or None), got {block_size}")
-        if block_size is not None and score_threshold is not None:
-            raise ValueError("block_size keeps a fixed share of tiles: leave score_threshold at None, or block_size")
         if not 0 < keep_rate <= 1:
             raise ValueError(f"keep_rate, the share of keys kept per query, must be above 0 and at most 1, got {keep_rate}")
-        self.grid, self.keep_rate, self.basis_threshold = tuple(grid), keep_rate, basis_threshold
-        self.coef_top, self.coef_threshold, self.score_threshold = coef_top, coef_threshold, score_threshold
-        self.block_size = block_size
+        self.grid = (grid[0], grid[1])
         width, tokens = dim // heads, 1 + grid[0] * grid[1]
-        self.scale = heads**-0.5  # of the released code: the number of heads, not the reduced width
+        scale = heads**-0.5  # of the released code: the number of heads, not the reduced width
+        self.rule = Rule(scale, keep_rate, basis_threshold, coef_top, coef_threshold, score_threshold)
         self.proj_c_q = nn.Linear(width, width // reduce_c)
         self.proj_c_k = nn.Linear(width, width // reduce_c)
         self.proj_n = nn.Parameter(torch.empty(tokens, max(tokens // reduce_n, 1)))
@@ -129,80 +134,18 @@ class MaskPredictor(nn.Module):
         kept: Tensor | None = None,
         alive: Tensor | None = None,
         raw: bool = False,
-        only_tiles: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries and keys B h n d, class token first -> mask B h n-1 n (bool), scores, coefficients B h n-1 r, basis.
 
         Of dropped tokens either `kept`, B n, names those that are left, in q and k too; or `alive`, B N bool, marks them among
-        all N. raw: signed basis and all coefficients, as while the scores are trained to reconstruct attention. only_tiles:
-        just the result of `tiled`, for which no scores of single keys are made.
+        all N. raw: signed basis and all coefficients, as while the scores are trained to reconstruct attention.
         """
-        down, basis = self.matrices(grid)
-        budget = math.ceil(self.keep_rate * (1 + grid[0] * grid[1]))
-        if kept is not None:
-            down, basis = down[kept][:, None], basis[kept][:, None]  # B 1 n r
-            budget = min(budget, kept.shape[1] - 1)
-        reduced_q, reduced_k = self.proj_c_q(q[:, :, 1:]), self.proj_c_k(k)
-        if alive is not None:
-            reduced_q, reduced_k = reduced_q * alive[:, None, 1:, None], reduced_k * alive[:, None, :, None]
-            budget = min(budget, int(alive[0, 1:].sum()))
-        coef = (reduced_q @ (reduced_k.mT @ down) * self.scale).softmax(-1)
-        if not raw:
-            basis = basis.abs()
-            basis = basis * (basis > self.basis_threshold)
-            coef = self.strongest(coef)
-        if only_tiles:
-            return self.tiled(coef, basis, grid)
-        scores = coef @ basis.mT
-        if self.block_size is not None:
-            return self.open_tiles(self.tiled(coef, basis, grid), grid), scores, coef, basis
-        open_scores = scores if alive is None else scores.masked_fill(~alive[:, None, None], -math.inf)
-        return self.choose(open_scores, budget), scores, coef, basis
-
-    def strongest(self, coef: Tensor) -> Tensor:
-        """Coefficients with the weak ones zero, not renormalised."""
-        if not self.coef_top:
-            return coef * (coef > self.coef_threshold) if self.coef_threshold > 0 else coef
-        values, index = coef.topk(min(self.coef_top, coef.shape[-1]), dim=-1)
-        return torch.zeros_like(coef).scatter(-1, index, values)
-
-    def choose(self, scores: Tensor, budget: int) -> Tensor:
-        """Mask of the `budget` highest scores of each row, or of those above the threshold. No gradient passes."""
-        scores = scores.detach()
-        if self.score_threshold is not None:
-            return scores > self.score_threshold
-        index = scores.topk(budget, dim=-1, sorted=False).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, index, True)
-
-    def tiled(self, coef: Tensor, basis: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tiles of keys with the highest summed scores for each tile of queries, ceil(keep_rate * n) of the n: B h n m.
-
-        The sum over a tile of queries and one of keys is the product of summed coefficients and summed basis, so that no map
-        of single scores is made. The class token's key is in no tile; every query keeps it.
-        """
-        index, inside, _ = tiles(grid, self.block_size, coef.device)
-        coef = (coef.detach()[:, :, index] * inside[..., None]).sum(3)  # B h n r
-        basis = (basis.detach()[1:][index] * inside[..., None]).sum(1)  # n r
-        return (coef @ basis.mT).topk(math.ceil(self.keep_rate * len(index)), sorted=False).indices
-
-    def open_tiles(self, chosen: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Chosen tiles B h n m -> mask B h N-1 N of single keys, the class token's open."""
-        index, _, place = tiles(grid, self.block_size, chosen.device)
-        open_ = torch.zeros(*chosen.shape[:3], len(index), dtype=torch.bool, device=chosen.device).scatter(-1, chosen, True)
-        tile = place // index.shape[1]
-        return F.pad(open_[:, :, tile][..., tile], (1, 0), value=True)
+        q, k = self.proj_c_q(q[:, :, 1:]), self.proj_c_k(k)
+        return choose_keys(q, k, self.proj_n, self.proj_back_n, self.rule, self.grid, grid, kept, alive, raw)
 
     def matrices(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """proj_n and proj_back_n, N r each, for another grid of patches.
-
-        The first sums over keys: with more patches each counts less. The second holds scores of single keys, whose thresholds
-        keep their meaning only if it is not rescaled.
-        """
-        if tuple(grid) == self.grid:
-            return self.proj_n, self.proj_back_n
-        down, back = (resample(matrix, self.grid, grid) for matrix in (self.proj_n, self.proj_back_n))
-        share = self.grid[0] * self.grid[1] / (grid[0] * grid[1])
-        return torch.cat([down[:1], down[1:] * share]), back
+        """proj_n and proj_back_n, N r each, for another grid of patches."""
+        return fit_matrices(self.proj_n, self.proj_back_n, self.grid, grid)
 
     def resize(self, grid: tuple[int, int]) -> None:
         """Make `grid` the native one. Raises ValueError for a shared matrix, which cannot be both rescaled and not."""
@@ -213,7 +156,7 @@ class MaskPredictor(nn.Module):
         down, back = (matrix.detach() for matrix in self.matrices(grid))
         self.proj_n = nn.Parameter(down, self.proj_n.requires_grad)
         self.proj_back_n = nn.Parameter(back, self.proj_back_n.requires_grad)
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
 
     def set_rank(self, rank: int) -> None:
         """Room for matrices with another number of reduced tokens; nothing is kept of the old ones."""
@@ -222,47 +165,60 @@ class MaskPredictor(nn.Module):
         self.proj_back_n = self.proj_n if shared else nn.Parameter(torch.empty_like(self.proj_n), self.proj_n.requires_grad)
 
 
-def resample(matrix: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """N r over the class token and a grid of patches -> the same over another grid, bicubic, antialiased."""
-    return resample_position_embedding(matrix[None], new, 1, old, antialias=True)[0]
-
-
-def tiles(grid: tuple[int, int], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Square tiles of size by size patches over a grid, row by row; those at the right and bottom may reach beyond it.
-
-    Patch numbers n size² (0 beyond the grid), whether they are inside it (bool), and the place of each patch among n * size².
-    """
-    (height, width), columns = grid, -(-grid[1] // size)
-    y = torch.arange(-(-height // size) * size, device=device).view(-1, 1, size, 1)
-    x = torch.arange(columns * size, device=device).view(1, -1, 1, size)
-    inside = ((y < height) & (x < width)).flatten(0, 1).flatten(1)
-    index = (y * width + x).flatten(0, 1).flatten(1) * inside
-    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-    place = (y // size * columns + x // size) * size**2 + y % size * size + x % size
-    return index, inside, place.flatten()
-
-
 @leaf
-def tile_attention(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, grid: tuple[int, int], size: int, scale: float) -> Tensor:
-    """Attention B h N d in which each tile of queries sees its `chosen` tiles of keys (B h n m) and the class token only.
+def choose_keys(
+    q: Tensor,
+    k: Tensor,
+    down: Tensor,
+    back: Tensor,
+    rule: Rule,
+    native: tuple[int, int],
+    grid: tuple[int, int],
+    kept: Tensor | None,
+    alive: Tensor | None,
+    raw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `MaskPredictor` returns, from its reduced queries B h n-1 d' and keys B h n d'; down, back: made for `native`."""
+    down, basis = fit_matrices(down, back, native, grid)
+    budget = math.ceil(rule.keep_rate * (1 + grid[0] * grid[1]))
+    if kept is not None:
+        down, basis = down[kept][:, None], basis[kept][:, None]  # B 1 n r
+        budget = min(budget, kept.shape[1] - 1)
+    if alive is not None:
+        q, k = q * alive[:, None, 1:, None], k * alive[:, None, :, None]
+        budget = min(budget, int(alive[0, 1:].sum()))
+    coef = (q @ (k.mT @ down) * rule.scale).softmax(-1)
+    if not raw:
+        basis = basis.abs()
+        basis = basis * (basis > rule.basis_threshold)
+        coef = strongest(coef, rule)
+    scores = coef @ basis.mT
+    chosen = scores.detach()  # no gradient passes the choice
+    if alive is not None:
+        chosen = chosen.masked_fill(~alive[:, None, None], -math.inf)
+    if rule.score_threshold is not None:
+        return chosen > rule.score_threshold, scores, coef, basis
+    index = chosen.topk(budget, dim=-1, sorted=False).indices
+    return torch.zeros_like(chosen, dtype=torch.bool).scatter(-1, index, True), scores, coef, basis
 
-    Keys and values are gathered per tile of queries, so that work falls with m. The class token attends to all.
+
+def strongest(coef: Tensor, rule: Rule) -> Tensor:
+    """Coefficients with the weak ones zero, not renormalised."""
+    if not rule.coef_top:
+        return coef * (coef > rule.coef_threshold) if rule.coef_threshold > 0 else coef
+    values, index = coef.topk(min(rule.coef_top, coef.shape[-1]), dim=-1)
+    return torch.zeros_like(coef).scatter(-1, index, values)
+
+
+def fit_matrices(down: Tensor, back: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A predictor's matrices proj_n and proj_back_n, made for the grid `native`, for another.
+
+    The first sums over keys: with more patches each counts less. The second holds scores of single keys, whose thresholds keep
+    their meaning only if it is not rescaled.
     """
-    index, inside, place = tiles(grid, size, q.device)
-    (count, length), kept = index.shape, chosen.shape[-1]
-    where = chosen.flatten(2)[..., None, None].expand(-1, -1, -1, length, q.shape[-1])
-
-    def gathered(x: Tensor) -> Tensor:  # B h N d -> B h*n m*L+1 d, the class token last
-        found = x[:, :, 1:][:, :, index].gather(2, where).unflatten(2, (count, kept)).flatten(3, 4)
-        return torch.cat([found, x[:, :, None, :1].expand(-1, -1, count, -1, -1)], 3).flatten(1, 2)
-
-    mask = None
-    if grid[0] % size or grid[1] % size:
-        mask = F.pad(inside[chosen].flatten(3), (0, 1), value=True).flatten(1, 2)[:, :, None]  # B h*n 1 m*L+1
-    patches = q[:, :, 1:][:, :, index].flatten(1, 2)
-    out = F.scaled_dot_product_attention(patches, gathered(k), gathered(v), attn_mask=mask, scale=scale)
-    out = out.unflatten(1, (-1, count)).flatten(2, 3)[:, :, place]
-    return torch.cat([F.scaled_dot_product_attention(q[:, :, :1], k, v, scale=scale), out], 2)
+    if tuple(grid) == tuple(native):
+        return down, back
+    return resample_predictor(down, grid, True, native), resample_predictor(back, grid, False, native)
 
 
 @leaf
@@ -319,9 +275,10 @@ def restore(x: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
     return full.scatter(1, kept[..., None].expand_as(x), x)
 
 
-def used(x: Tensor, module: nn.Module) -> Tensor:
-    """x; each parameter of `module` gets a zero gradient instead of none, which DistributedDataParallel would wait for."""
-    return x + 0 * sum(parameter.sum() for parameter in module.parameters())
+@leaf
+def used(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
+    """x; each parameter gets a zero gradient instead of none, which DistributedDataParallel would wait for."""
+    return x + 0 * sum(parameter.sum() for parameter in parameters)
 
 
 class Attention(nn.Module):
@@ -345,13 +302,8 @@ class Attention(nn.Module):
         if self.mask_predictor is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
             return self.proj(out.transpose(1, 2).flatten(2)), None
-        if self.mask_predictor.block_size is not None:
-            chosen = self.mask_predictor(q, k, grid, only_tiles=True)
-            out = tile_attention(q, k, v, chosen, grid, self.mask_predictor.block_size, self.scale)
-            out = self.proj(out.transpose(1, 2).flatten(2))
-            return (used(out, self.mask_predictor) if self.training else out), None
         mask = self.mask_predictor(q, k, grid, kept)[0]
-        attend = partial(masked_attention, scale=self.scale, may_be_empty=self.mask_predictor.score_threshold is not None)
+        attend = partial(masked_attention, scale=self.scale, may_be_empty=self.mask_predictor.rule.score_threshold is not None)
         if prunes or kept is not None:
             dropped = 0 if kept is None else 1 + grid[0] * grid[1] - kept.shape[1]
             first, weights = class_attention(q[:, :, :1], k, v, self.scale, dropped)
@@ -359,7 +311,7 @@ class Attention(nn.Module):
         else:
             out = attend(q, k, v, F.pad(mask, (0, 0, 1, 0), value=True))
         out = self.proj(out.transpose(1, 2).flatten(2))
-        return (used(out, self.mask_predictor) if self.training else out), weights
+        return (used(out, tuple(self.mask_predictor.parameters())) if self.training else out), weights
 
     def detailed(
         self, x: Tensor, grid: tuple[int, int], alive: Tensor | None, reconstruct: bool
@@ -474,17 +426,24 @@ def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tupl
 class Sparsifiner(VisionTransformer):
     """timm's ViT with predicted attention masks.
 
-    keep_rate: share of keys kept per query, one number or one per block; dense: build no predictors, which is the network from
-    which training starts and its teacher. token_keep_rate: share of patch tokens left after each block, one number per block
-    (a block prunes if its share is lower than the one before), or the share that the second, third and last quarter of the
-    blocks each keep of what the one before kept; 1 prunes nothing. lvvit: LV-ViT instead of DeiT (convolutional stem, branches
-    halved, no qkv bias, and at inference half the strongest auxiliary logits of the patches added; it cannot prune tokens).
-    block_size: the side of square tiles of patches that are kept or left as a whole, by their summed scores: each tile of
-    queries keeps ceil(keep_rate * tiles) tiles and the class token. Attention then runs on the kept tiles alone and gets
-    cheaper with keep_rate, but it is NOT the authors': their masks pick single keys for single queries, let the class column
-    compete, and no weights were trained with ours. It does not go with token pruning or score_threshold.
-    Other arguments of the predictor: see `MaskPredictor`. `forward` has the masks of training's second phase; `details` gives
-    both phases and all maps. Weights of DeiT-S or LV-ViT-S start it: `model.load_state_dict(state, strict=False)`.
+    `forward` has the masks of training's second phase; `details` gives both phases and all maps. Weights of DeiT-S or LV-ViT-S
+    start it: `model.load_state_dict(state, strict=False)`.
+
+    Args:
+        img_size: side, or (height, width), of the images for which positions and predictors are made; others run too.
+        patch_size, in_chans, num_classes, global_pool, embed_dim, depth, mlp_ratio: as timm's VisionTransformer has them.
+        heads: of each attention.
+        lvvit: LV-ViT instead of DeiT (convolutional stem, branches halved, no qkv bias, and at inference half the strongest
+            auxiliary logits of the patches added; it cannot prune tokens).
+        keep_rate: share of keys kept per query, one number or one per block.
+        dense: build no predictors, which is the network from which training starts and its teacher.
+        token_keep_rate: share of patch tokens left after each block, one number per block (a block prunes if its share is
+            lower than the one before), or the share that the second, third and last quarter of the blocks each keep of what
+            the one before kept; 1 prunes nothing.
+        reduce_n, reduce_c, share_proj, basis_threshold, coef_top, coef_threshold, score_threshold: of the predictors, see
+            `MaskPredictor`.
+        drop_rate, proj_drop_rate, drop_path_rate: dropout before the classifier, inside MLPs, stochastic depth at the last
+            block, rising linearly from 0.
     """
 
     family = "sparsifiner"
@@ -513,7 +472,6 @@ class Sparsifiner(VisionTransformer):
         coef_top: int = 8,
         coef_threshold: float = 0.0,
         score_threshold: float | None = None,
-        block_size: int | None = None,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -540,8 +498,6 @@ class Sparsifiner(VisionTransformer):
             raise ValueError("the authors' LV-ViT cannot prune tokens: its logits need all of them; leave token_keep_rate at 1")
         if dense and min(tokens) < 1:
             raise ValueError("a dense network prunes no tokens: leave token_keep_rate at 1, or mask nothing with keep_rate 1")
-        if block_size is not None and min(tokens) < 1:
-            raise ValueError("block_size needs the whole grid of patches: leave token_keep_rate at 1, or block_size at None")
         predictor = {
             "grid": self.patch_embed.grid_size,
             "reduce_n": reduce_n,
@@ -551,7 +507,6 @@ class Sparsifiner(VisionTransformer):
             "coef_top": coef_top,
             "coef_threshold": coef_threshold,
             "score_threshold": score_threshold,
-            "block_size": block_size,
         }
         self.blocks = nn.Sequential(
             *(
@@ -605,7 +560,7 @@ class Sparsifiner(VisionTransformer):
         out = super().forward_head(x, pre_logits)
         if pre_logits or self.aux_head is None or not self.num_classes or self.global_pool != "token":
             return out
-        return used(out, self.aux_head) if self.training else out + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        return used(out, tuple(self.aux_head.parameters())) if self.training else out + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -724,40 +679,6 @@ def token_shares(rate: float | Sequence[float], depth: int) -> list[float]:
     if not all(0 < late <= early <= 1 for early, late in zip([1.0] + rates, rates)):
         raise ValueError(f"token_keep_rate must be above 0, at most 1 and must not rise from block to block, got {rates}")
     return rates
-
-
-def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
-    """Weighted terms of the authors' losses, 0-d each; their sum is the loss.
-
-    target: B classes, probabilities. weights: RECONSTRUCTION (with `details(x, reconstruct=True)`), DISTILLATION, or any of
-    cls: cross-entropy with the target, mean over images;
-    cls_distill: KL divergence of the student's from the teacher's class probabilities, mean over images;
-    token_distill: mean squared difference of the normalised patch tokens (auxiliary logits of an LV-ViT) that are not dropped;
-    attn_recon: sum of squares, over everything, of predicted minus teacher's attention of the patch queries, mean over blocks;
-    attn_self_distill: the same against the student's own unmasked attention, held fixed (weight 0 in the released recipe).
-    The teacher's gradients are the caller's business (run it under no_grad). Raises ValueError for another name.
-    """
-
-    def reconstruction(maps: list[Tensor]) -> Tensor:
-        losses = [(block.approx_attn - attention[:, :, 1:]).square().sum() for block, attention in zip(student.blocks, maps)]
-        return torch.stack(losses).mean()
-
-    def tokens() -> Tensor:
-        difference = (student.features - teacher.features).square()
-        mask = student.blocks[-1].token_mask
-        return difference.mean() if mask is None else difference[mask].mean()
-
-    log_student = student.logits.log_softmax(-1)
-    terms = {
-        "cls": lambda: -(target * log_student).sum(-1).mean(),
-        "cls_distill": lambda: F.kl_div(log_student, teacher.logits.log_softmax(-1), log_target=True, reduction="batchmean"),
-        "token_distill": tokens,
-        "attn_recon": lambda: reconstruction([block.unmasked_attn for block in teacher.blocks]),
-        "attn_self_distill": lambda: reconstruction([block.unmasked_attn.detach() for block in student.blocks]),
-    }
-    if unknown := weights.keys() - terms.keys():
-        raise ValueError(f"unknown losses {sorted(unknown)}; known: {', '.join(terms)}")
-    return {name: weight * terms[name]() for name, weight in weights.items()}
 
 
 VARIANTS = {

@@ -418,6 +418,34 @@ def test_fx_tracing_gives_the_same_bits(name, model):
         assert torch.equal(out, model(image))
 
 
+def traces_plainly(model: nn.Module) -> None:
+    """torch.fx and torchvision, told nothing of us, trace the model, at another size too, and leave nothing on it."""
+    before = set(vars(model)) | set(dict(model.named_modules()))
+    traced = torch.fx.symbolic_trace(model)
+    train_nodes, nodes = get_graph_node_names(model)
+    ends = [train_nodes[0], train_nodes[-1]], [nodes[0], nodes[-1]]
+    extractor = create_feature_extractor(model, train_return_nodes=ends[0], eval_return_nodes=ends[1]).eval()
+    assert len(nodes) > 20  # the layers, not one node for all of them
+    with torch.no_grad():
+        for image in (images(), images(2, 96, 64)):
+            out = model(image)
+            assert torch.equal(traced(image), out) and torch.equal(extractor(image)[nodes[-1]], out)
+    assert not [name for name in dir(model) if name.startswith("_tensor_constant")], "a tensor of parameters alone is no leaf's"
+    assert set(vars(model)) | set(dict(model.named_modules())) == before
+    copy.deepcopy(model)
+
+
+def test_torchvision_feature_extractor_and_plain_fx(name, model):
+    """Case torchvision_feature_extractor."""
+    traces_plainly(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", NAMES)
+def test_torchvision_feature_extractor_and_plain_fx_of_every_name(each):
+    traces_plainly(create(each))
+
+
 @torch.no_grad()
 def test_compile_breaks_no_graph(name, model):
     torch._dynamo.reset()

@@ -82,6 +82,15 @@ def dino_positions(table: Tensor, old: Sequence[int], new: Sequence[int], antial
     return image.flatten(2).mT.to(table.dtype)
 
 
+def resample_predictor(matrix: Tensor, grid: Sequence[int], summing: bool, old_grid: Sequence[int] | None = None) -> Tensor:
+    """A matrix of Sparsifiner's predictors, N r over class token and patches, for another grid (bicubic, antialiased).
+
+    summing: it sums over patches, so more of them count less each. old_grid: (rows, columns), square unless given.
+    """
+    new = resample_position_embedding(matrix[None], grid, 1, old_grid, antialias=True)[0]
+    return torch.cat([new[:1], new[1:] * ((matrix.shape[0] - 1) / (grid[0] * grid[1]))]) if summing else new
+
+
 def square(count: int, what: str) -> tuple[int, int]:
     """(side, side) of `count` row-major positions; ValueError, naming `what`, if they make no square."""
     side = math.isqrt(count)

@@ -13,8 +13,9 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 import backbones  # noqa: F401
 import weights
-from backbones.sparsifiner import DISTILLATION, RECONSTRUCTION, Block, MaskPredictor, Sparsifiner, loss_terms, restore, take
+from backbones.sparsifiner import Block, MaskPredictor, Sparsifiner, restore, take
 from train.tasks import TASKS
+from train.tasks.sparsifiner import DISTILLATION, RECONSTRUCTION, loss_terms
 from weights.convert import sparsifiner as convert
 
 TINY = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "heads": 3, "mlp_ratio": 2, "num_classes": 5}
@@ -396,7 +397,7 @@ def test_the_phases_share_all_parameters_between_them():
         model.phase_parameters("both")
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"lvvit": True}, {"token_keep_rate": 0.5}, {"block_size": 2}])
+@pytest.mark.parametrize("kwargs", [{}, {"lvvit": True}, {"token_keep_rate": 0.5}])
 def test_a_traced_model_is_equal(kwargs):
     model, x = tiny(**kwargs), torch.randn(2, 3, 40, 56)
     tracer = NodePathTracer(leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions()))
@@ -412,69 +413,3 @@ def test_wrong_arguments_raise():
     details = tiny().details(torch.randn(1, 3, 40, 40))
     with pytest.raises(ValueError, match="unknown losses.*ratio"):
         loss_terms(details, details, torch.ones(1, 5) / 5, {"ratio": 1.0})
-
-
-# ---------------------------------------------------------------- tiles of keys
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("kwargs", [{}, {"lvvit": True}])
-def test_keeping_every_tile_is_the_dense_network_at_any_size(size, kwargs):
-    sparse, dense = tiny(keep_rate=1.0, block_size=size, **kwargs), tiny(dense=True, **kwargs)
-    dense.load_state_dict(sparse.state_dict(), strict=False)
-    for height, width in [(40, 40), (24, 56), (101, 45)]:
-        x = torch.randn(2, 3, height, width)
-        torch.testing.assert_close(sparse(x), dense(x), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_attention_on_gathered_tiles_is_attention_under_their_mask(size):
-    model, x = tiny(block_size=size, keep_rate=0.3), torch.randn(2, 3, 48, 40)
-    with torch.no_grad():
-        details = model.details(x)
-        torch.testing.assert_close(model(x), details.logits, atol=1e-5, rtol=1e-5)
-    count = math.ceil(6 / size) * math.ceil(5 / size)
-    for block in details.blocks:
-        mask = block.attn_mask[:, :, 1:, 1:].unflatten(3, (6, 5)).unflatten(2, (6, 5))
-        kept = mask[..., ::size, ::size][:, :, ::size, ::size].flatten(4).flatten(2, 3)  # the first patch of each tile
-        assert kept.shape[2:] == (count, count) and (kept.sum(-1) == math.ceil(0.3 * count)).all()
-        assert block.attn_mask[..., 0].all() and block.attn_mask[:, :, 0].all()
-    assert not torch.allclose(model(x), tiny(dense=True)(x), atol=1e-3)
-
-
-def test_tiles_are_chosen_by_the_sum_of_their_scores():
-    module = predictor(block_size=2, keep_rate=0.25, basis_threshold=0.1)
-    q, k = torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
-    mask, scores, _, _ = module(q, k, (4, 4))
-    keys = scores[..., 1:].unflatten(3, (2, 2, 2, 2)).sum((4, 6)).flatten(3)  # 4 x 4 patches in 2 x 2 tiles of 2 x 2
-    sums = keys.unflatten(2, (2, 2, 2, 2)).sum((3, 5)).flatten(2, 3)
-    assert torch.equal(module(q, k, (4, 4), only_tiles=True)[..., 0], sums.argmax(-1))
-    assert (mask.sum(-1) == 5).all()  # four patches and the class token
-
-
-def test_tiles_of_one_patch_are_the_authors_choice_among_patches():
-    single, q, k = predictor(block_size=1, keep_rate=0.25), torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8)
-    mask, scores, _, _ = single(q, k, (4, 4))
-    best = scores[..., 1:].topk(4).indices
-    assert torch.equal(mask[..., 1:], torch.zeros_like(mask[..., 1:]).scatter(-1, best, True))
-
-
-def test_tiles_let_gradients_reach_all_but_the_predictors():
-    model = tiny(block_size=2, keep_rate=0.3).train()
-    model(torch.randn(2, 3, 48, 40)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.isfinite().all() and (parameter.grad == 0).all() == ("mask_predictor" in name), name
-    images, grads = torch.randn(2, 3, 40, 40), []
-    for forward in (model, lambda x: model.details(x).logits):
-        model.zero_grad()
-        forward(images).square().sum().backward()
-        grads.append(model.blocks[0].attn.qkv.weight.grad.clone())
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
-
-
-def test_tiles_need_the_whole_grid_and_a_fixed_share():
-    for kwargs, words in [({"block_size": 0}, "at least 1"), ({"block_size": 2, "token_keep_rate": 0.5}, "token_keep_rate")]:
-        with pytest.raises(ValueError, match=words):
-            tiny(**kwargs)
-    with pytest.raises(ValueError, match="score_threshold"):
-        tiny(block_size=2, score_threshold=0.1)

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
-from backbones.sparsifiner import DISTILLATION, RECONSTRUCTION, Sparsifiner, loss_terms
+from backbones.sparsifiner import Details, Sparsifiner
 from train.tasks.classification import Classification, images_in
 
 if TYPE_CHECKING:
     from train.schema import ModelConfig
 
+RECONSTRUCTION = {"attn_recon": 0.01}  # weights of the losses while the predictors are trained (5 epochs)
+DISTILLATION = {"cls": 1.0, "cls_distill": 0.5, "token_distill": 0.5}  # and then while everything else is (45 epochs)
 LOSSES = {"attn_recon": RECONSTRUCTION, "cls_distill": DISTILLATION}
 
 
@@ -88,3 +91,37 @@ class SparsifinerPhase(Classification):
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return dict.fromkeys(LOSSES[self.phase], images_in(batch))
+
+
+def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
+    """Weighted terms of the authors' losses, 0-d each; their sum is the loss.
+
+    target: B classes, probabilities. weights: RECONSTRUCTION (with `details(x, reconstruct=True)`), DISTILLATION, or any of
+    cls: cross-entropy with the target, mean over images;
+    cls_distill: KL divergence of the student's from the teacher's class probabilities, mean over images;
+    token_distill: mean squared difference of the normalised patch tokens (auxiliary logits of an LV-ViT) that are not dropped;
+    attn_recon: sum of squares, over everything, of predicted minus teacher's attention of the patch queries, mean over blocks;
+    attn_self_distill: the same against the student's own unmasked attention, held fixed (weight 0 in the released recipe).
+    The teacher's gradients are the caller's business (run it under no_grad). Raises ValueError for another name.
+    """
+
+    def reconstruction(maps: list[Tensor]) -> Tensor:
+        losses = [(block.approx_attn - attention[:, :, 1:]).square().sum() for block, attention in zip(student.blocks, maps)]
+        return torch.stack(losses).mean()
+
+    def tokens() -> Tensor:
+        difference = (student.features - teacher.features).square()
+        mask = student.blocks[-1].token_mask
+        return difference.mean() if mask is None else difference[mask].mean()
+
+    log_student = student.logits.log_softmax(-1)
+    terms = {
+        "cls": lambda: -(target * log_student).sum(-1).mean(),
+        "cls_distill": lambda: F.kl_div(log_student, teacher.logits.log_softmax(-1), log_target=True, reduction="batchmean"),
+        "token_distill": tokens,
+        "attn_recon": lambda: reconstruction([block.unmasked_attn for block in teacher.blocks]),
+        "attn_self_distill": lambda: reconstruction([block.unmasked_attn.detach() for block in student.blocks]),
+    }
+    if unknown := weights.keys() - terms.keys():
+        raise ValueError(f"unknown losses {sorted(unknown)}; known: {', '.join(terms)}")
+    return {name: weight * terms[name]() for name, weight in weights.items()}

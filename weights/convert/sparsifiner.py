@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from weights.resample import resample_position_embedding
+from weights.resample import resample_position_embedding, resample_predictor
 
 
 def source_format(keys) -> str:
@@ -33,14 +33,6 @@ def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
             "resampled for good: create the model at the file's image size, it runs any other as well"
         )
     return resample_predictor(value, grid, summing=name.endswith("proj_n"))
-
-
-def resample_predictor(matrix: Tensor, grid: tuple[int, int], summing: bool) -> Tensor:
-    """N r over class token and patches -> for another grid. summing: it sums over patches, so more of them count less each."""
-    new = resample_position_embedding(matrix[None], grid, 1, antialias=True)[0]
-    if summing:
-        new[1:] *= (len(matrix) - 1) / (len(new) - 1)
-    return new
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
