@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as vision
 
+from train.sample import pick_nearest
 from train.schema import AugmentConfig
-from train.transforms import Seeded, build_transform, evaluation_size, pick_nearest, seeded, timm_policy
+from train.transforms import Seeded, build_transform, evaluation_size, seeded, timm_policy
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +33,9 @@ def sample(height=48, width=64):
     depth = 1 + rows.float() / height + (columns // 8).float()
     depth[:6] = 0
     return {
-        "image": tv_tensors.Image(image),
-        "mask": tv_tensors.Mask(mask.long()),
-        "depth": tv_tensors.Mask(depth[None]),
+        "image": image,
+        "mask": mask.long(),
+        "depth": depth[None],
         "path": "here",
     }
 
@@ -190,7 +190,7 @@ def test_evaluation_sizes_that_cannot_be_meant_are_refused(targets, rule, messag
 
 
 def test_classification_evaluation_is_resize_and_centre_crop():
-    image = tv_tensors.Image(torch.zeros(3, 100, 200, dtype=torch.uint8))
+    image = torch.zeros(3, 100, 200, dtype=torch.uint8)
     image[:, 25:75, 75:125] = 255  # the middle quarter of the square centre
     out = build_transform(False, ("label",), (50, 50), (0.0,) * 3, (1.0,) * 3, AugmentConfig(eval_crop=0.5))(
         {"image": image, "label": 3, "path": ""}
@@ -201,7 +201,7 @@ def test_classification_evaluation_is_resize_and_centre_crop():
 
 
 def test_normalisation_is_by_channel():
-    source = {"image": tv_tensors.Image(torch.full((3, 8, 8), 51, dtype=torch.uint8)), "label": 0, "path": ""}
+    source = {"image": torch.full((3, 8, 8), 51, dtype=torch.uint8), "label": 0, "path": ""}
     out = build_transform(False, ("label",), (8, 8), MEAN, STD)(source)["image"]
     torch.testing.assert_close(out[:, 0, 0], (0.2 - torch.tensor(MEAN)) / torch.tensor(STD))
     with pytest.raises(ValueError, match="3 channels, mean and std have 1"):
@@ -209,7 +209,7 @@ def test_normalisation_is_by_channel():
 
 
 def test_timm_policies_and_erasing_change_the_image():
-    source = {"image": tv_tensors.Image(torch.randint(255, (3, 32, 32), dtype=torch.uint8)), "label": 1, "path": ""}
+    source = {"image": torch.randint(255, (3, 32, 32), dtype=torch.uint8), "label": 1, "path": ""}
     plain = build_transform(True, ("label",), (32, 32), MEAN, STD)(source)["image"]
     for augment in (
         AugmentConfig(auto_augment="rand-m9-n2"),

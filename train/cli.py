@@ -223,10 +223,13 @@ def evaluate(args: argparse.Namespace) -> None:
         print_pairs(metrics)
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict(args: argparse.Namespace) -> int:
     from train.predict import predict
 
-    predict(args.folder, args.images, args.out, args.overwrite, args.weights, args.overrides)
+    done = predict(args.folder, args.images, args.out, args.overwrite, args.weights, args.overrides)
+    for complaint in done.failed.values():
+        print(f"zoo predict: skipped {complaint}", file=sys.stderr)
+    return 2 if done.failed else 0
 
 
 def show_config(args: argparse.Namespace) -> None:
@@ -240,7 +243,7 @@ def data_check(args: argparse.Namespace) -> int:
     from train.data.check import check
 
     loaded = config.load(args.config, args.overrides)
-    return check(loaded.data, config.build_task(loaded), args.count, args.out)
+    return check(loaded.data, config.build_task(loaded), args.count, args.out, loaded.model.in_chans)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -22,11 +22,12 @@ import backbones  # noqa: F401  (registers our models with timm)
 from backbones.edits import EDITS
 from heads import HEADS
 from train.checks import Collected, checked_arguments, nearest, require_known
-from train.data import DATASETS
+from train.data import DATASETS, check_section
 from train.inference import Predictor
 from train.reading import parse, set_key
 from train.recipes import read
 from train.rules import check_applies, check_ranges
+from train.sample import is_dense
 from train.schema import SECTIONS, Config, InferConfig
 from train.tasks import TASKS, Task
 from train.transforms import check_augment, check_eval_resize
@@ -117,7 +118,9 @@ def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> 
     found.done()
     assert task is not None  # else its mistake has just been raised
     _fill_in(config)
-    dense = any(target in ("mask", "depth") for target in task.targets("train"))
+    dense = is_dense(task.targets("train"))
+    with found.check():
+        check_section(config.data, config.model.in_chans)
     with found.check():
         check_augment(config.augment, dense, config.data.size, config.data.mean, config.data.std)
     with found.check():
@@ -142,8 +145,11 @@ def _fill_in(config: Config) -> None:
         own = getattr(data, name)
         channels = tuple(own if own is not None else (getattr(pretrained, name) if pretrained else None) or default)
         if len(channels) not in (1, model.in_chans):
-            raise ValueError(f"data.{name} has {len(channels)} values but model.in_chans is {model.in_chans}")
-        setattr(data, name, channels)
+            raise ValueError(
+                f"data.{name} has {len(channels)} values but model.in_chans is {model.in_chans}: set data.{name} to one value "
+                "per channel, or to a list of one"
+            )
+        setattr(data, name, channels * model.in_chans if len(channels) == 1 else channels)
 
 
 def _check_infer(config: Config, task: Task) -> None:

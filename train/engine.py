@@ -179,7 +179,8 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
     damaged = Damaged(config.data.skip_unreadable, {"train": train_set.dataset, "val": val_set})
-    refuse([train_set.dataset, val_set])
+    for sentence in refuse([train_set.dataset, val_set], val_is_train=config.data.val_is_train):
+        say(f"warning: {sentence}")
     net = build(config, task, say).to(accelerator.device)
     average = optim.averaged(net, config.optim)
     if config.run.sync_batchnorm and world > 1:

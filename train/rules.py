@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "data.eval_batch": POSITIVE,
     "data.repeats": POSITIVE,
     "data.skip_unreadable": Range("be a share of the files in [0, 1)", 0, 1, below=True),
+    "data.max_pixels": POSITIVE,
     "data.std": POSITIVE,
     "augment.scale": POSITIVE,
     "augment.ratio": POSITIVE,

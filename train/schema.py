@@ -25,7 +25,7 @@ class ModelConfig:
         aux_args: arguments of the second head.
         out_indices: feature levels the head sees; null = all.
         freeze_backbone: train the head only; the backbone stays in evaluation mode.
-        in_chans: image channels.
+        in_chans: image channels: 1 = grey, 3 = RGB, else as many as the files have (RGBA, four-band TIFF, .npy).
         img_size: height and width for backbones built for one size; null = data.size.
     """
 
@@ -58,6 +58,11 @@ class DataConfig:
         eval_batch: images per process and evaluation step.
         repeats: times each image is drawn in a row, augmented differently; a pass then shows 1/repeats of the images.
         skip_unreadable: share of a split's files that may be damaged and are skipped and counted; 0 = the first is an error.
+        image_range: [black, white], the values of image files that become 0 and 255, for files that are not 8 bit (12-bit
+            cameras: [0, 4095], floats: [0, 1]); values outside are cut, and 256 levels remain. null = such files are refused,
+            but for 16-bit ones that use the whole range.
+        max_pixels: largest height x width of a file; a small file can unpack to fill the memory.
+        val_is_train: allow training and validation on the same images, to see whether a model can learn them by heart.
         args: arguments of the dataset class.
         mean: of the input normalisation; null = the backbone's own.
         std: of the input normalisation; null = the backbone's own.
@@ -71,6 +76,9 @@ class DataConfig:
     eval_batch: int = 16
     repeats: int = 1
     skip_unreadable: float = 0.0
+    image_range: tuple[float, float] | None = None
+    max_pixels: int = 178_956_970
+    val_is_train: bool = False
     args: dict[str, Any] = field(default_factory=dict)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

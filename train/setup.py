@@ -52,7 +52,7 @@ def dataset(config: Config, task: Task, split: str) -> Dataset:
     data = config.data
     train = split == "train"
     targets = task.targets(split)
-    plain = open_split(data, split, targets)
+    plain = open_split(data, split, targets, config.model.in_chans)
     task.check(plain)
     if not len(plain):
         raise ValueError(f"{data.name} has no {split} samples")

@@ -1,14 +1,16 @@
-"""From a sample of train/data to what the network sees: image, mask and depth always moved together.
+"""From a sample of train/data to what the network sees: the image and every entry with pixels always move together.
 
-Labels and depth are only ever picked, never mixed: nearest neighbour for both, so no pixel between two classes gets a third and
-no depth is interpolated across a missing reading. Where a crop or a rotation leaves the image, the mask becomes `ignore_index`,
-the depth 0 (missing) and the image the mean colour. Randomness comes from the global generators of Python, numpy and
-torch; `Seeded` makes it a function of (seed, epoch, index).
+What an operation does to an entry is said by its kind (train/sample.py). Masks and depth are only ever picked, never mixed:
+nearest neighbour for both, so no pixel between two classes gets a third and no depth is interpolated across a missing reading.
+Where a crop or a rotation leaves the image, the mask becomes `ignore_index`, the depth 0 (missing) and the image the mean
+colour. Randomness comes from the global generators of Python, numpy and torch; `Seeded` makes it a function of (seed, epoch,
+index).
 """
 
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
+from train.sample import KINDS, Kind, Look, Size, is_dense
 from train.schema import AugmentConfig, EvalResize
 
 
@@ -33,14 +36,23 @@ def build_transform(
     ignore_index: int = 255,
     eval_resize: EvalResize = None,
 ) -> "TrainTransform | EvalTransform":
-    """The transform of a split; size is (H, W) of the network's input, in evaluation unless `eval_resize` says otherwise.
+    """The transform of a split.
 
-    Its output holds plain tensors: "image" float32 3 H W, normalised; in training "mask" H W and "depth" 1 H W of that size, in
-    evaluation at the files' own size. ignore_index: of the data set, for the pixels that padding adds to a mask.
-    Raises ValueError for settings that contradict each other or the targets.
+    Its output holds "image" float32 C H W, normalised; in training targets with pixels are of that size, in evaluation of the
+    files' own. Raises ValueError for settings that contradict each other or the targets.
+
+    Args:
+        train: augment, or only resize.
+        task_targets: which targets samples have.
+        size: (H, W) of the network's input, in evaluation unless `eval_resize` says otherwise.
+        mean: of the normalisation, one value of 0..1 per channel.
+        std: likewise.
+        augment: what changes a training image; None = nothing.
+        ignore_index: of the data set, for the pixels that padding adds to a mask.
+        eval_resize: how dense evaluation sizes an image.
     """
     augment = augment or AugmentConfig()
-    dense = any(target in ("mask", "depth") for target in task_targets)
+    dense = is_dense(task_targets)
     check_augment(augment, dense, size, mean, std)
     check_eval_resize(eval_resize, dense)
     if train:
@@ -49,7 +61,7 @@ def build_transform(
 
 
 def check_eval_resize(rule: EvalResize, dense: bool) -> None:
-    """ValueError for what cannot be meant."""
+    """Raise ValueError for a rule that does not fit the task, or is none."""
     if rule is None or (rule == "native" and dense):
         return
     if not dense:
@@ -78,8 +90,18 @@ def describe_evaluation(size: tuple[int, int], rule: EvalResize) -> str:
     return f"images resized to a short side of {rule[0]} and a long side of at most {rule[1]}, ratio kept"
 
 
-def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Sequence, std: Sequence) -> None:
-    """ValueError for what cannot be meant."""
+def check_augment(
+    augment: AugmentConfig, dense: bool, size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Raise ValueError for settings that contradict each other, the task or the number of channels (of mean and std).
+
+    Args:
+        augment: the settings.
+        dense: whether a target has a value per pixel.
+        size: (H, W) of the network's input.
+        mean: of the normalisation, one value per channel.
+        std: likewise.
+    """
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (height, width) in pixels, got {tuple(size)}")
     if len(mean) != len(std) or min(std) <= 0:
@@ -101,6 +123,10 @@ def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Seq
         raise ValueError(f"augment.eval_crop is a share of the image in (0, 1], got {augment.eval_crop}")
     if augment.zoom_depth and augment.crop not in ("scale", "native"):
         raise ValueError("augment.zoom_depth needs crop 'scale' or 'native', which zoom by a known factor")
+    if augment.color_jitter and len(mean) not in (1, 3):
+        raise ValueError(f"augment.color_jitter changes grey and RGB images, and these have {len(mean)} channels; set it to 0")
+    if augment.auto_augment is not None and len(mean) != 3:
+        raise ValueError(f"augment.auto_augment needs RGB images, and these have {len(mean)} channels; set it to null")
     if dense:
         for name, off in (("auto_augment", None), ("random_erasing", 0.0), ("eval_crop", 1.0)):
             if getattr(augment, name) != off:
@@ -110,28 +136,35 @@ def check_augment(augment: AugmentConfig, dense: bool, size: Sequence, mean: Seq
 
 
 class _Transform:
-    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int):
-        self.augment, self.dense, self.size, self.ignore_index = augment, dense, size, ignore_index
-        self.interpolation = vision.InterpolationMode(augment.interpolation)
+    """What both transforms share; the arguments are those of `build_transform`."""
+
+    def __init__(
+        self, augment: AugmentConfig, dense: bool, size: Size, mean: Sequence[float], std: Sequence[float], ignore_index: int
+    ):
+        self.augment, self.dense, self.size = augment, dense, size
         # of pixels that count to 255
         self.mean, self.std = (255 * torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
-        self.fill = {"image": [round(255 * value) for value in mean], "mask": ignore_index, "depth": 0}
+        colour = [round(255 * value) for value in mean]
+        self.look = Look(colour, ignore_index, vision.InterpolationMode(augment.interpolation))
 
-    def resized(self, name: str, value: Tensor, size: tuple[int, int]) -> Tensor:
-        """One entry of a sample at another size: images smoothly and antialiased, maps by nearest neighbour."""
-        if tuple(value.shape[-2:]) == tuple(size):
-            return value
-        if name == "image":
-            return vision.resize(value, list(size), interpolation=self.interpolation, antialias=True)
-        return pick_nearest(value, size)
+    def each(self, sample: dict[str, Any], change: Callable[[Kind, Tensor], Tensor]) -> dict[str, Any]:
+        """The sample with change(kind, value) applied to every entry that has a kind."""
+        return {name: change(KINDS[name], value) if name in KINDS else value for name, value in sample.items()}
 
-    def finished(self, sample: dict) -> dict:
-        """The normalised image and plain tensors."""
-        image = plain(sample["image"])
+    def resized(self, sample: dict[str, Any], size: Size) -> dict[str, Any]:
+        """The sample at another size."""
+        old = image_size(sample)
+        return self.each(sample, lambda kind, value: kind.resize(value, old, size, self.look))
+
+    def finished(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with its pictures normalised."""
+        return {name: self.normalised(sample, name) if is_picture(name) else value for name, value in sample.items()}
+
+    def normalised(self, sample: dict[str, Any], name: str) -> Tensor:
+        image = sample[name]
         if len(self.mean) != len(image):
             raise ValueError(f"{sample['path']}: the image has {len(image)} channels, mean and std have {len(self.mean)}")
-        image = (image - self.mean).div_(self.std)
-        return {**{name: plain(value) for name, value in sample.items()}, "image": image}
+        return (image - self.mean).div_(self.std)
 
 
 class EvalTransform(_Transform):
@@ -140,44 +173,54 @@ class EvalTransform(_Transform):
     Labels alone: the image covers size / eval_crop, then the centre of that size is cut out (timm's "center" mode).
     """
 
-    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int, eval_resize: EvalResize):
+    def __init__(
+        self,
+        augment: AugmentConfig,
+        dense: bool,
+        size: Size,
+        mean: Sequence[float],
+        std: Sequence[float],
+        ignore_index: int,
+        eval_resize: EvalResize,
+    ):
         super().__init__(augment, dense, size, mean, std, ignore_index)
         self.eval_resize = eval_resize
 
-    def __call__(self, sample: dict) -> dict:
-        image = sample["image"]
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        seen = {name: value for name, value in sample.items() if name in KINDS and not KINDS[name].target}
+        height, width = image_size(sample)
         if self.dense:
-            image = self.resized("image", image, evaluation_size(*image.shape[-2:], self.size, self.eval_resize))
+            seen = self.resized(seen, evaluation_size(height, width, self.size, self.eval_resize))
         else:
-            height, width = image.shape[-2:]
             zoom = max(self.size[0] / height, self.size[1] / width) / self.augment.eval_crop
-            image = self.resized(
-                "image", image, (max(round(height * zoom), self.size[0]), max(round(width * zoom), self.size[1]))
-            )
-            image = vision.center_crop(image, list(self.size))
-        return self.finished({**sample, "image": image})
+            seen = self.resized(seen, (max(round(height * zoom), self.size[0]), max(round(width * zoom), self.size[1])))
+            top, left = (round((have - want) / 2) for have, want in zip(image_size(seen), self.size, strict=True))
+            seen = self.each(seen, lambda kind, value: kind.crop(value, top, left, self.size))
+        return self.finished({**sample, **seen})
 
 
 class TrainTransform(_Transform):
     """Geometry, then colour, then normalisation, then erasing: the order of timm and mmsegmentation."""
 
-    def __init__(self, augment: AugmentConfig, dense: bool, size, mean, std, ignore_index: int):
+    def __init__(
+        self, augment: AugmentConfig, dense: bool, size: Size, mean: Sequence[float], std: Sequence[float], ignore_index: int
+    ):
         super().__init__(augment, dense, size, mean, std, ignore_index)
         strength = augment.color_jitter
         self.box = v2.RandomResizedCrop(size, augment.scale, augment.ratio) if augment.crop == "area" else None
         self.jitter = v2.ColorJitter(strength, strength, strength, strength / 10) if strength else None
-        self.policy = timm_policy(augment.auto_augment, self.fill["image"], min(size)) if augment.auto_augment else None
+        self.policy = timm_policy(augment.auto_augment, self.look.colour, min(size)) if augment.auto_augment else None
         self.erase = RandomErasing(augment.random_erasing, mode="pixel", device="cpu") if augment.random_erasing else None
 
-    def __call__(self, sample: dict) -> dict:
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         augment = self.augment
-        sample = getattr(self, f"_{augment.crop}")({name: plain(value) for name, value in sample.items()})
-        if augment.hflip and torch.rand(()) < augment.hflip:
-            sample = self.each(sample, lambda name, value: value.flip(-1))
-        if augment.vflip and torch.rand(()) < augment.vflip:
-            sample = self.each(sample, lambda name, value: value.flip(-2))
+        sample = getattr(self, f"_{augment.crop}")(sample)
+        for probability, axis in ((augment.hflip, -1), (augment.vflip, -2)):
+            if probability and torch.rand(()) < probability:
+                sample = self.each(sample, lambda kind, value, axis=axis: kind.flip(value, axis, self.size))
         if augment.rotate:
-            sample = self._rotated(sample, uniform(-augment.rotate, augment.rotate))
+            degrees = uniform(-augment.rotate, augment.rotate)
+            sample = self.each(sample, lambda kind, value: kind.rotate(value, degrees, self.size, self.look))
         if self.policy is not None:
             image = self.policy(vision.to_pil_image(sample["image"]))
             sample["image"] = vision.pil_to_tensor(image)
@@ -192,73 +235,57 @@ class TrainTransform(_Transform):
             sample["image"] = self.erase(sample["image"])
         return sample
 
-    @staticmethod
-    def each(sample: dict, change) -> dict:
-        """The sample with change(name, value) applied to everything that has a height and a width."""
-        return {name: change(name, value) if name in ("image", "mask", "depth") else value for name, value in sample.items()}
+    def _resize(self, sample: dict[str, Any]) -> dict[str, Any]:
+        return self.resized(sample, self.size)
 
-    def _resize(self, sample: dict) -> dict:
-        return self.each(sample, lambda name, value: self.resized(name, value, self.size))
+    def _pad(self, sample: dict[str, Any]) -> dict[str, Any]:
+        border = [self.augment.pad] * 4
+        sample = self.resized(sample, self.size)
+        return self._cropped(self.each(sample, lambda kind, value: kind.pad(value, border, self.look)))
 
-    def _pad(self, sample: dict) -> dict:
-        sample = self._resize(sample)
-        pad = self.augment.pad
-        sample = self.each(sample, lambda name, value: self._bordered(name, value, [pad] * 4))
-        return self._cropped(sample)
-
-    def _area(self, sample: dict) -> dict:
+    def _area(self, sample: dict[str, Any]) -> dict[str, Any]:
         top, left, height, width = self.box.make_params([sample["image"]]).values()
-        box = self.each(sample, lambda name, value: value[..., top : top + height, left : left + width])
-        return self._resize(box)
+        box = self.each(sample, lambda kind, value: kind.crop(value, top, left, (height, width)))
+        return self.resized(box, self.size)
 
-    def _scale(self, sample: dict) -> dict:
-        height, width = sample["image"].shape[-2:]
+    def _scale(self, sample: dict[str, Any]) -> dict[str, Any]:
+        height, width = image_size(sample)
         return self._zoomed(sample, max(self.size[0] / height, self.size[1] / width))
 
-    def _native(self, sample: dict) -> dict:
+    def _native(self, sample: dict[str, Any]) -> dict[str, Any]:
         return self._zoomed(sample, 1.0)
 
-    def _zoomed(self, sample: dict, base: float) -> dict:
-        height, width = sample["image"].shape[-2:]
+    def _zoomed(self, sample: dict[str, Any], base: float) -> dict[str, Any]:
+        height, width = image_size(sample)
         factor = uniform(*self.augment.scale)
         zoom = base * factor
         new = (max(1, round(height * zoom)), max(1, round(width * zoom)))
-        sample = self.each(sample, lambda name, value: self.resized(name, value, new))
-        if self.augment.zoom_depth and "depth" in sample:
-            sample["depth"] = sample["depth"] / factor
+        sample = self.resized(sample, new)
+        if self.augment.zoom_depth:
+            sample = self.each(sample, lambda kind, value: kind.zoom(value, factor))
         short = [max(0, want - have) for want, have in zip(self.size, new, strict=True)]
         if any(short):
             top, left = (int(torch.randint(extra + 1, ())) for extra in short)  # the image lands anywhere inside the padding
             border = [left, top, short[1] - left, short[0] - top]
-            sample = self.each(sample, lambda name, value: self._bordered(name, value, border))
+            sample = self.each(sample, lambda kind, value: kind.pad(value, border, self.look))
         return self._cropped(sample)
 
-    def _bordered(self, name: str, value: Tensor, border: list[int]) -> Tensor:
-        """One entry with (left, top, right, bottom) more pixels, filled with what says "nothing here"."""
-        flat = value[None] if value.ndim == 2 else value
-        flat = vision.pad(flat, border, fill=self.fill[name])
-        return flat[0] if value.ndim == 2 else flat
-
-    def _cropped(self, sample: dict) -> dict:
-        height, width = sample["image"].shape[-2:]
+    def _cropped(self, sample: dict[str, Any]) -> dict[str, Any]:
+        height, width = image_size(sample)
         top = int(torch.randint(height - self.size[0] + 1, ()))
         left = int(torch.randint(width - self.size[1] + 1, ()))
-        return self.each(sample, lambda name, value: value[..., top : top + self.size[0], left : left + self.size[1]])
-
-    def _rotated(self, sample: dict, degrees: float) -> dict:
-        nearest = vision.InterpolationMode.NEAREST
-
-        def turn(name, value):
-            smooth = vision.InterpolationMode.BILINEAR if name == "image" else nearest
-            flat = value[None] if value.ndim == 2 else value
-            return vision.rotate(flat, degrees, interpolation=smooth, fill=self.fill[name]).reshape(value.shape)
-
-        return self.each(sample, turn)
+        return self.each(sample, lambda kind, value: kind.crop(value, top, left, self.size))
 
 
-def plain(value):
-    """A tv_tensor as an ordinary tensor; anything else unchanged."""
-    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+def image_size(sample: dict[str, Any]) -> Size:
+    """Height and width of a sample's image."""
+    height, width = sample["image"].shape[-2:]
+    return height, width
+
+
+def is_picture(name: str) -> bool:
+    """Whether an entry of a sample has colours."""
+    return name in KINDS and KINDS[name].picture
 
 
 def uniform(low: float, high: float) -> float:
@@ -266,16 +293,7 @@ def uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
 
 
-def pick_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """A map H W or 1 H W at another size, each new pixel the old one under its centre: no value that was not there before."""
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * (old / new)).floor().long().clamp_max(old - 1)
-        for new, old in zip(size, values.shape[-2:], strict=True)
-    )
-    return values[..., rows[:, None], columns]
-
-
-def timm_policy(text: str, fill: Sequence[int], side: int):
+def timm_policy(text: str, fill: Sequence[int], side: int) -> Callable[[Image.Image], Image.Image]:
     """timm's RandAugment or AutoAugment policy from its text form, on PIL images.
 
     Raises ValueError for a policy timm does not know.
@@ -296,7 +314,7 @@ def timm_policy(text: str, fill: Sequence[int], side: int):
     return policy
 
 
-def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     """The highest `bits` of every value. None of them is black: magnitude 10 asks for that, and Pillow 13 refuses it."""
     if bits >= 8:
         return image

@@ -55,7 +55,7 @@ def make(folder, name, **data):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_image_is_an_error_with_its_path(folder, workers, monkeypatch):
-    monkeypatch.setattr(engine, "refuse", lambda datasets: None)  # which would meet it first
+    monkeypatch.setattr(engine, "refuse", lambda *args, **kwargs: [])  # which would meet it first
     with pytest.raises(ValueError, match=r"(06.jpg|13.png|04.png): not a readable image"):
         engine.fit(make(folder, "run", workers=workers))
 

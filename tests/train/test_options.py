@@ -61,7 +61,7 @@ def fitted(tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(results, "pictures", lambda *args: None)
                 patch.setattr(results, "curves", lambda folder: None)
-                patch.setattr(engine, "refuse", lambda datasets: None)
+                patch.setattr(engine, "refuse", lambda *args, **kwargs: [])
                 engine.fit(resolved)
         rows = log.read(place / name / "log.csv")
         return rows["loss"], rows["grad_norm"], load_file(place / name / "last.safetensors")

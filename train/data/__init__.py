@@ -1,5 +1,6 @@
 """Data sets by the name a config gives them, and the one function that opens a split of them."""
 
+import math
 from collections.abc import Sequence
 
 from train.data.ade20k import ADE20K, ADE20KParquet
@@ -8,6 +9,7 @@ from train.data.camvid import CamVid
 from train.data.cifar import Cifar10, Cifar100
 from train.data.cityscapes import Cityscapes
 from train.data.digits import Digits
+from train.data.files import PixelRules
 from train.data.folder import Folder
 from train.data.imagenet import ClassFolder, ImageNet, TimmDataset, TinyImageNet
 from train.data.kitti import Kitti
@@ -41,11 +43,35 @@ DATASETS: dict[str, type[ImageDataset]] = {
 }
 
 
-def open_split(data: DataConfig, split: str, targets: Sequence[str]) -> ImageDataset:
-    """The split ("train" or "val") that the `data` section of a configuration describes, without a transform."""
+def open_split(data: DataConfig, split: str, targets: Sequence[str], channels: int = 3) -> ImageDataset:
+    """The split that the `data` section of a configuration describes, without a transform.
+
+    Args:
+        data: the section.
+        split: "train" or "val".
+        targets: which of the data's targets to read.
+        channels: of the images; model.in_chans.
+    """
     kind = DATASETS[data.name]
     root = {} if kind.in_memory else {"root": data.root}
-    return kind(**root, split=split, targets=tuple(targets), **data.args)
+    opened = kind(**root, split=split, targets=tuple(targets), **data.args)
+    opened.pixels = PixelRules(channels, data.image_range, data.max_pixels)
+    return opened
 
 
-__all__ = ["DATASETS", "DepthSpec", "ImageDataset", "open_split"]
+def check_section(data: DataConfig, channels: int) -> None:
+    """Raise ValueError for keys of the `data` section that its data set cannot follow; channels: model.in_chans."""
+    kind = DATASETS[data.name]
+    if channels not in (1, 3) and not kind.any_channels:
+        raise ValueError(
+            f"model.in_chans is {channels}, and the images of {data.name} have 3 channels; set it to 3, or 1 for grey"
+        )
+    if data.image_range is not None:
+        low, high = data.image_range
+        if not kind.any_channels:
+            raise ValueError(f"data.image_range is for image files, and {data.name} has none; set it to null")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"data.image_range must be [black, white] with black < white, got {list(data.image_range)}")
+
+
+__all__ = ["DATASETS", "DepthSpec", "ImageDataset", "check_section", "open_split"]

@@ -6,11 +6,13 @@ In the files 0 is "other or unlabelled" and 1..150 are the classes; here 0 becom
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import Unreadable, id_array, images_in, need, open_image, read_ids, read_rgb, rgb_array, root_folder
+from train.data.files import Unreadable
+from train.data.finding import images_in, need, read_text, root_folder
 
 # first name of each row of objectInfo150.txt
 CLASSES = (
@@ -66,18 +68,18 @@ class ADE20K(ImageDataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         image = self.images[index]
-        sample = {"image": read_rgb(image), "path": image}
+        sample = {"image": self.image(image), "path": image}
         if "mask" in self.targets:
             path = self.masks / f"{image.stem}.png"
-            sample.update(mask=shifted(read_ids(path), path, self.ignore_index), mask_path=path)
+            sample.update(mask=shifted(self.ids(path), path, self.ignore_index), mask_path=path)
         return sample
 
 
 def read_names(path: Path) -> list[str]:
     """First name of each class from objectInfo150.txt. ValueError if there are not 150."""
-    rows = [line.split("\t") for line in path.read_text().splitlines()[1:] if line.strip()]
+    rows = [line.split("\t") for line in read_text(path).splitlines()[1:] if line.strip()]
     names = [row[-1].split(",")[0].strip() for row in rows]
     if len(names) != len(CLASSES):
         raise ValueError(f"{path}: expected {len(CLASSES)} classes, found {len(names)}")
@@ -123,7 +125,7 @@ class ADE20KParquet(ImageDataset):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         import pyarrow.parquet as parquet
 
         group = int(np.searchsorted(self.starts, index, side="right")) - 1
@@ -134,10 +136,10 @@ class ADE20KParquet(ImageDataset):
         row = self._held[1][index - int(self.starts[group])]
         place = f"{self.groups[group][0]}#{index - int(self.starts[group])}"
         try:
-            image, mask = (open_image(io.BytesIO(row[name]["bytes"]), place) for name in ("image", "annotation"))
+            image, mask = (io.BytesIO(row[name]["bytes"]) for name in ("image", "annotation"))
         except (TypeError, KeyError) as error:
             raise Unreadable(f"{place}: not a readable image ({error})") from error
-        sample = {"image": rgb_array(image), "path": place}
+        sample: dict[str, Any] = {"image": self.image(image, place), "path": place}
         if "mask" in self.targets:
-            sample["mask"] = shifted(id_array(mask, place), place, self.ignore_index)
+            sample["mask"] = shifted(self.ids(mask, place), place, self.ignore_index)
         return sample

@@ -1,32 +1,55 @@
 """What every data set shares: the arguments, the sample it returns, and the checks that name the file."""
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
 
-from train.data.files import Unreadable
+from train.data.files import (
+    RGB,
+    FileNotes,
+    PixelRules,
+    Source,
+    Unreadable,
+    change_channels,
+    read_depth,
+    read_image,
+    read_mask,
+)
 from train.depth import DepthSpec
+from train.sample import KINDS
 
 SPLITS = ("train", "val")
 
 
-class ImageDataset(Dataset, abc.ABC):
-    """Images with any of three targets. A subclass lists `provides`, finds its files and defines `read` and `__len__`.
+class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
+    """Images with any of their targets. A subclass lists `provides`, finds its files and defines `read` and `__len__`.
 
-    root: folder of the data; None for data that need no files.
-    split: "train" or "val"; targets: which of `provides` to read; transform: called on the finished sample.
-
-    A sample is {"image": uint8 3 H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
-    (metres, 0 = missing), "path": str} with the requested targets only. may_skip: damaged files that another sample may stand
-    for, whose complaint is then in "unreadable". in_memory: reads no files, so its constructor takes no root.
+    A sample is {"image": uint8 C H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
+    (metres, 0 = missing), "path": str} with the requested targets only; other kinds of entries are in train/sample.py.
 
     Raises ValueError for an unknown split or a target the data do not have, and when reading a sample: for a label or a mask id
     outside `classes`, or for a map of another size than its image.
+
+    Args:
+        root: folder of the data; None for data that need no files.
+        split: "train" or "val".
+        targets: which of `provides` to read.
+        transform: called on the finished sample.
+
+    Attributes:
+        provides: targets the data have.
+        classes, palette, ignore_index: of masks and labels; depth: of depth maps.
+        in_memory: reads no files, so its constructor takes no root.
+        any_channels: can hand over whatever channels its files have, not 1 or 3 only.
+        pixels: channels, range and size of the images it reads.
+        may_skip: damaged files that another sample may stand for, whose complaint is then in "unreadable".
+        notices: what looked odd while files were found; data-check reports it.
+        notes: is told what each file is; None = nobody asks.
     """
 
     provides: tuple[str, ...] = ()
@@ -34,10 +57,20 @@ class ImageDataset(Dataset, abc.ABC):
     palette: list[tuple[int, int, int]] | None = None
     ignore_index: int = 255
     depth: DepthSpec | None = None
-    may_skip: int = 0
     in_memory: bool = False
+    any_channels: bool = True
+    pixels: PixelRules = RGB
+    may_skip: int = 0
+    notices: tuple[str, ...] = ()
+    notes: FileNotes | None = None
 
-    def __init__(self, root: str | Path | None, split: str, targets: tuple[str, ...], transform: Callable | None = None):
+    def __init__(
+        self,
+        root: str | Path | None,
+        split: str,
+        targets: Sequence[str],
+        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ):
         if split not in SPLITS:
             raise ValueError(f"split must be 'train' or 'val', got {split!r}")
         missing = [target for target in targets if target not in self.provides]
@@ -50,17 +83,37 @@ class ImageDataset(Dataset, abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
-    def read(self, index: int) -> dict:
-        """The sample before checks and transform: image and masks as arrays or tensors, any targets the files have."""
+    def read(self, index: int) -> dict[str, Any]:
+        """The sample before checks and transform: image and maps as arrays or tensors, any targets the files have."""
 
-    def __getitem__(self, index: int) -> dict:
+    def image(self, source: Source, place: str | None = None) -> np.ndarray:
+        """The pixels of an image file, uint8 C H W, upright; place: what errors call it where it has no path."""
+        return read_image(source, place, self.pixels, self.notes)
+
+    def ids(
+        self,
+        source: Source,
+        place: str | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        id_map: Mapping[int, int] | None = None,
+    ) -> np.ndarray:
+        """The class ids of a mask file, int64 H W: train.data.files.read_mask."""
+        return read_mask(source, place, palette, id_map, self.ignore_index, self.pixels.max_pixels, self.notes)
+
+    def metres(
+        self, path: Path, divisor: float, invalid: Sequence[float] = (0,), content: BinaryIO | None = None
+    ) -> np.ndarray:
+        """The depth map of a file: train.data.files.read_depth."""
+        return read_depth(path, divisor, invalid, content, self.pixels.max_pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         sample, lost = self.readable(index % len(self))
         sample = sample if self.transform is None else self.transform(sample)
         return sample if lost is None else {**sample, "unreadable": lost}
 
-    def readable(self, index: int) -> tuple[dict, str | None]:
+    def readable(self, index: int) -> tuple[dict[str, Any], str | None]:
         """A sample and, if it stands for one whose file is damaged, the complaint about that file.
 
         The next readable sample takes its place, which depends on the files alone. Raises files.Unreadable if none may be
@@ -72,41 +125,47 @@ class ImageDataset(Dataset, abc.ABC):
                 return self.checked(self.read((index + further) % len(self))), None if first is None else str(first)
             except Unreadable as error:
                 first = first or error
+        assert first is not None
         raise first
 
-    def checked(self, sample: dict) -> dict:
-        """The sample as tv_tensors with the requested targets, or a ValueError that names the file and the value."""
+    def checked(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample as tensors with the requested targets, or a ValueError that names the file and the value."""
         path = sample["path"]
-        image = torch.as_tensor(sample["image"])
-        out = {"image": tv_tensors.Image(image)}
-        size = tuple(image.shape[-2:])
-        if "label" in self.targets:
-            label = int(sample["label"])
-            if self.classes is not None and not 0 <= label < len(self.classes):
-                raise ValueError(f"{path}: label {label} is outside the {len(self.classes)} classes")
-            out["label"] = label
-        if "mask" in self.targets:
-            mask = torch.as_tensor(sample["mask"]).long()
-            self.check_size(sample, "mask", mask, size)
-            self.check_ids(sample, mask)
-            out["mask"] = tv_tensors.Mask(mask)
-        if "depth" in self.targets:
-            depth = torch.as_tensor(sample["depth"]).float()
-            depth = depth[None] if depth.ndim == 2 else depth
-            self.check_size(sample, "depth", depth, size)
-            out["depth"] = tv_tensors.Mask(depth)
-        out["path"] = str(path)
-        return out
+        image = np.asarray(sample["image"])
+        image = change_channels(image, self.pixels.channels, str(path)) if image.ndim == 3 else image
+        out: dict[str, Any] = {}
+        for name in ("image", *self.targets):
+            if name in KINDS:
+                try:
+                    out[name] = KINDS[name].tensor(image if name == "image" else sample[name])
+                except ValueError as error:
+                    raise ValueError(f"{sample.get(f'{name}_path', path)}: {error}") from error
+                self.check_size(sample, name, KINDS[name].size(out[name]), image.shape[-2:])
+            else:
+                out[name] = sample[name]
+        if "label" in out:
+            out["label"] = int(out["label"])
+            if self.classes is not None and not 0 <= out["label"] < len(self.classes):
+                raise ValueError(f"{path}: label {out['label']} is outside the {len(self.classes)} classes")
+        if "mask" in out:
+            self.check_ids(sample, out["mask"])
+        return {**out, "path": str(path)}
 
-    def check_size(self, sample: dict, target: str, values: torch.Tensor | np.ndarray, size: tuple[int, int]) -> None:
-        if tuple(values.shape[-2:]) != size:
-            place = sample.get(f"{target}_path", sample["path"])
-            raise ValueError(
-                f"{place}: the {target} has height x width {values.shape[-2]}x{values.shape[-1]} but its image "
-                f"{sample['path']} has {size[0]}x{size[1]}"
+    def check_size(self, sample: dict[str, Any], target: str, found: Sequence[int] | None, size: Sequence[int]) -> None:
+        """ValueError naming both files if an entry has another height and width than its image."""
+        if found is None or tuple(found) == tuple(size):
+            return
+        place = sample.get(f"{target}_path", sample["path"])
+        text = f"{place}: the {target} has height x width {found[0]}x{found[1]} but its image {sample['path']} has "
+        text += f"{size[0]}x{size[1]}"
+        if tuple(found) == tuple(reversed(size)):
+            text += (
+                f". Images are turned upright as their EXIF orientation says: if this image has one, the {target} was drawn on "
+                f"the pixels as they are stored; turn the {target}, or save the image upright without the entry"
             )
+        raise ValueError(text)
 
-    def check_ids(self, sample: dict, mask: torch.Tensor) -> None:
+    def check_ids(self, sample: dict[str, Any], mask: torch.Tensor) -> None:
         if self.classes is None:
             return
         bad = (mask != self.ignore_index) & ((mask < 0) | (mask >= len(self.classes)))
@@ -119,11 +178,16 @@ class ImageDataset(Dataset, abc.ABC):
 
 
 class DescribedDataset(ImageDataset):
-    """Data that say nothing of themselves: the configuration describes what the masks and the depth maps hold.
+    """Data whose files do not say what they hold: the configuration describes the masks and the depth maps.
 
-    classes: names of the classes, or how many there are. ignore_index: the mask value that is void.
-    id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
-    depth_divisor: file units per metre; depth_invalid: file values without a reading; min_depth, max_depth: valid metres.
+    Args:
+        classes: names of the classes, or how many there are.
+        ignore_index: the mask value that is void.
+        id_map: file id -> class id, for masks whose ids are not 0..K-1; ids it leaves out are an error.
+        depth_divisor: file units per metre.
+        depth_invalid: file values without a reading.
+        min_depth: nearest valid depth, metres.
+        max_depth: farthest valid depth, metres.
     """
 
     def describe(
@@ -136,7 +200,7 @@ class DescribedDataset(ImageDataset):
         min_depth: float,
         max_depth: float,
     ) -> None:
-        """Takes what its constructor was given. ValueError for masks without classes and for an id_map that leaves them."""
+        """Take what the constructor was given. ValueError for masks without classes and for an id_map that leaves them."""
         name = type(self).__name__
         if "mask" in self.targets and classes is None:
             raise ValueError(f"{name}: masks need their classes: set data.args.classes to the names, or to how many there are")

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import images_in, need, read_ids, read_list, read_rgb, root_folder
+from train.data.finding import images_in, need, read_list, root_folder
 
 CLASSES = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
@@ -56,10 +56,10 @@ class CamVid(ImageDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         image, mask = self.pairs[index]
-        sample = {"image": read_rgb(image), "path": image}
+        sample = {"image": self.image(image), "path": image}
         if "mask" in self.targets:
-            ids = read_ids(mask)
+            ids = self.ids(mask)
             sample.update(mask=np.where(ids == VOID, self.ignore_index, ids), mask_path=mask)
         return sample

@@ -19,7 +19,7 @@ import torch
 
 from train.data import open_split
 from train.data.base import SPLITS, ImageDataset
-from train.data.files import Unreadable
+from train.data.files import FileNotes, Unreadable
 from train.schema import DataConfig
 from train.show import Panel, save_sheet, to_rgb
 from train.show.depth import metric_panel
@@ -62,6 +62,7 @@ class SplitFacts:
     empty_depths: list[str] = field(default_factory=list)
     flat_images: list[str] = field(default_factory=list)
     prints: dict[int, str] = field(default_factory=dict)  # checksum of the pixels -> file
+    notes: FileNotes = field(default_factory=FileNotes)  # what the files are
 
     def quantiles(self) -> list[float]:
         """1st, 50th and 99th percentile of the depth readings, metres."""
@@ -103,15 +104,19 @@ def read_facts(
     """Reads `count` samples spread evenly over the split (all if none) and counts what they hold."""
     facts = SplitFacts(dataset.split, len(dataset))
     total = len(dataset) if count is None else min(count, len(dataset))
-    for step in range(total):
-        index = step * len(dataset) // total
-        try:
-            read_sample(dataset, index, facts)
-        except (ValueError, OSError) as error:
-            if not (isinstance(error, Unreadable) and dataset.may_skip):  # training skips and counts those
-                facts.failures.append(str(error))
-        if progress is not None:
-            progress(step + 1, total)
+    dataset.notes = facts.notes
+    try:
+        for step in range(total):
+            index = step * len(dataset) // total
+            try:
+                read_sample(dataset, index, facts)
+            except (ValueError, OSError) as error:
+                if not (isinstance(error, Unreadable) and dataset.may_skip):  # training skips and counts those
+                    facts.failures.append(str(error))
+            if progress is not None:
+                progress(step + 1, total)
+    finally:
+        dataset.notes = None
     return facts
 
 
@@ -130,7 +135,7 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
         facts.id_files.setdefault(int(sample["label"]), path)
     if "mask" in dataset.targets:
         mask, place = np.asarray(sample["mask"]), str(sample.get("mask_path", path))
-        dataset.check_size(sample, "mask", mask, (height, width))
+        dataset.check_size(sample, "mask", mask.shape[-2:], (height, width))
         found, pixels = np.unique(mask, return_counts=True)
         for value, number in zip(found.tolist(), pixels.tolist(), strict=True):
             facts.ids[value] += number
@@ -139,7 +144,7 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
             facts.void_images.append(place)
     if "depth" in dataset.targets:
         depth, place = np.asarray(sample["depth"]).reshape(-1), str(sample.get("depth_path", path))
-        dataset.check_size(sample, "depth", np.asarray(sample["depth"]), (height, width))
+        dataset.check_size(sample, "depth", np.shape(sample["depth"])[-2:], (height, width))
         readings = depth[depth > 0]
         facts.depth_pixels += depth.size
         facts.depth_missing += depth.size - readings.size
@@ -172,6 +177,9 @@ def examine(dataset: ImageDataset, facts: SplitFacts) -> list[Finding]:
         say("warning", f"{len(facts.flat_images)} images are one flat colour, e.g. {facts.flat_images[0]}")
     if len(facts.prints) < facts.read:
         say("note", f"{facts.read - len(facts.prints)} images are pixel for pixel copies of others")
+    for notice in dataset.notices:
+        say("warning", notice)
+    examine_files(facts, say)
     if "label" in dataset.targets and facts.labels:
         examine_labels(dataset, facts, say)
     if "mask" in dataset.targets and facts.ids:
@@ -179,6 +187,37 @@ def examine(dataset: ImageDataset, facts: SplitFacts) -> list[Finding]:
     if "depth" in dataset.targets and facts.depth_pixels:
         examine_depth(dataset, facts, say)
     return found
+
+
+def examine_files(facts: SplitFacts, say: Callable[[str, str], None]) -> None:
+    """What the files are: how many levels their images have, which are turned, which masks lose ids."""
+    notes = facts.notes
+    levels = int(notes.levels.sum())
+    if notes.types and 1 < levels < 32:
+        kinds = "; ".join(f"{name}: {low:g} to {high:g}" for name, (low, high) in notes.ranges.items())
+        say("warning", f"all images together have {levels} of 256 grey levels ({kinds}): is data.image_range right?")
+    if notes.turned:
+        say(
+            "note",
+            f"{len(notes.turned)} of {sum(notes.types.values())} images have an EXIF orientation and are turned upright, e.g. "
+            f"{notes.turned[0]}; their masks and depth maps must be upright too",
+        )
+    if notes.lossy_masks:
+        say("warning", lossy_sentence(notes))
+        ids = sorted(facts.ids, key=facts.ids.__getitem__, reverse=True)
+        if len(ids) > 2 and any(min(ids[:2]) < value < max(ids[:2]) for value in ids[2:]):
+            between = [value for value in ids[2:] if min(ids[:2]) < value < max(ids[:2])]
+            level = "error" if len(between) > 8 else "warning"
+            say(level, f"{len(between)} ids lie between the two commonest, {ids[0]} and {ids[1]}: compression made them")
+
+
+def lossy_sentence(notes: FileNotes) -> str:
+    """What is wrong with masks in a lossy format."""
+    path, kind = notes.lossy_masks[0]
+    return (
+        f"{len(notes.lossy_masks)} masks are {kind}, whose compression changes ids at every edge, e.g. {path}: save masks as "
+        "PNG, from the original annotation"
+    )
 
 
 def examine_labels(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, str], None]) -> None:
@@ -323,6 +362,9 @@ def describe(dataset: ImageDataset, facts: SplitFacts) -> list[str]:
             lines.append(
                 f"  size (h x w)   {min(heights)}..{max(heights)} x {min(widths)}..{max(widths)}, {len(facts.sizes)} different"
             )
+    for name, number in facts.notes.types.items():
+        low, high = facts.notes.ranges[name]
+        lines.append(f"  image files    {number} of {name}, values {low:g} to {high:g}")
     for title, counts, unit in (("labels", facts.labels, "images"), ("mask", facts.ids, "pixels")):
         if counts:
             total = sum(counts.values())
@@ -418,14 +460,23 @@ def run(
     return report
 
 
-def refuse(datasets: list[ImageDataset], count: int = 8) -> None:
-    """ValueError with the first error found in a few samples of each split: what training calls before it starts.
+def refuse(datasets: list[ImageDataset], count: int = 8, val_is_train: bool = False) -> list[str]:
+    """What training calls before it starts: ValueError with the first error found in a few samples of each split.
 
     An error must hold in 20 times as many samples too: a few may all be void, or lack the second of two classes, by chance.
+    Returns sentences that training says once.
+
+    Args:
+        datasets: of training and of validation.
+        count: samples of each to read.
+        val_is_train: the two may be the same images.
     """
+    few: list[SplitFacts] = []
     for dataset in datasets:
         for number in (count, 20 * count):  # the many include the few
-            errors = [finding for finding in examine(dataset, read_facts(dataset, number)) if finding.level == "error"]
+            facts = read_facts(dataset, number)
+            few += [facts] if number == count else []
+            errors = [finding for finding in examine(dataset, facts) if finding.level == "error"]
             if not errors:
                 break
         else:
@@ -433,6 +484,28 @@ def refuse(datasets: list[ImageDataset], count: int = 8) -> None:
                 f"{type(dataset).__name__}, {errors[0].split}: {errors[0].text}. Training with these data cannot be right; "
                 "`zoo data-check` tells more"
             )
+    sentences = [f"{dataset.split}: {notice}" for dataset in datasets for notice in dataset.notices]
+    sentences += [f"{facts.split}: {lossy_sentence(facts.notes)}" for facts in few if facts.notes.lossy_masks]
+    return sentences + same_images(datasets, few, val_is_train)
+
+
+def same_images(datasets: list[ImageDataset], few: list[SplitFacts], val_is_train: bool) -> list[str]:
+    """A sentence if validation shows the training images, which without `val_is_train` is a ValueError.
+
+    Splits count as the same if they have as many samples and the few that were read, evenly spread, are the same pixels.
+    """
+    if len(few) != 2 or few[0].samples != few[1].samples:
+        return []
+    train, val = (set(facts.prints) for facts in few)
+    if train != val or not len(val) == few[1].read > 0:  # of copies among themselves nothing is known
+        return []
+    text = f"training and validation are the same {few[0].samples} images, e.g. {next(iter(few[1].prints.values()))}"
+    if not val_is_train:
+        raise ValueError(
+            f"{type(datasets[0]).__name__}: {text}: no number would say how the model does on new images. Name another "
+            "validation split, or set data.val_is_train=true to overfit on purpose"
+        )
+    return [f"{text}: metrics say how well they are learnt by heart"]
 
 
 def progress(done: int, total: int) -> None:
@@ -441,12 +514,20 @@ def progress(done: int, total: int) -> None:
     print(f"\rread {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
 
-def check(data: DataConfig, task: Task, count: int | None = None, out: str | Path | None = None) -> int:
-    """`zoo data-check`: prints the report of a configuration's data; 0 if training may start, 1 if not."""
+def check(data: DataConfig, task: Task, count: int | None = None, out: str | Path | None = None, channels: int = 3) -> int:
+    """`zoo data-check`: prints the report of a configuration's data; 0 if training may start, 1 if not.
+
+    Args:
+        data: the `data` section.
+        task: is asked whether it can use the data.
+        count: samples of each split to read; None = all.
+        out: folder for pictures and numbers.
+        channels: model.in_chans.
+    """
     datasets = []
     for split in SPLITS:
         try:
-            datasets.append(open_split(data, split, task.targets(split)))
+            datasets.append(open_split(data, split, task.targets(split), channels))
         except (FileNotFoundError, ValueError) as error:
             print(f"ERROR   {split}: {error}")
     if not datasets:

@@ -4,12 +4,12 @@ import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import need, root_folder
+from train.data.finding import need, root_folder
 
 
 def latin1(value: str, encoding: str) -> bytes:
@@ -63,6 +63,7 @@ class Cifar10(ImageDataset):
     """root holds `cifar-10-batches-py` (or is that folder): data_batch_1..5 train, test_batch is the validation split."""
 
     provides = ("label",)
+    any_channels = False
     folder, train_files, val_files = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
     meta_file, label_key, names_key = "batches.meta", "labels", "label_names"
 
@@ -93,7 +94,7 @@ class Cifar10(ImageDataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index].copy(), "label": self.labels[index], "path": self.origins[index]}
 
 

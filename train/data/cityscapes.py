@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import images_in, need, read_ids, read_rgb, root_folder
+from train.data.finding import images_in, need, root_folder
 
 # (name, labelId, colour) of the classes that are evaluated, in the order of their trainIds
 TRAINED = [
@@ -46,12 +47,12 @@ class Cityscapes(ImageDataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         image = self.images[index]
-        sample = {"image": read_rgb(image), "path": image}
+        sample = {"image": self.image(image), "path": image}
         if "mask" in self.targets:
             path = self.mask_path(image)
-            ids = read_ids(path)
+            ids = self.ids(path)
             wrong = ((ids < 0) | (ids >= LABEL_IDS)) & (ids != 255)
             if wrong.any():
                 raise ValueError(

@@ -1,6 +1,7 @@
 """The handwritten digits that scikit-learn ships: 1797 real 8x8 images, no download (Alpaydin and Kaynak 1998, UCI)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -14,6 +15,7 @@ class Digits(ImageDataset):
 
     provides = ("label",)
     in_memory = True
+    any_channels = False
     classes = [str(digit) for digit in range(10)]
 
     def __init__(self, split: str, targets: tuple[str, ...], transform: Callable | None = None):
@@ -27,6 +29,6 @@ class Digits(ImageDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         row = int(self.indices[index])
         return {"image": self.images[row][None].repeat(3, 0), "label": self.labels[row], "path": f"digit-{row:04d}"}

@@ -1,59 +1,32 @@
 """Your own pairs: a folder of images beside a folder of masks, of depth maps, or of both, with the same file names."""
 
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from train.data.base import DescribedDataset
-from train.data.files import (
-    IMAGE_SUFFIXES,
-    id_array,
-    ids_from_colors,
-    map_ids,
-    need,
-    open_image,
-    read_depth,
-    read_list,
-    read_rgb,
-    rgb_array,
-    root_folder,
-)
-
-
-def by_name(folder: Path, suffix: str, extensions: tuple[str, ...], what: str) -> dict[str, Path]:
-    """Path below the folder without `suffix` and extension -> file, sorted.
-
-    Raises FileNotFoundError if there is none, ValueError if two files have one name: which one belongs to the image?
-    """
-    need(folder, what, "Folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder).with_suffix(""))
-        if path.suffix.lower() not in extensions or not name.endswith(suffix):
-            continue
-        name = name.removesuffix(suffix)
-        if name in found:
-            raise ValueError(f"Folder: {found[name]} and {path} have the same name; keep one of them")
-        found[name] = path
-    if not found:
-        raise FileNotFoundError(
-            f"Folder: looked for {what} in {folder}: no file ends in {', '.join(suffix + e for e in extensions)}"
-        )
-    return found
+from train.data.files import DEPTH_SUFFIXES, MASK_SUFFIXES
+from train.data.finding import by_name, fill_in, image_suffixes, read_names, root_folder
 
 
 class Folder(DescribedDataset):
     """Files matched by their path below the folder, without suffix. "{split}" in any argument becomes train or val.
 
-    images, masks, depths: folders below root. image_suffix, mask_suffix, depth_suffix: what follows the common name before the
-    extension, for files such as 7_color.jpg beside 7_depth.png ("_color", "_depth"). lists: a text file with one name per line
-    (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
-    palette: colours in class order. With it masks may be colour images; masks of one channel (colour table or not) are ids.
-    Other arguments: as in DescribedDataset.
+    Images are pictures, or .npy arrays (H W, C H W or H W C) in a folder without a picture; masks are pictures of one channel,
+    with a colour table or, given a palette, in colour, or integer arrays; depth maps are pictures of one channel, .pfm, .npy or
+    .npz. Raises FileNotFoundError for a missing folder, list or partner of an image; ValueError for masks without classes and
+    for an id_map or palette that leaves the classes.
 
-    Raises FileNotFoundError for a missing folder, list or partner of an image; ValueError for masks without classes and for
-    an id_map or palette that leaves the classes.
+    Args:
+        images: folder below root; masks and depths likewise.
+        image_suffix: what follows the common name before the extension, for files such as 7_color.jpg beside 7_depth.png
+            ("_color", "_depth"); mask_suffix and depth_suffix likewise.
+        lists: a text file with one name per line (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
+        palette: colours in class order. With it masks may be colour images, and the colour table of a palette image counts
+            by its colours, unless there is an id_map.
+        Others: as in DescribedDataset.
     """
 
     provides = ("mask", "depth")
@@ -86,48 +59,55 @@ class Folder(DescribedDataset):
         if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
             raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
 
-        def below(folder: str) -> Path:
-            return self.root / folder.format(split=split)
+        def below(key: str, pattern: str) -> Path:
+            return self.root / fill_in(pattern, split, f"data.args.{key}")
 
-        found = by_name(below(images), image_suffix, IMAGE_SUFFIXES, f"the {split} images")
-        if lists is None:
-            names = list(found)
-        else:
-            names = [row[0] for row in read_list(below(lists), 1, "Folder")]
-            names = [name if name in found else str(Path(name).with_suffix("")) for name in names]
-            absent = [name for name in names if name not in found]
-            if absent:
-                raise FileNotFoundError(f"Folder: {below(lists)} names {absent[0]!r}, and {below(images)} has no such image")
+        folder = below("images", images)
+        found = by_name(folder, image_suffix, image_suffixes(folder), f"the {split} images", "Folder")
+        names = list(found) if lists is None else listed(below("lists", lists), found, folder)
         self.images = [found[name] for name in names]
         self.partners: dict[str, list[Path]] = {}
-        for target, folder, suffix in (("mask", masks, mask_suffix), ("depth", depths, depth_suffix)):
+        for target, pattern, suffix, endings in (
+            ("mask", masks, mask_suffix, MASK_SUFFIXES),
+            ("depth", depths, depth_suffix, DEPTH_SUFFIXES),
+        ):
             if target not in targets:
                 continue
-            others = by_name(below(folder), suffix, (*IMAGE_SUFFIXES, ".npy"), f"the {split} {target}s")
+            folder = below(f"{target}s", pattern)
+            others = by_name(folder, suffix, endings, f"the {split} {target}s", "Folder")
             absent = [name for name in names if name not in others]
             if absent:
                 raise FileNotFoundError(
-                    f"Folder: {found[absent[0]]} has no {target}: looked for {absent[0]}{suffix}.* in {below(folder)}"
+                    f"Folder: {found[absent[0]]} has no {target}: looked for {absent[0]}{suffix}.* in {folder}"
                 )
             self.partners[target] = [others[name] for name in names]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> dict:
-        sample = {"image": read_rgb(self.images[index]), "path": self.images[index]}
+    def read(self, index: int) -> dict[str, Any]:
+        sample = {"image": self.image(self.images[index]), "path": self.images[index]}
         if "mask" in self.targets:
             path = self.partners["mask"][index]
-            sample.update(mask=self.read_mask(path), mask_path=path)
+            sample.update(mask=self.ids(path, palette=self.palette, id_map=self.id_map), mask_path=path)
         if "depth" in self.targets:
             path = self.partners["depth"][index]
-            depth = read_depth(path, self.depth.divisor, self.depth_invalid)
+            depth = self.metres(path, self.depth.divisor, self.depth_invalid)
             sample.update(depth=depth, depth_path=path)
         return sample
 
-    def read_mask(self, path: Path) -> np.ndarray:
-        """Class ids of a mask file, through the palette if it is in colour and through `id_map` if there is one."""
-        image = open_image(path)
-        if self.palette is not None and image.mode in ("RGB", "RGBA"):
-            return ids_from_colors(rgb_array(image), self.palette, self.ignore_index, path)
-        return map_ids(id_array(image, path), self.id_map, self.ignore_index, path)
+
+def listed(path: Path, found: Mapping[str, Path], folder: Path) -> list[str]:
+    """The names of a list as they are in `found`; each line is a name, with or without a suffix.
+
+    Pascal's lists of one class have a second column of -1, 0 or 1, which is passed over. FileNotFoundError for a name without
+    an image in `folder`.
+    """
+    names = []
+    for line in read_names(path, "Folder"):
+        first = re.sub(r"(\t.*|\s+(-1|0|1))$", "", line)
+        known = [name for text in (line, first) for name in (text, os.path.splitext(text)[0]) if name in found]
+        if not known:
+            raise FileNotFoundError(f"Folder: {path} names {first!r}, and {folder} has no such image")
+        names.append(known[0])
+    return names

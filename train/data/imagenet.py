@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import ImageNetInfo, create_dataset
 
 from train.data.base import ImageDataset
-from train.data.files import IMAGE_SUFFIXES, need, open_image, read_rgb, rgb_array, root_folder
+from train.data.finding import hidden, image_suffixes, need, read_list, read_text, root_folder, subfolders, walk
 
 
 class ClassFolder(ImageDataset):
@@ -46,25 +46,30 @@ class ClassFolder(ImageDataset):
     def index(self, base: Path) -> dict[str, int]:
         """Folder name -> class id; sets `classes`. base: the split's folder."""
         source = self.train if self.train.is_dir() else base
-        names = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
+        names = [folder.name for folder in subfolders(source)]
         self.classes = names
         return {name: i for i, name in enumerate(names)}
 
     def labelled(self, base: Path) -> list[tuple[Path, str]]:
         """(file, class name) of every image of a split, sorted."""
-        return [
-            (path, folder.name)
-            for folder in sorted(entry for entry in base.iterdir() if entry.is_dir())
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        found: list[tuple[Path, str]] = []
+        empty = []
+        for folder in subfolders(base):
+            suffixes = image_suffixes(folder)
+            inside = sorted(path for path in walk(folder) if path.suffix.lower() in suffixes)
+            found += [(path, folder.name) for path in inside]
+            empty += [] if inside else [folder.name]
+        if empty and found:
+            few = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
+            self.notices += (f"{len(empty)} class folders of {base} hold no image, and are classes all the same: {few}",)
+        return found
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         path, label = self.samples[index]
-        return {"image": read_rgb(path), "label": label, "path": path}
+        return {"image": self.image(path), "label": label, "path": path}
 
 
 class ImageNet(ClassFolder):
@@ -92,7 +97,7 @@ class TinyImageNet(ClassFolder):
     """
 
     def index(self, base: Path) -> dict[str, int]:
-        wnids = sorted(need(self.root / "wnids.txt", "the class list", "TinyImageNet").read_text().split())
+        wnids = sorted(read_text(need(self.root / "wnids.txt", "the class list", "TinyImageNet")).split())
         words = dict(line.split("\t", 1) for line in self._lines("words.txt") if "\t" in line)
         self.classes = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
         return {wnid: i for i, wnid in enumerate(wnids)}
@@ -100,12 +105,12 @@ class TinyImageNet(ClassFolder):
     def labelled(self, base: Path) -> list[tuple[Path, str]]:
         if not (base / "images").is_dir():
             return super().labelled(base)
-        rows = need(base / "val_annotations.txt", "the validation labels", "TinyImageNet").read_text().splitlines()
-        return [(base / "images" / row.split("\t")[0], row.split("\t")[1]) for row in rows if row.strip()]
+        rows = read_list(base / "val_annotations.txt", 2, "TinyImageNet")
+        return [(base / "images" / row[0], row[1]) for row in rows]
 
     def _lines(self, name: str) -> list[str]:
         path = self.root / name
-        return path.read_text().splitlines() if path.exists() else []
+        return read_text(path).splitlines() if path.exists() else []
 
 
 class TimmDataset(ImageDataset):
@@ -136,12 +141,18 @@ class TimmDataset(ImageDataset):
                 "and timm folders, tar files and hfds/ data sets"
             )
         self.reader, self.owner = self.data.reader, os.getpid()
+        foreign = sorted(name for name in getattr(self.reader, "class_to_idx", {}) if hidden(str(name)))
+        if foreign:
+            raise ValueError(
+                f"timm's reader takes the folder {foreign[0]} of another program for a class, which shifts the ids of all; "
+                "remove it, or read the folders with data.name=class_folder"
+            )
         self.classes = [str(i) for i in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         if self.owner != os.getpid():  # a loader worker must not share the place in an open tar with the others
             self.owner = os.getpid()
             close_tars(getattr(self.reader, "tar_state", None))
@@ -150,9 +161,9 @@ class TimmDataset(ImageDataset):
             place = self.data.filename(index)
         except (NotImplementedError, AttributeError, KeyError):
             place = str(index)
+        place = f"{self.root}#{place}"
         with content:
-            image = open_image(content, f"{self.root}#{place}")
-        return {"image": rgb_array(image), "label": label, "path": f"{self.root}#{place}"}
+            return {"image": self.image(content, place), "label": label, "path": place}
 
 
 def close_tars(state: Any) -> None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import inside, need, read_depth, read_list, read_rgb, root_folder
+from train.data.finding import inside, need, read_list, root_folder
 from train.depth import DepthSpec
 
 CROP = (352, 1216)  # the benchmark's: bottom, centred
@@ -44,17 +47,18 @@ class Kitti(ImageDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         path, depth_path = self.pairs[index]
-        image = read_rgb(path)
+        image = self.image(path)
         sample = {"image": self.cropped(image, path), "path": path}
         if "depth" in self.targets:
-            depth = read_depth(depth_path, self.depth.divisor)
-            self.check_size({**sample, "depth_path": depth_path}, "depth", depth, image.shape[-2:])  # before both are cropped
-            sample.update(depth=self.cropped(depth, depth_path), depth_path=depth_path)
+            depth = self.metres(depth_path, self.depth.divisor)
+            sample["depth_path"] = depth_path
+            self.check_size(sample, "depth", depth.shape, image.shape[-2:])  # before both are cropped
+            sample["depth"] = self.cropped(depth, depth_path)
         return sample
 
-    def cropped(self, values, path: Path):
+    def cropped(self, values: np.ndarray, path: Path) -> np.ndarray:
         """The benchmark crop of an array ... H W. ValueError names the file if it is smaller."""
         if not self.benchmark_crop:
             return values

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train.data.base import ImageDataset
-from train.data.files import inside, need, read_depth, read_ids, read_list, read_rgb, root_folder
+from train.data.finding import inside, need, read_list, root_folder, walk
 from train.depth import DepthSpec
 
 SPEC = DepthSpec(divisor=1000, min_depth=1e-3, max_depth=10.0)
@@ -50,7 +52,7 @@ class NYUv2(ImageDataset):
             rows = read_list(listing, 2, "NYUv2")
             self.pairs = [(inside(folder, row[0]), inside(folder, row[1])) for row in rows if row[1] != "None"]
         else:
-            images = sorted(folder.rglob("rgb_*.jpg"))
+            images = sorted(path for path in walk(folder) if fnmatch(path.name, "rgb_*.jpg"))
             self.pairs = [(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
         if not self.pairs:
             raise FileNotFoundError(f"NYUv2: looked for {listing} and for <scene>/rgb_*.jpg below {folder}: neither is there")
@@ -62,14 +64,14 @@ class NYUv2(ImageDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         image, depth = self.pairs[index]
-        sample = {"image": read_rgb(image), "path": image}
+        sample = {"image": self.image(image), "path": image}
         if "depth" in self.targets:
-            sample.update(depth=read_depth(depth, self.depth.divisor), depth_path=depth)
+            sample.update(depth=self.metres(depth, self.depth.divisor), depth_path=depth)
         if "mask" in self.targets:
             path = self.labels / f"{re.findall(r'[0-9]+', image.stem)[-1]}.png"
-            ids = read_ids(path)
+            ids = self.ids(path)
             sample.update(mask=np.where(ids == len(CLASSES), self.ignore_index, ids), mask_path=path)
         return sample
 
@@ -81,6 +83,7 @@ class NYUv2Mat(ImageDataset):
     """
 
     provides = ("depth",)
+    any_channels = False
     depth = DepthSpec(divisor=1, min_depth=1e-3, max_depth=10.0)
 
     def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
@@ -111,7 +114,7 @@ class NYUv2Mat(ImageDataset):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": None}  # an open file does not travel to a worker
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         import h5py
 
         if self._open is None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from train.data.base import DescribedDataset
-from train.data.files import id_array, map_ids, open_image, read_depth, rgb_array, root_folder
+from train.data.finding import root_folder
 
 
 class Packed(DescribedDataset):
@@ -29,23 +29,23 @@ class Packed(DescribedDataset):
 
     @abc.abstractmethod
     def parts(self, index: int) -> tuple[str, dict[str, Any]]:
-        """(what errors call the sample, {"image": bytes, "label": int or text, "mask": bytes, "depth": (bytes, suffix)})."""
+        """(what errors call the sample, {"image": bytes, "label": int or text, "mask" and "depth": (bytes, suffix)})."""
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         place, parts = self.parts(index)
-        sample: dict[str, Any] = {"path": place, "image": rgb_array(open_image(io.BytesIO(parts["image"]), place))}
+        sample: dict[str, Any] = {"path": place, "image": self.image(io.BytesIO(parts["image"]), place)}
         if "label" in self.targets:
             try:
                 sample["label"] = int(parts["label"])
             except ValueError:
                 raise ValueError(f"{place}: the label must be a whole number, got {parts['label']!r}") from None
         if "mask" in self.targets:
-            ids = id_array(open_image(io.BytesIO(parts["mask"]), f"{place} (mask)"), f"{place} (mask)")
-            sample["mask"] = map_ids(ids, self.id_map, self.ignore_index, place)
+            content, suffix = parts["mask"]
+            sample["mask"] = self.ids(io.BytesIO(content), f"{place} (mask){suffix}", id_map=self.id_map)
         if "depth" in self.targets:
             content, suffix = parts["depth"]
             source = Path(f"{place} (depth){suffix}")
-            sample["depth"] = read_depth(source, self.depth.divisor, self.depth_invalid, io.BytesIO(content))
+            sample["depth"] = self.metres(source, self.depth.divisor, self.depth_invalid, io.BytesIO(content))
         return sample
 
 
@@ -131,8 +131,9 @@ class Shards(Packed):
                 parts[part] = file.read(size)
         if "label" in parts:
             parts["label"] = parts["label"].decode(errors="replace").strip()
-        if "depth" in parts:
-            parts["depth"] = parts["depth"], Path(self.endings["depth"][0]).suffix or f".{self.endings['depth'][0]}"
+        for part in ("mask", "depth"):
+            if part in parts:
+                parts[part] = (parts[part], "." + self.endings[part][0].rpartition(".")[2])
         return f"{path}#{self.keys[index].decode()}", parts
 
 
@@ -221,5 +222,5 @@ class HuggingFace(Packed):
             value = row[self.columns[key]]
             if key != "label":
                 value = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-            parts[key] = (value, ".png") if key == "depth" else value
+            parts[key] = (value, ".png") if key in ("mask", "depth") else value
         return f"{self.place}#{index}", parts

@@ -9,6 +9,7 @@ World axes: x right, y up, z forward; metres. The camera stands at the origin, `
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class Scenes(ImageDataset):
 
     provides = ("mask", "depth")
     in_memory = True
+    any_channels = False
     classes = CLASSES
     palette = PALETTE
     depth = DepthSpec(min_depth=0.5, max_depth=10.0)
@@ -58,7 +60,7 @@ class Scenes(ImageDataset):
     def __len__(self) -> int:
         return self.count
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         if index not in self.rendered:
             stream = (self.seed, 0 if self.split == "train" else 1, index)
             self.rendered[index] = render(np.random.default_rng(stream), *self.size)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from train.data.base import ImageDataset
-from train.data.files import inside, need, read_depth, read_list, read_rgb, root_folder
+from train.data.finding import inside, need, read_list, root_folder
 from train.depth import DepthSpec
 
 
@@ -40,9 +41,9 @@ class SevenScenes(ImageDataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def read(self, index: int) -> dict:
+    def read(self, index: int) -> dict[str, Any]:
         image, depth = self.pairs[index]
-        sample = {"image": read_rgb(image), "path": image}
+        sample = {"image": self.image(image), "path": image}
         if "depth" in self.targets:
-            sample.update(depth=read_depth(depth, self.depth.divisor, invalid=(0, 65535)), depth_path=depth)
+            sample.update(depth=self.metres(depth, self.depth.divisor, invalid=(0, 65535)), depth_path=depth)
         return sample
