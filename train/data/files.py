@@ -158,7 +158,9 @@ def open_image(source: Source, place: str | None = None, max_pixels: int = MAX_P
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none or it is no number of 1..8."""
     try:
-        value = image.getexif().get(ORIENTATION, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a damaged EXIF block says nothing, and the pixels may be whole
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
