@@ -86,7 +86,7 @@ def test_a_folder_without_pictures_may_hold_arrays(tmp_path):
 def test_data_in_memory_become_grey_and_nothing_else():
     section = DataConfig("scenes", args={"count": 1, "val_count": 1, "size": (16, 16)})
     three, one = (open_split(section, "train", ("mask",), channels)[0]["image"] for channels in (3, 1))
-    assert torch.equal(one[0], torch.from_numpy(np.asarray(Image.fromarray(three.permute(1, 2, 0).numpy()).convert("L"))))
+    assert torch.equal(one[0], torch.from_numpy(np.array(Image.fromarray(three.permute(1, 2, 0).numpy()).convert("L"))))
     values = {"task": {"name": "segmentation", "num_classes": 6}, "model": {"in_chans": 4}, "optim": {"steps": 1}}
     with pytest.raises(ValueError, match="model.in_chans is 4, and the images of scenes have 3 channels; set it to 3, or 1"):
         resolve(values | {"data": {"mean": [0.5], "std": [0.2]}})
@@ -100,7 +100,7 @@ def test_data_in_memory_become_grey_and_nothing_else():
     [
         ({"data": {"image_range": [1, 0]}}, r"data.image_range: scenes|data.image_range is for image files"),
         ({"data": {"name": "folder", "root": "x", "image_range": [5, 5]}}, "must be .black, white. with black < white"),
-        ({"data": {"max_pixels": 0}}, "data.max_pixels must be positive, got 0"),
+        ({"data": {"max_pixels": 0}}, "data.max_pixels"),
         ({"augment": {"color_jitter": 0.4}, "model": {"in_chans": 4}}, "color_jitter changes grey and RGB images"),
     ],
 )
