@@ -21,6 +21,7 @@ from timm.models.beit import Block as BeitBlock
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 Part = Any  # an nn.Module of timm, whose attributes timm does not declare
@@ -45,10 +46,17 @@ def blocks_of(model: Part) -> nn.Sequential:
         if type(block) not in BLOCKS:
             kinds = ", ".join(kind.__name__ for kind in BLOCKS)
             raise ValueError(f"blocks.{i} of this {name} is a {type(block).__name__}; understood are {kinds}")
-        if not isinstance(block.attn, ATTENTIONS):
+        if type(block.attn) not in ATTENTIONS and not getattr(block.attn, "by_parts", False):
             kinds = ", ".join(kind.__name__ for kind in ATTENTIONS)
             raise ValueError(f"blocks.{i}.attn of this {name} is a {type(block.attn).__name__}; understood are {kinds}")
     return model.blocks
+
+
+def plain_weights(model: nn.Module, edit: str) -> None:
+    """ValueError if a layer's weight is computed from others, so that what `edit` writes into it would be lost."""
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{edit} needs plain weights, and {name} is parametrised: apply {edit} before sigma_reparam")
 
 
 class Skip(nn.Module):

@@ -15,12 +15,29 @@ from typing import Any
 
 from torch import nn
 
+from backbones.edits.depth import drop_blocks, expand_depth, repeat_blocks
+from backbones.edits.initialisation import mimetic_init, sub_ln
+from backbones.edits.merging import token_merging
+from backbones.edits.progressive_norm import prepbn
+from backbones.edits.pruning import prune
 from backbones.edits.registers import add_test_time_registers
-from backbones.edits.token_merging import token_merging
+from backbones.edits.relative_position import irpe
+from backbones.edits.sigma import sigma_reparam
+from backbones.edits.sparsity import topk_mlp
 
 EDITS: dict[str, Callable[..., nn.Module]] = {
+    "drop_blocks": drop_blocks,
+    "expand_depth": expand_depth,
+    "irpe": irpe,
+    "mimetic_init": mimetic_init,
+    "prepbn": prepbn,
+    "prune": prune,
+    "repeat_blocks": repeat_blocks,
+    "sigma_reparam": sigma_reparam,
+    "sub_ln": sub_ln,
     "test_time_registers": add_test_time_registers,
     "token_merging": token_merging,
+    "topk_mlp": topk_mlp,
 }
 
 
@@ -52,7 +69,11 @@ def apply(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
 def _edited(model: nn.Module, steps: Sequence[tuple[str, dict[str, Any]]]) -> nn.Module:
     for wrapped in ("backbone", "model"):
         if isinstance(inner := getattr(model, wrapped, None), nn.Module):
-            setattr(model, wrapped, _edited(inner, steps))
+            depth = len(getattr(inner, "feature_info", ()))
+            edited = _edited(inner, steps)
+            if len(getattr(edited, "feature_info", ())) != depth:
+                raise ValueError("the number of blocks changes, and with it the levels under a head: edit the backbone first")
+            setattr(model, wrapped, edited)
             return model
     for name, args in steps:
         model = EDITS[name](model, **args)

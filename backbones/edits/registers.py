@@ -116,8 +116,12 @@ def add_test_time_registers(
         raise ValueError(
             "this model pools over its prefix tokens, so registers would change its output; use another global_pool"
         )
+    if any(hasattr(module, "rpe_skip") for module in model.modules()):
+        raise ValueError("relative positions are laid out for the tokens there are: add registers before irpe")
     for layer, units in neurons.items():
         check_neurons(blocks, layer, units)
+    if len({id(blocks[layer].mlp) for layer in neurons}) < len(neurons):
+        raise ValueError("two of these layers repeat the same block and share its MLP: name it once")
     _take_prefix_out_of_position_embedding(model)
     first = model.num_prefix_tokens
     trained = model.reg_token

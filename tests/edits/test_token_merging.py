@@ -12,7 +12,7 @@ from vits import KINDS, OTHERS, small
 import backbones  # noqa: F401  (registers our models with timm)
 import heads
 from backbones import edits
-from backbones.edits.token_merging import Match, MergingStream, match, merge, schedule, token_merging
+from backbones.edits.merging import Match, MergingStream, match, merge, schedule, token_merging
 from backbones.vit import Skip, restream
 
 MODELS = golden.cases("edit_tome_", exclude="edit_tome_op")

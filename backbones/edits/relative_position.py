@@ -1,0 +1,225 @@
+"""iRPE: relative positions of image patches that act on queries, keys and values.
+
+Paper:  Wu et al. 2021, "Rethinking and Improving Relative Position Encoding for Vision Transformer",
+        https://arxiv.org/abs/2107.14222
+Source: github.com/microsoft/Cream @ 4a13c40 (MIT), iRPE/DeiT-with-iRPE; names of the tables are the authors'.
+Differs from the source: any grid (the authors infer a square one), any number of prefix tokens, timm's other attentions (RoPE:
+the tables meet rotated queries and keys), no compiled op.
+
+Shapes: B batch, N tokens, h heads, d channels of a head, P prefix tokens, R buckets.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from backbones.vit import Part, TokenStream, blocks_of, finish, position_bias, project, rotate
+
+METHODS = ("product", "euc", "quant", "cross")
+
+
+def piecewise(offset: Tensor, ratio: float) -> Tensor:
+    """Offsets -> whole numbers: as they are up to `ratio`, then by their logarithm, at most 2 * ratio (paper, eq. 18)."""
+    alpha, beta, gamma = ratio, 2 * ratio, 8 * ratio
+    offset = offset.float()
+    size = offset.abs()
+    far = alpha + (size.clamp_min(1e-12) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+    far = offset.sign() * far.round().clamp_max(beta)  # of the float beta: with 1.9 a 4 becomes 3.8, then 3
+    return torch.where(size <= alpha, offset.round(), far).trunc().long()
+
+
+def buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tuple[Tensor, ...]:
+    """Bucket of every pair (query, key), N N; two tables for "cross", rows and columns. skip: prefix tokens."""
+    if torch.compiler.is_compiling():  # tensors of a trace must not stay in the cache
+        return _buckets.__wrapped__(method, height, width, skip, ratio)
+    return _buckets(method, height, width, skip, ratio)
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tuple[Tensor, ...]:
+    reach = int(2 * ratio)
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
+    down, right = rows[:, None] - rows, columns[:, None] - columns
+    if method == "product":
+        found = [(piecewise(down, ratio) + reach) * (2 * reach + 1) + piecewise(right, ratio) + reach]
+    elif method == "euc":
+        found = [piecewise((down.square() + right.square()).float().sqrt().round(), ratio) + reach]
+    elif method == "quant":
+        found = [piecewise(down.square() + right.square(), ratio) + reach]
+    else:
+        found = [piecewise(down, ratio) + reach, piecewise(right, ratio) + reach]
+    if skip:
+        last = bucket_count(method, 0, ratio)
+        padded = [torch.full((skip + len(table),) * 2, last) for table in found]
+        for whole, table in zip(padded, found, strict=True):
+            whole[skip:, skip:] = table
+        found = padded
+    return tuple(found)
+
+
+def bucket_count(method: str, skip: int, ratio: float) -> int:
+    """Columns of a table: one more where there are prefix tokens, for every pair with one of them."""
+    side = 2 * int(2 * ratio) + 1
+    return (side**2 if method == "product" else side) + (skip > 0)
+
+
+class Table(nn.Module):
+    """Learnt entries by bucket; zeros at the start.
+
+    Args:
+        heads: 1 where all heads share them.
+        width: d for contextual entries, None for plain biases.
+        count: buckets.
+        values: entries are added to values, so their axes are turned.
+    """
+
+    def __init__(self, heads: int, width: int | None, count: int, values: bool = False):
+        super().__init__()
+        self.values = values
+        if width is None:
+            self.lookup_table_bias = nn.Parameter(torch.zeros(heads, count))
+        else:
+            shape = (heads, count, width) if values else (heads, width, count)
+            self.lookup_table_weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x: queries or keys B h N d -> scores B h N N; with `values`: attention B h N N -> what to add, B h N d."""
+        if self.values:
+            table = self.lookup_table_weight
+            sums = x.new_zeros(*x.shape[:3], table.shape[1]).scatter_add(3, ids.expand_as(x), x)
+            return sums @ table
+        if not hasattr(self, "lookup_table_weight"):
+            return self.lookup_table_bias[:, ids][None]
+        return (x @ self.lookup_table_weight).gather(3, ids.expand(*x.shape[:2], -1, -1))
+
+
+class Cross(nn.Module):
+    """Rows and columns with a table each, results added."""
+
+    def __init__(self, heads: int, width: int | None, count: int, values: bool = False):
+        super().__init__()
+        self.rp_rows = Table(heads, width, count, values)
+        self.rp_cols = Table(heads, width, count, values)
+
+    def forward(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.rp_rows(x, rows) + self.rp_cols(x, columns)
+
+
+class RelativeAttention(nn.Module):
+    """A mixin over timm's attentions: their forward with iRPE's terms, and unfused where values have one."""
+
+    rpe: tuple[str, float]  # method, ratio
+    grid_source: list[Part]  # the patch embedding, in a list so that it is no submodule here
+    rpe_skip: int
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        attn: Part = self
+        if is_causal:
+            raise ValueError("attention with relative positions takes a mask, not is_causal")
+        q, k, v = rotate(attn, *project(attn, x), rope)
+        grid = grid_for(self.grid_source[0], x.shape[1] - self.rpe_skip)
+        ids = [table.to(x.device) for table in buckets(self.rpe[0], *grid, self.rpe_skip, self.rpe[1])]
+        q = q * attn.scale
+        scores = q @ k.mT
+        if attn.rpe_k is not None:
+            scores = scores + attn.rpe_k(q, *ids)
+        if attn.rpe_q is not None:
+            scores = scores + attn.rpe_q(k * attn.scale, *ids).mT
+        for mask in (position_bias(attn, shared_rel_pos_bias), attn_mask):
+            scores = scores if mask is None else scores + mask
+        attention = attn.attn_drop(scores.softmax(-1))
+        mixed = attention @ v
+        if attn.rpe_v is not None:
+            mixed = mixed + attn.rpe_v(attention, *ids)
+        return finish(attn, x, mixed)
+
+
+def grid_for(embed: Part, patches: int) -> tuple[int, int]:
+    """Height and width of the grid at hand: that of the last image where sizes change, else the one it was built for."""
+    grid = getattr(embed, "last_grid", None) or tuple(embed.grid_size)
+    if math.prod(grid) != patches:
+        raise ValueError(f"{patches} patches do not lie on a grid of {grid[0]} x {grid[1]}: relative positions are not known")
+    return grid
+
+
+class NotedGrid(nn.Module):
+    """A mixin over a patch embedding that notes the grid of the image it has just embedded."""
+
+    last_grid: tuple[int, int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.last_grid = (out.shape[1], out.shape[2])
+        return out
+
+
+_mixed: dict[tuple[type, type], type] = {}
+
+
+def mixed_into(module: nn.Module, mixin: type) -> None:
+    """Put a mixin over a module's class, in place."""
+    key = (mixin, type(module))
+    if key not in _mixed:
+        _mixed[key] = type(f"{mixin.__name__}{key[1].__name__}", key, {"__module__": __name__})
+    module.__class__ = _mixed[key]
+
+
+def irpe(
+    model: nn.Module,
+    rpe_on: Literal["q", "k", "v", "qk", "kv", "qv", "qkv"] = "k",
+    method: Literal["product", "euc", "quant", "cross"] = "product",
+    mode: Literal["ctx", "bias"] = "ctx",
+    ratio: float = 1.9,
+    shared_head: bool = True,
+) -> nn.Module:
+    """Give every attention of a ViT relative positions of its patches, in place; tables of zeros change nothing at first.
+
+    Args:
+        model: timm's VisionTransformer, Eva or Beit, whose tokens are not merged.
+        rpe_on: what the tables act on; "v" needs mode "ctx".
+        method: how offsets fall into buckets; the authors' ratio is 1.9 for "product", 20 for "euc", "cross", 33 for "quant".
+        mode: entries that meet queries, keys or attention ("ctx"), or plain biases.
+        ratio: offsets up to this many patches are told apart exactly, "quant": of squared distances.
+        shared_head: all heads of a block share a table.
+    """
+    if method not in METHODS or mode not in ("ctx", "bias"):
+        raise ValueError(f"method must be one of {', '.join(METHODS)} and mode ctx or bias, got {method!r}, {mode!r}")
+    if not rpe_on or set(rpe_on) - set("qkv") or len(set(rpe_on)) != len(rpe_on):
+        raise ValueError(f"rpe_on takes some of q, k and v, e.g. 'qk', got {rpe_on!r}")
+    if mode == "bias" and "v" in rpe_on:
+        raise ValueError("values take contextual entries only: rpe_on without 'v', or mode 'ctx'")
+    if ratio <= 0:
+        raise ValueError(f"ratio must be positive, got {ratio}")
+    if isinstance(model, TokenStream):
+        raise ValueError("tokens of this model are merged and leave the grid: apply irpe to a model without token merging")
+    vit: Part = model
+    attentions: dict[int, Part] = {id(block.attn): block.attn for block in blocks_of(model) if hasattr(block, "attn")}
+    if getattr(vit, "dynamic_img_size", False):
+        mixed_into(vit.patch_embed, NotedGrid)
+    for attn in attentions.values():  # each once, however many blocks share it
+        add_tables(attn, vit.num_prefix_tokens, rpe_on, method, mode, ratio, shared_head)
+        attn.grid_source = [vit.patch_embed]
+    return model
+
+
+def add_tables(attn: Part, skip: int, rpe_on: str, method: str, mode: str, ratio: float, shared_head: bool) -> None:
+    """Tables for one attention and the forward that uses them, in place; see irpe for the arguments, skip = prefix tokens."""
+    kind = Cross if method == "cross" else Table
+    heads, width = 1 if shared_head else attn.num_heads, attn.proj.in_features // attn.num_heads
+    like = attn.proj.weight
+    for name in "qkv":
+        table = kind(heads, width if mode == "ctx" else None, bucket_count(method, skip, ratio), values=name == "v")
+        setattr(attn, f"rpe_{name}", table.to(like) if name in rpe_on else None)
+    mixed_into(attn, RelativeAttention)
+    attn.rpe, attn.rpe_skip = (method, ratio), skip
