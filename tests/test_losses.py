@@ -315,3 +315,44 @@ def test_a_gpu_gives_the_same_loss_and_gradient(name):
         value.backward()
         results.append((value.detach().cpu(), p.grad.cpu()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+# What a model says where nothing is known
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("name", SEGMENTATION_LOSSES)
+def test_logits_at_void_pixels_reach_neither_loss_nor_gradient(name, value):
+    torch.manual_seed(0)
+    logits, mask = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+    mask[:, 1:3] = 255
+    odd = logits.clone()
+    odd[:, :, 1:3] = value
+    loss, want = SEGMENTATION_LOSSES[name](odd.requires_grad_(), mask), SEGMENTATION_LOSSES[name](logits.requires_grad_(), mask)
+    assert loss.item() == want.item()
+    assert torch.equal(torch.autograd.grad(loss, odd)[0], torch.autograd.grad(want, logits)[0])
+    nothing = SEGMENTATION_LOSSES[name](odd, torch.full_like(mask, 255))
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, odd)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("name", DEPTH_LOSSES)
+def test_predictions_at_missing_readings_reach_neither_loss_nor_gradient(name, value):
+    torch.manual_seed(0)
+    pred, target = torch.rand(2, 1, 6, 7) + 0.5, torch.rand(2, 1, 6, 7) + 0.5
+    target[:, :, 2:4] = 0
+    odd = pred.clone()
+    odd[:, :, 2:4] = value
+    loss, want = DEPTH_LOSSES[name](odd.requires_grad_(), target), DEPTH_LOSSES[name](pred.requires_grad_(), target)
+    assert loss.item() == want.item() and loss.isfinite()
+    assert torch.equal(torch.autograd.grad(loss, odd)[0], torch.autograd.grad(want, pred)[0])
+    nothing = DEPTH_LOSSES[name](odd, torch.zeros_like(target))
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, odd)[0].abs().max() == 0
+
+
+def test_berhu_of_enormous_residuals_is_finite():
+    """Residuals 1e30 and 0, c = 2e29: ((1e60 + 4e58) / 4e29 + 0) / 2 = 1.3e30, gradient r / c / 2 = 2.5 for the first."""
+    pred = torch.tensor([[[1e30 + 1, 1.0]]], requires_grad=True)
+    loss = berhu(pred, torch.ones(1, 1, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.3e30, rel=1e-6) and pred.grad.flatten().tolist() == pytest.approx([2.5, 0.0])

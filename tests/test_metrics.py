@@ -274,3 +274,30 @@ def test_predictions_on_a_gpu_are_counted_wherever_the_sums_live(where):
         other.update(prediction.cuda(), {key: value.cuda() for key, value in targets.items()})
         assert all(value.device.type == where for value in other.sums.values())
         assert other.compute() == pytest.approx(plain.compute(), rel=1e-6)
+
+
+def test_both_silogs_are_given_and_named():
+    """Log differences log 2 and 0: mean square a^2 / 2, square of the mean a^2 / 4."""
+    a = math.log(2.0)
+    for average in ("image", "pixel"):
+        metric = DepthMetric(DepthSpec(), average=average)
+        metric.update(torch.tensor([[[[4.0, 2.0]]]]), {"depth": torch.full((1, 1, 1, 2), 2.0)})
+        found = metric.compute()
+        assert found["silog"] == pytest.approx(math.sqrt(a * a / 2 - a * a / 8))
+        assert found["silog_1"] == pytest.approx(math.sqrt(a * a / 2 - a * a / 4))
+    assert "silog with lambda 0.5, silog_1 with lambda 1" in metric.protocol
+
+
+def test_the_protocol_of_kitti_says_of_which_frame_its_crops_are(tmp_path):
+    from train import config, evaluation
+
+    values = {
+        "task": {"name": "depth", "max_depth": 80.0, "crop": "garg"},
+        "model": {"backbone": "test_resnet", "head": "linear"},
+        "data": {"name": "kitti", "root": str(tmp_path), "size": [32, 64]},
+        "optim": {"steps": 1},
+    }
+    for args, words in (({}, "frames: benchmark crop 352x1216"), ({"benchmark_crop": False}, "frames: full")):
+        values["data"]["args"] = args
+        resolved = config.resolve(values)
+        assert words in evaluation.protocol(config.build_task(resolved), resolved)

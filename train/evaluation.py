@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from train import config as configuration
 from train import loader
 from train.damaged import Damaged
+from train.data import DATASETS
 from train.inference import Predictor
 from train.schema import Config, InferConfig
 from train.setup import build, dataset, load_weights, start
@@ -67,6 +68,8 @@ def protocol(task: Task, config: Config) -> str:
     parts = [task.metric().protocol]
     if task.average is not None:
         run = Predictor(nn.Identity(), average=task.average, **dataclasses.asdict(config.infer))
+        frame = DATASETS[config.data.name].frame(config.data.args)
+        parts += [frame] if frame else []
         parts += [describe_evaluation(tuple(config.data.size), config.data.eval_resize), run.protocol]
     return "; ".join(parts)
 

@@ -22,6 +22,11 @@ def check_segmentation(logits: Tensor, mask: Tensor) -> None:
         raise ValueError(f"want logits B K H W and mask B H W of one size, got {tuple(logits.shape)} and {tuple(mask.shape)}")
 
 
+def without_void(logits: Tensor, mask: Tensor, ignore_index: int) -> Tensor:
+    """The logits in float32, 0 at void pixels: whatever a model says there, NaN included, reaches neither loss nor gradient."""
+    return logits.float().masked_fill((mask == ignore_index)[:, None], 0.0)
+
+
 def weight_vector(class_weight: Tensor | list[float] | None, logits: Tensor) -> Tensor | None:
     """Class weights as float32 K where the logits are. ValueError for another number of them."""
     if class_weight is None:
@@ -61,17 +66,29 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     average: Literal["valid", "all"] = "valid",
 ) -> Tensor:
-    """Cross entropy per pixel.
+    """Cross entropy per pixel, a mean.
 
-    average: "valid" divides by the valid pixels (with `class_weight`, K, by the sum of their weights, as torch does); "all"
-    divides by every pixel, void included, as mmsegmentation does by default (avg_non_ignore=False).
+    Args:
+        logits: B K H W.
+        mask: B H W class ids.
+        ignore_index: the id of void.
+        class_weight: one per class, K.
+        label_smoothing: share of the target spread over all classes.
+        average: "valid" divides by the valid pixels, with class weights by the sum of the weights of their classes, as torch
+            does; "all" by every pixel, void included. mmsegmentation 1.2.2 by default (avg_non_ignore=False) does what "all"
+            does without class weights, and what "valid" does with them (it cannot have void then).
     """
     check_segmentation(logits, mask)
     if average not in ("valid", "all"):
         raise ValueError(f"average must be 'valid' or 'all', got {average!r}")
     weight = weight_vector(class_weight, logits)
     total = F.cross_entropy(
-        logits.float(), mask.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        without_void(logits, mask, ignore_index),
+        mask.long(),
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum",
     )
     if average == "all":
         return total / mask.numel()
@@ -89,7 +106,8 @@ def focal(
     check_segmentation(logits, mask)
     valid = mask != ignore_index
     weight = weight_vector(class_weight, logits)
-    plain = F.cross_entropy(logits.float(), mask.long(), ignore_index=ignore_index, reduction="none")  # 0 at void pixels
+    logits = without_void(logits, mask, ignore_index)
+    plain = F.cross_entropy(logits, mask.long(), ignore_index=ignore_index, reduction="none")  # 0 at void pixels
     loss = (1 - torch.exp(-plain)) ** gamma * plain
     if weight is not None:
         loss = loss * weight[torch.where(valid, mask, 0).long()]
@@ -99,13 +117,15 @@ def focal(
 def ohem(logits: Tensor, mask: Tensor, ignore_index: int = 255, threshold: float = 0.7, min_kept: int = 100_000) -> Tensor:
     """Online hard example mining: the mean cross entropy of the pixels whose true class has a probability below `threshold`.
 
-    If fewer than min_kept pixels per image are that hard, the hardest min_kept (times the batch) are taken (mmsegmentation's
-    OHEMPixelSampler).
+    If fewer than min_kept pixels per image are that hard, the hardest min_kept (times the batch) are taken. The pixels are
+    those of mmsegmentation's OHEMPixelSampler; the mean is over the pixels taken, where its decode heads divide the same sum by
+    all pixels, so a factor that was tuned there is smaller here by the share of pixels taken.
     """
     check_segmentation(logits, mask)
     if not 0 < threshold <= 1 or min_kept < 1:
         raise ValueError(f"need 0 < threshold <= 1 and min_kept >= 1, got {threshold} and {min_kept}")
-    loss = F.cross_entropy(logits.float(), mask.long(), ignore_index=ignore_index, reduction="none").flatten()
+    logits = without_void(logits, mask, ignore_index)
+    loss = F.cross_entropy(logits, mask.long(), ignore_index=ignore_index, reduction="none").flatten()
     valid = (mask != ignore_index).flatten()
     probability = torch.where(valid, torch.exp(-loss.detach()), torch.inf)
     place = (valid.sum() - 1).clamp(0, min_kept * len(mask) - 1)  # of the last of the hardest min_kept
@@ -129,7 +149,7 @@ def dice(
     if classes not in ("present", "all"):
         raise ValueError(f"classes must be 'present' or 'all', got {classes!r}")
     valid = (mask != ignore_index)[:, None]
-    p = logits.float().softmax(1) * valid
+    p = without_void(logits, mask, ignore_index).softmax(1) * valid
     g = F.one_hot(torch.where(valid[:, 0], mask, 0).long(), logits.shape[1]).movedim(-1, 1) * valid
     p_sum, g_sum, both = p.sum((0, 2, 3)), g.sum((0, 2, 3)), (p * g).sum((0, 2, 3))
     loss = 1 - (2 * both + smooth) / (p_sum + g_sum + smooth)
@@ -155,9 +175,10 @@ def lovasz(
         parts = [lovasz(logits[i : i + 1], mask[i : i + 1], ignore_index, classes) for i in range(len(mask))]
         return torch.stack(parts).mean()
     valid = mask != ignore_index
-    p = logits.float().softmax(1).movedim(1, -1)[valid]  # N K
+    logits = without_void(logits, mask, ignore_index)
+    p = logits.softmax(1).movedim(1, -1)[valid]  # N K
     if not len(p):
-        return logits.float().sum() * 0
+        return logits.sum() * 0
     g = F.one_hot(mask[valid].long(), logits.shape[1]).float()
     errors, order = (g - p).abs().sort(0, descending=True)
     g = g.gather(0, order)
@@ -183,7 +204,8 @@ SEGMENTATION_LOSSES: dict[str, Callable[..., Tensor]] = {
 def depth_maps(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(prediction, target, valid) as B H W: float32, float32, bool. Valid is target > 0 and inside `mask` if one is given.
 
-    The target is 1 where it is missing, so that logarithms and quotients of it stay finite.
+    Prediction and target are 1 where the target is missing: logarithms and quotients stay finite, and whatever a model says
+    there, NaN included, reaches neither loss nor gradient.
     """
     if pred.shape != target.shape or (mask is not None and mask.shape != target.shape):
         shapes = f"{tuple(pred.shape)}, {tuple(target.shape)}" + ("" if mask is None else f", {tuple(mask.shape)}")
@@ -195,7 +217,7 @@ def depth_maps(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> tupl
     valid = (target > 0) & target.isfinite()
     if mask is not None:
         valid = valid & (mask > 0)
-    return pred.float(), torch.where(valid, target, 1).float(), valid
+    return torch.where(valid, pred.float(), 1), torch.where(valid, target, 1).float(), valid
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
@@ -236,7 +258,9 @@ def berhu(pred: Tensor, target: Tensor, mask: Tensor | None = None, threshold: f
     pred, target, valid = depth_maps(pred, target, mask)
     residual = torch.where(valid, (pred - target).abs(), 0)
     c = threshold * residual.detach().amax().clamp_min(1e-12)
-    return masked_mean(torch.where(residual <= c, residual, (residual**2 + c**2) / (2 * c)), valid)
+    return masked_mean(
+        torch.where(residual <= c, residual, (residual * (residual / c) + c) / 2), valid
+    )  # no square: it overflows
 
 
 def sigloss(

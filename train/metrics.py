@@ -131,8 +131,8 @@ class SegmentationMetric(Metric):
 
 CROPS = {
     "nyu": "nyu (rows 45:471, columns 41:601)",
-    "eigen": "eigen (KITTI, rows 0.332-0.914, columns 0.036-0.964)",
-    "garg": "garg (KITTI, rows 0.408-0.992, columns 0.036-0.964)",
+    "eigen": "eigen (KITTI, rows 0.332-0.914, columns 0.036-0.964 of the frame)",
+    "garg": "garg (KITTI, rows 0.408-0.992, columns 0.036-0.964 of the frame)",
 }
 
 
@@ -140,7 +140,8 @@ def crop_rows_columns(crop: str, height: int, width: int) -> tuple[slice, slice]
     """The region of a published depth evaluation: rows and columns of a height x width map.
 
     "nyu": rows 45:471, columns 41:601 of 480x640 (Eigen et al. 2014's NYUv2 crop); "eigen" and "garg": the KITTI crops of
-    Eigen et al. 2014 and Garg et al. 2016, given as fractions (117:321 and 143:349, columns 43:1172, of 352x1216).
+    Eigen et al. 2014 and Garg et al. 2016, given as fractions (117:321 and 143:349, columns 43:1172, of 352x1216). Of a full
+    KITTI frame they are other pixels than of its benchmark crop; the data set says which it shows.
     Raises ValueError for an unknown name, for "nyu" on another size, and for a KITTI crop on maps not twice as wide as high
     (NYUv2's crop is also called "the Eigen crop").
     """
@@ -159,7 +160,10 @@ def crop_rows_columns(crop: str, height: int, width: int) -> tuple[slice, slice]
 
 
 class DepthMetric(Metric):
-    """The nine usual depth errors: per image over its valid pixels, then the mean over the images that have any.
+    """The usual depth errors: per image over its valid pixels, then the mean over the images that have any.
+
+    "silog" is sqrt(mean d^2 - (mean d)^2 / 2), d the difference of the logarithms (Eigen et al. 2014); "silog_1" subtracts the
+    whole square, the standard deviation of d, which KITTI's benchmark, BTS and AdaBins print times 100.
 
     spec: valid range, and whether the prediction is relative; crop: None or a name of `crop_rows_columns`.
     align: None; "median": prediction times median(target) / median(prediction) per image (Zhou et al. 2017);
@@ -172,7 +176,7 @@ class DepthMetric(Metric):
     Raises ValueError for a relative spec without alignment: its numbers would mean nothing.
     """
 
-    NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3")
+    NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "silog_1")
 
     def __init__(
         self,
@@ -195,7 +199,7 @@ class DepthMetric(Metric):
         super().__init__(
             count=torch.zeros((), dtype=torch.int64),
             skipped=torch.zeros((), dtype=torch.int64),
-            totals=torch.zeros(len(self.NAMES) + 1, dtype=torch.float64),
+            totals=torch.zeros(10, dtype=torch.float64),  # sums of `error_sums`, or the ten errors summed over images
         )
         self.spec, self.crop, self.align, self.average, self.clamp = spec, crop, align, average, clamp
         space = " in inverse depth" if align == "affine" and spec.inverse and not spec.metric else ""
@@ -206,6 +210,7 @@ class DepthMetric(Metric):
                 f"alignment {align or 'none'}{space}",
                 "mean over images" if average == "image" else "all pixels pooled",
                 "predictions clamped" if clamp else "predictions not clamped",
+                "silog with lambda 0.5, silog_1 with lambda 1 (x 100 in the tables of KITTI, BTS and AdaBins)",
             ]
         )
 
@@ -235,7 +240,7 @@ class DepthMetric(Metric):
             self.add("skipped", torch.tensor(1))
             return
         errors = error_sums(self.metres(pred[valid], true[valid]), true[valid])
-        self.add("totals", errors if self.average == "pixel" else torch.cat([summarise(errors), errors.new_zeros(1)]))
+        self.add("totals", errors if self.average == "pixel" else summarise(errors))
         self.add("count", torch.tensor(1))
 
     def metres(self, pred: Tensor, true: Tensor) -> Tensor:
@@ -257,7 +262,7 @@ class DepthMetric(Metric):
 
     def compute(self) -> dict[str, float]:
         totals, count = self.sums["totals"], self.sums["count"]
-        values = summarise(totals) if self.average == "pixel" else totals[:-1] / count
+        values = summarise(totals) if self.average == "pixel" else totals / count
         return {name: float(value) for name, value in zip(self.NAMES, values, strict=True)}
 
 
@@ -270,7 +275,7 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def error_sums(pred: Tensor, true: Tensor) -> Tensor:
-    """Sums over pixels [n] from which `summarise` makes the nine errors; the last entry is n."""
+    """Sums over pixels [n] from which `summarise` makes the errors; the last entry is n."""
     ratio = torch.maximum(pred / true, true / pred)
     log = pred.log() - true.log()
     terms = [
@@ -289,7 +294,7 @@ def error_sums(pred: Tensor, true: Tensor) -> Tensor:
 
 
 def summarise(sums: Tensor) -> Tensor:
-    """The nine errors, in the order of `DepthMetric.NAMES`, from the ten sums of `error_sums`."""
+    """The ten errors, in the order of `DepthMetric.NAMES`, from the ten sums of `error_sums`."""
     abs_rel, sq_rel, square, log_square, log10, log, d1, d2, d3 = sums[:-1] / sums[-1]
-    silog = (log_square - 0.5 * log**2).clamp_min(0).sqrt()  # Eigen et al. 2014 with lambda 0.5, as published tables
-    return torch.stack([abs_rel, sq_rel, square.sqrt(), log_square.sqrt(), log10, silog, d1, d2, d3])
+    silog, silog_1 = ((log_square - lam * log**2).clamp_min(0).sqrt() for lam in (0.5, 1.0))
+    return torch.stack([abs_rel, sq_rel, square.sqrt(), log_square.sqrt(), log10, silog, d1, d2, d3, silog_1])

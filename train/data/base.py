@@ -79,6 +79,14 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         self.root = None if root is None else Path(root).expanduser()
         self.split, self.targets, self.transform = split, tuple(targets), transform
 
+    @classmethod
+    def frame(cls, args: Mapping[str, Any]) -> str | None:
+        """Which part of a file's image a sample shows, in words for the protocol of a number; None: all of it.
+
+        args: the `data.args` of a configuration.
+        """
+        return None
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 

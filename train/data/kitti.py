@@ -1,6 +1,6 @@
 """KITTI depth (Uhrig et al. 2017): 16-bit PNGs, metres times 256, 0 where the lidar saw nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class Kitti(ImageDataset):
     """Pairs named by lists of "image depth [focal]", relative to `images` and `depths` below root.
 
     The Eigen lists have rows without ground truth ("None"): those are left out. Frames differ in size (about 375x1242); with
-    `benchmark_crop` every sample is the 352x1216 at the bottom centre, on which the garg and eigen crops are defined.
+    `benchmark_crop` every sample is the 352x1216 at the bottom centre. GLPN takes the garg and eigen crops of that; BTS,
+    AdaBins, DPT and Monodepth2 take them of the full frame, which are other pixels: `frame` puts it into the protocol.
     """
 
     provides = ("depth",)
@@ -43,6 +44,10 @@ class Kitti(ImageDataset):
         self.pairs = [(inside(self.root / images, row[0]), inside(self.root / depths, row[1])) for row in rows]
         need(self.pairs[0][0], "the first image", "Kitti")
         self.benchmark_crop = benchmark_crop
+
+    @classmethod
+    def frame(cls, args: Mapping[str, Any]) -> str:
+        return f"frames: benchmark crop {CROP[0]}x{CROP[1]}" if args.get("benchmark_crop", True) else "frames: full"
 
     def __len__(self) -> int:
         return len(self.pairs)
