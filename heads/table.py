@@ -10,22 +10,27 @@ from .kmax import KMax
 from .linear import Linear
 from .mask2former import Mask2Former
 from .mask_transformer import MaskTransformer
+from .plugins import Table
 from .sdt import SDT
 from .segformer import SegFormer
 from .upernet import UPerNet
 
-HEADS: dict[str, type[Head]] = {
-    "linear": Linear,
-    "fcn": FCN,
-    "fpn": FPN,
-    "upernet": UPerNet,
-    "segformer": SegFormer,
-    "dpt": DPT,
-    "sdt": SDT,
-    "glpn": GLPN,
-    "mask_transformer": MaskTransformer,
-    "mask2former": Mask2Former,
-    "kmax": KMax,
-    "monodepth2": Monodepth2,
-    "lite_mono": LiteMonoDecoder,
-}
+HEADS: Table[type[Head]] = Table(
+    "backbone_zoo.heads",
+    Head,
+    {
+        "linear": Linear,
+        "fcn": FCN,
+        "fpn": FPN,
+        "upernet": UPerNet,
+        "segformer": SegFormer,
+        "dpt": DPT,
+        "sdt": SDT,
+        "glpn": GLPN,
+        "mask_transformer": MaskTransformer,
+        "mask2former": Mask2Former,
+        "kmax": KMax,
+        "monodepth2": Monodepth2,
+        "lite_mono": LiteMonoDecoder,
+    },
+)

@@ -128,6 +128,59 @@ def test_importing_backbones_loads_no_optional_package():
     assert done.stdout.strip() == "[]"
 
 
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def graph(files: list[Path]) -> dict[str, set[str]]:
+    """Our modules and those of ours that each imports, at its top or inside a function, by name."""
+    names = {module_name(path) for path in files}
+    found = {}
+    for path in files:
+        named = (name if name in names else name.rpartition(".")[0] for name in imports(path))  # a module, or something in one
+        found[module_name(path)] = {name for name in named if name in names} - {module_name(path)}
+    return found
+
+
+def circle(found: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, in order; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, way: list[str]) -> list[str]:
+        if name in way:
+            return [*way[way.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(found[name]):
+            if around := walk(other, [*way, name]):
+                return around
+        done.add(name)
+        return []
+
+    return next((around for name in sorted(found) if (around := walk(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions count too: a circle that only waits for a call is one all the same."""
+    around = circle(graph(FILES))
+    assert not around, " -> ".join(around)
+
+
+def test_a_circle_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "__init__.py").write_text("from .a import x\n")
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from heads import c\n"
+    (tmp_path / "heads" / "a.py").write_text(f"{typed}from . import b\n")
+    (tmp_path / "heads" / "b.py").write_text("def f():\n    from heads import c\n")
+    (tmp_path / "heads" / "c.py").write_text("")
+    files = sorted((tmp_path / "heads").glob("*.py"))
+    assert circle(graph(files)) == []
+    (tmp_path / "heads" / "c.py").write_text("def f():\n    from .a import y\n")
+    assert circle(graph(files)) == ["heads.a", "heads.b", "heads.c", "heads.a"]
+
+
 def test_this_test_sees_an_import_against_the_arrows(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "heads").mkdir()

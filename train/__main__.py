@@ -1,4 +1,4 @@
-"""`python -m train` and `torchrun -m train` are the `zoo` command."""
+"""`python -m train` is the `zoo` command."""
 
 import sys
 

@@ -12,8 +12,6 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 
 class RunError(RuntimeError):
     """Something the machine did not allow (memory, disk, a killed worker), as a sentence that says what to change."""
@@ -83,6 +81,8 @@ def checked_arguments(cls: Callable, values: Mapping[str, Any], where: str, skip
 
     Raises Mistakes naming every key with its value and what it should be, or the nearest valid key.
     """
+    from jsonargparse import ArgumentParser  # one of the packages that only training needs
+
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
     present = inspect.signature(cls).parameters

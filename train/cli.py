@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.checks import RunError
+from train.checks import RunError, nearest
+from train.packages import shadowed
 
+TRAIN_EXTRA = ("accelerate", "jsonargparse", "matplotlib", "rich", "sklearn", "tensorboard")  # what `[train]` installs
 ERRORS = (ValueError, TypeError, OSError, ImportError, RunError)  # raised with a sentence for the user; others are our bugs
 
 
@@ -23,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("backbones").setLevel(logging.INFO)  # says so when it compiles its kernel, half a minute of silence
     parser = build_parser()
+    wrong = shadowed()
+    if wrong:
+        parser.exit(2, "\n".join(f"zoo: {sentence}" for sentence in wrong) + "\n")
+    named = next((text for text in arguments if not text.startswith("-")), None)
+    if named is not None and named not in parser.commands:
+        parser.error(f"unknown command {named!r}; {nearest(named, parser.commands)}")
     args, rest = parser.parse_known_args(arguments)
     args.overrides = overrides(parser, rest, getattr(args, "takes_overrides", False))
     try:
@@ -33,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         if args.debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in TRAIN_EXTRA:
+            error = ImportError(f"needs {error.name}, which training brings: pip install 'backbone-zoo[train]'")
         where = f"[process {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"{where}zoo {args.command}: {sentence(error)}", file=sys.stderr)
         return 2
@@ -61,9 +71,15 @@ def overrides(parser: argparse.ArgumentParser, rest: Sequence[str], allowed: boo
     return found
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows the names of its commands."""
+
+    commands: tuple[str, ...] = ()
+
+
+def build_parser() -> Parser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zoo", description="Backbones, heads and training. `zoo COMMAND --help` says more.", allow_abbrev=False
     )
     parser.add_argument("--version", action=_Version, help="the zoo's version and those of torch and timm")
@@ -132,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+    parser.commands = tuple(commands.choices)
     return parser
 
 
@@ -162,9 +179,6 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Rows with the same keys as a table; plain columns when the output is no terminal."""
-    if not rows:
-        print("nothing found")
-        return
     from rich.console import Console
     from rich.table import Table
 
@@ -189,13 +203,18 @@ def print_pairs(values: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------------- subcommands
 
 
-def list_models(args: argparse.Namespace) -> None:
+def list_models(args: argparse.Namespace) -> int:
     from train import describe
 
     if args.configs:
-        print_table(describe.configurations(args.filter))
-        return
-    print_table(describe.models(args.filter, args.license, args.pretrained))
+        rows = describe.configurations(args.filter)
+    else:
+        rows = describe.models(args.filter, args.license, args.pretrained)
+    if not rows:
+        print(f"zoo list: {describe.nothing_found(args.filter, args.license, args.configs)}", file=sys.stderr)
+        return 1
+    print_table(rows)
+    return 0
 
 
 def info(args: argparse.Namespace) -> None:
@@ -247,16 +266,16 @@ def data_check(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    import yaml
-
-    import backbones  # noqa: F401  (registers our models with timm)
     import weights
+    from train.plugins import require_model
+    from train.reading import parse
 
     if Path(args.destination).exists():
         raise FileExistsError(f"{args.destination} exists; choose another name or remove it")
-    model_args = yaml.safe_load(args.args)
+    model_args = parse(args.args, f"--args {args.args[:60]!r}")
     if not isinstance(model_args, dict):
         raise ValueError(f"--args must be a YAML mapping, got {args.args!r}")
+    require_model("", args.model)
     print(weights.convert_file(args.model, args.source, args.destination, args.naming, **model_args))
 
 
@@ -264,14 +283,14 @@ def export(args: argparse.Namespace) -> None:
     import timm
 
     import backbones  # noqa: F401  (registers our models with timm)
-    from train.checks import nearest
     from train.evaluation import open_run
     from train.export import export
+    from train.plugins import is_model
 
     if Path(args.source).is_dir():
         config, _, model, _ = open_run(args.source)
         size, in_chans = tuple(config.data.size), config.model.in_chans
-    elif timm.is_model(args.source):
+    elif is_model(args.source):
         model = timm.create_model(args.source, pretrained=False)
         in_chans, *size = model.pretrained_cfg["input_size"]
         print("a model by name has random weights; export a run folder for trained ones", file=sys.stderr)
@@ -288,7 +307,7 @@ def bench(args: argparse.Namespace) -> None:
     run(args.what, size, args.batches, device=args.device, training=not args.inference)
 
 
-def doctor(args: argparse.Namespace) -> int | None:
+def doctor(args: argparse.Namespace) -> None:
     from train import doctor
 
-    return doctor.run(args.model, tuple(args.size) if args.size else None)
+    doctor.run(args.model, tuple(args.size) if args.size else None)

@@ -18,12 +18,12 @@ from jsonargparse import ArgumentParser
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-import backbones  # noqa: F401  (registers our models with timm)
 from backbones.edits import EDITS
 from heads import HEADS
 from train.checks import Collected, checked_arguments, nearest, require_known
 from train.data import DATASETS, check_section
 from train.inference import Predictor
+from train.plugins import require_model
 from train.reading import parse, set_key
 from train.recipes import read
 from train.rules import check_applies, check_ranges
@@ -211,8 +211,8 @@ def _check_names(config: Config, found: Collected) -> None:
         skip = ("root", "split", "targets", "transform")
         data.args = checked_arguments(DATASETS[data.name], data.args, "data.args", skip=skip)
     with found.check():
-        if ":" not in model.backbone and not timm.is_model(model.backbone):
-            raise ValueError(f"model.backbone: unknown model {model.backbone!r}; {nearest(model.backbone, timm.list_models())}")
+        if ":" not in model.backbone:
+            require_model("model.backbone: ", model.backbone)
     for name, key in (("head", "head_args"), ("aux_head", "aux_args")):
         with found.check():
             head = getattr(model, name)
@@ -287,10 +287,10 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "")
 
 def keys_help() -> str:
     """Every key of the sections with its type, default and meaning, for `zoo train --help`."""
-    parser = ArgumentParser(usage="", add_help=False)
+    parser = ArgumentParser(add_help=False)
     for name, cls in SECTIONS.items():
         parser.add_class_arguments(cls, name)
-    lines = parser.format_help().splitlines()
+    lines = parser.format_help().partition("\n\n")[2].splitlines()  # without the usage
     lines = [line for line in lines if " CONFIG " not in line]
     names = f"task.name: {', '.join(TASKS)}. data.name: {', '.join(DATASETS)}. model.head: {', '.join(HEADS)}."
     return "\n".join(

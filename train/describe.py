@@ -13,6 +13,8 @@ import backbones
 from backbones.ops import neighborhood
 from train import recipes
 from train.checks import nearest
+from train.plugins import models as foreign_models
+from train.plugins import require_model
 from weights import manifest
 
 
@@ -22,7 +24,7 @@ def models(pattern: str = "", license: str | None = None, pretrained: bool = Fal
     pattern: wildcards, or a part of the name; license: a part of the licence's name, e.g. "mit"; pretrained: only models that
     have weights. Models without weights have an empty tag.
     """
-    names = [name for name in backbones.list_models() if matches(name, pattern)]
+    names = [name for name in [*backbones.list_models(), *foreign_models()] if matches(name, pattern)]
     known: dict[str, list[dict]] = {}
     for entry in manifest.checkpoints():
         known.setdefault(entry["name"], []).append(entry)
@@ -58,6 +60,17 @@ def configurations(pattern: str = "") -> list[dict[str, str]]:
     ]
 
 
+def nothing_found(pattern: str, license: str | None, configs: bool) -> str:
+    """Why `models` or `configurations` gave no row, with the nearest names."""
+    names = recipes.shipped() if configs else [*backbones.list_models(), *foreign_models()]
+    licenses = sorted({str(entry.get("license", "")) for entry in manifest.checkpoints()} - {""})
+    if license is not None and not configs and not any(license.lower() in known.lower() for known in licenses):
+        return f"no weights under the licence {license!r}; {nearest(license, licenses)}"
+    if not any(matches(name, pattern) for name in names):
+        return f"no {'configuration' if configs else 'model'} matches {pattern!r}; {nearest(pattern.strip('*'), names)}"
+    return "no model has all of that: leave out the filter, --license or --pretrained"
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a name has these wildcards, or this part; every name has the empty one."""
     return fnmatch.fnmatch(name, pattern or "*") or pattern in name
@@ -68,8 +81,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
 
     size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"unknown model {name!r}; {nearest(name, timm.list_models())}")
+    require_model("", name)
     model = timm.create_model(name, **(args or {})).eval()
     cfg = model.pretrained_cfg
     size = size or tuple(cfg["input_size"][1:])

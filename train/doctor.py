@@ -11,10 +11,11 @@ import timm
 import torch
 from rich.console import Console
 
-import backbones  # noqa: F401  (registers the zoo's models with timm)
+import backbones
 from backbones.ops import neighborhood
 from train.bench.clock import measure, processor, shown, table
-from train.checks import nearest
+from train.packages import origins
+from train.plugins import require_model
 
 OPTIONAL = (
     "accelerate",
@@ -37,8 +38,8 @@ def run(model: str | None = None, size: tuple[int, int] | None = None) -> None:
 
     Without a model the attention of nat_tiny's first level is shown. An unknown name is a ValueError with the nearest one.
     """
-    if model is not None and not timm.is_model(model):
-        raise ValueError(f"unknown model {model!r}; {nearest(model, timm.list_models())}")
+    if model is not None:
+        require_model("", model)
     console = Console()
     console.print(table(system(), "this machine"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +63,7 @@ def system() -> list[dict[str, str]]:
     found = {
         "Python": platform.python_version(),
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "backbone-zoo": backbones.__version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "CUDA": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
@@ -71,6 +73,7 @@ def system() -> list[dict[str, str]]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found |= {f"package {name}": place for name, place in origins().items()}
     found["C++ attention kernel"] = neighborhood.cpp_backend.unavailable() or "compiled"
     return [{"what": name, "here": value} for name, value in found.items()]
 

@@ -74,7 +74,7 @@ def readable(config: Config, folder: Path) -> Iterator[None]:
         if isinstance(error, torch.distributed.DistError) or re.search("gloo.*(reset|closed) by peer", str(error)):
             raise RunError(
                 "another process of this run has ended, and what it printed says why; go on with --resume, or let torchrun "
-                "restart the run by itself: --max-restarts 3 before -m, and --resume"
+                "restart the run by itself: --max-restarts 3 before --no-python, and --resume"
             ) from error
         if isinstance(error, RuntimeError) and re.search("DataLoader worker.*(exited unexpectedly|is killed)", str(error)):
             raise RunError(

@@ -19,7 +19,7 @@ class ModelConfig:
         edits: changes to the backbone once it has these weights, in order: a name of backbones.edits.EDITS and its arguments,
             e.g. [{name: test_time_registers, neurons: {9: [12]}}].
         backbone_args: arguments of the backbone, e.g. {drop_path_rate: 0.2}.
-        head: a name of heads.HEADS; ignored by classification, which uses the backbone's own classifier.
+        head: a name of heads.HEADS, for dense tasks; classification uses the backbone's own classifier.
         head_args: arguments of the head class.
         aux_head: a second head trained beside the first, or null.
         aux_args: arguments of the second head.

@@ -1,6 +1,8 @@
 """The zoo command: what it prints, and one sentence with exit code 2 for every mistake."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +96,57 @@ def test_list_filters_by_name_and_licence(capsys):
     assert "nat_mini" in out and "swin_t" not in out
     _, out, _ = zoo(capsys, "list", "--license", "mit")
     assert "nat_mini" in out and "poolformer" not in out
-    _, out, _ = zoo(capsys, "list", "--configs")
-    assert "quickstart" in out.split()
+    _, out, _ = zoo(capsys, "list", "--configs", "imagenet/nat_t")
+    assert out.split()[:5] == ["configuration", "published", "measured", "hardware", "source"]
+    assert "imagenet/nat_tiny" in out and "83.2 top-1" in out and "arXiv 2204.07143" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nat_minii",), "no model matches 'nat_minii'; did you mean 'nat_mini'"),
+        (("nope*",), "no model matches 'nope*'"),
+        (("--license", "mti"), "no weights under the licence 'mti'; did you mean 'mit'"),
+        (("--configs", "quikstart"), "no configuration matches 'quikstart'; did you mean 'quickstart'"),
+        (("poolformer*", "--license", "mit"), "no model has all of that"),
+    ],
+)
+def test_a_list_of_nothing_says_what_is_near_and_fails(capsys, arguments, message):
+    code, out, err = zoo(capsys, "list", *arguments)
+    assert code == 1 and message in err and out == ""
+
+
+def test_a_misspelt_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["lsit"])
+    assert stop.value.code == 2 and "unknown command 'lsit'; did you mean 'list'" in capsys.readouterr().err
+
+
+def test_the_help_of_train_shows_keys_and_one_usage(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert out.count("usage:") == 1 and "--optim.lr" in out
+
+
+@pytest.mark.parametrize("name", ["heads.py", "weights.py", "configs/__init__.py"])
+def test_a_file_of_the_users_in_place_of_a_package_is_named(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("")
+    root = Path(cli.__file__).resolve().parents[1]
+    places = [str(tmp_path), str(root)]
+    code = f"import sys; sys.path[:0] = {places}; from train.cli import main; sys.exit(main(['list']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    place = str(path)
+    assert done.returncode == 2 and f"is imported from {place}" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_the_training_packages_a_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    code, _, err = zoo(capsys, "list", "nat_*")
+    assert code == 2 and "pip install 'backbone-zoo[train]'" in err
 
 
 def test_info_counts_what_the_paper_states(capsys):

@@ -9,12 +9,12 @@ import timm
 import torch
 from rich.console import Console
 
-import backbones  # noqa: F401  (registers the zoo's models with timm)
 from train.bench.clock import machine, table
 from train.bench.heads import bench_heads
 from train.bench.models import PEER, bench_model
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.checks import nearest
+from train.plugins import is_model
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         console.print(machine(device))
         rows = bench_heads(size or (512, 512), min(rounds, 3), device, training, memory)  # a round takes minutes of one core
         console.print(table(rows, "dense heads: time, peak memory in MB, share of the model's forward time"))
-    elif timm.is_model(what):
+    elif is_model(what):
         console.print(machine(device))
         rows = bench_model(what, size or (224, 224), batches, rounds, device, training)
         console.print(table(rows, f"{what}, and {PEER} for comparison"))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from heads.plugins import Table
 from train.data.ade20k import ADE20K, ADE20KParquet
 from train.data.base import ImageDataset
 from train.data.camvid import CamVid
@@ -20,27 +21,31 @@ from train.data.sevenscenes import SevenScenes
 from train.depth import DepthSpec
 from train.schema import DataConfig
 
-DATASETS: dict[str, type[ImageDataset]] = {
-    "scenes": Scenes,
-    "digits": Digits,
-    "cifar10": Cifar10,
-    "cifar100": Cifar100,
-    "imagenet": ImageNet,
-    "tiny_imagenet": TinyImageNet,
-    "class_folder": ClassFolder,
-    "timm": TimmDataset,
-    "ade20k": ADE20K,
-    "ade20k_parquet": ADE20KParquet,
-    "camvid": CamVid,
-    "cityscapes": Cityscapes,
-    "folder": Folder,
-    "shards": Shards,
-    "huggingface": HuggingFace,
-    "nyuv2": NYUv2,
-    "nyuv2_mat": NYUv2Mat,
-    "sevenscenes": SevenScenes,
-    "kitti": Kitti,
-}
+DATASETS: Table[type[ImageDataset]] = Table(
+    "backbone_zoo.datasets",
+    ImageDataset,
+    {
+        "scenes": Scenes,
+        "digits": Digits,
+        "cifar10": Cifar10,
+        "cifar100": Cifar100,
+        "imagenet": ImageNet,
+        "tiny_imagenet": TinyImageNet,
+        "class_folder": ClassFolder,
+        "timm": TimmDataset,
+        "ade20k": ADE20K,
+        "ade20k_parquet": ADE20KParquet,
+        "camvid": CamVid,
+        "cityscapes": Cityscapes,
+        "folder": Folder,
+        "shards": Shards,
+        "huggingface": HuggingFace,
+        "nyuv2": NYUv2,
+        "nyuv2_mat": NYUv2Mat,
+        "sevenscenes": SevenScenes,
+        "kitti": Kitti,
+    },
+)
 
 
 def open_split(data: DataConfig, split: str, targets: Sequence[str], channels: int = 3) -> ImageDataset:

@@ -1,5 +1,6 @@
 """Tasks by the name a config gives them; the interface is in train/tasks/base.py."""
 
+from heads.plugins import Table
 from train.tasks.base import Task
 from train.tasks.classification import Classification
 from train.tasks.depth import Depth
@@ -8,13 +9,17 @@ from train.tasks.multitask import MultiTask
 from train.tasks.segmentation import Segmentation
 from train.tasks.sparsifiner import SparsifinerPhase
 
-TASKS: dict[str, type[Task]] = {
-    "classification": Classification,
-    "segmentation": Segmentation,
-    "depth": Depth,
-    "mask_classification": MaskClassification,
-    "multitask": MultiTask,
-    "sparsifiner": SparsifinerPhase,
-}
+TASKS: Table[type[Task]] = Table(
+    "backbone_zoo.tasks",
+    Task,
+    {
+        "classification": Classification,
+        "segmentation": Segmentation,
+        "depth": Depth,
+        "mask_classification": MaskClassification,
+        "multitask": MultiTask,
+        "sparsifiner": SparsifinerPhase,
+    },
+)
 
 __all__ = ["TASKS", "Task"]
