@@ -4,15 +4,14 @@ In the files 0 is "other or unlabelled" and 1..150 are the classes; here 0 becom
 """
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.base import ImageDataset
+from train.data.base import FileDataset
 from train.data.files import Unreadable
-from train.data.finding import images_in, need, read_text, root_folder
+from train.data.finding import images_in, need, read_text
 
 # first name of each row of objectInfo150.txt
 CLASSES = (
@@ -44,7 +43,7 @@ def shifted(ids: np.ndarray, path: Path | str, ignore_index: int) -> np.ndarray:
     return np.where(ids == 0, ignore_index, ids - 1)
 
 
-class ADE20K(ImageDataset):
+class ADE20K(FileDataset):
     """root is ADEChallengeData2016 or the folder that holds it: {images,annotations}/{training,validation}.
 
     Class names come from objectInfo150.txt where it is present.
@@ -53,14 +52,13 @@ class ADE20K(ImageDataset):
     provides = ("mask",)
     classes = CLASSES
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, "ADE20K"), split, targets, transform)
+    def find(self) -> None:
         base = self.root / "ADEChallengeData2016"
         base = base if base.is_dir() else self.root
-        folder = "training" if split == "train" else "validation"
+        folder = "training" if self.split == "train" else "validation"
         self.images = images_in(base / "images" / folder, f"the {folder} images", "ADE20K")
         self.masks = base / "annotations" / folder
-        if "mask" in targets:
+        if "mask" in self.targets:
             need(self.masks, f"the {folder} annotations", "ADE20K")
         if (base / "objectInfo150.txt").exists():
             self.classes = read_names(base / "objectInfo150.txt")
@@ -86,7 +84,7 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-class ADE20KParquet(ImageDataset):
+class ADE20KParquet(FileDataset):
     """The same images in parquet files with columns `image` and `annotation`, each {"bytes", "path"} (Hugging Face's form).
 
     root (or its `data` folder) holds train*.parquet and validation*.parquet. Needs pyarrow. Only the row group that holds a
@@ -96,16 +94,17 @@ class ADE20KParquet(ImageDataset):
     provides = ("mask",)
     classes = CLASSES
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, "ADE20KParquet"), split, targets, transform)
+    def find(self) -> None:
         try:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise ImportError(f"reading parquet files needs pyarrow (pip install backbone-zoo[data]): {error}") from error
         base = self.root / "data" if (self.root / "data").is_dir() else self.root
-        files = sorted(base.glob("train*.parquet" if split == "train" else "val*.parquet"))
+        files = sorted(base.glob("train*.parquet" if self.split == "train" else "val*.parquet"))
         if not files:
-            raise FileNotFoundError(f"ADE20KParquet: looked for {'train' if split == 'train' else 'val'}*.parquet in {base}")
+            raise FileNotFoundError(
+                f"ADE20KParquet: looked for {'train' if self.split == 'train' else 'val'}*.parquet in {base}"
+            )
         self.groups: list[tuple[Path, int]] = []  # one per row group: file, group
         starts = [0]
         for path in files:

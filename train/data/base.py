@@ -1,7 +1,8 @@
 """What every data set shares: the arguments, the sample it returns, and the checks that name the file."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,12 @@ from train.data.files import (
     read_image,
     read_mask,
 )
+from train.data.finding import root_folder
 from train.depth import DepthSpec
 from train.sample import KINDS
 
 SPLITS = ("train", "val")
+Transform = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
@@ -36,7 +39,6 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     outside `classes`, or for a map of another size than its image.
 
     Args:
-        root: folder of the data; None for data that need no files.
         split: "train" or "val".
         targets: which of `provides` to read.
         transform: called on the finished sample.
@@ -64,19 +66,19 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     notices: tuple[str, ...] = ()
     notes: FileNotes | None = None
 
-    def __init__(
-        self,
-        root: str | Path | None,
-        split: str,
-        targets: Sequence[str],
-        transform: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the arguments that are passed on to `find` and `describe` in the signature, for help() and for the checks of a
+        configuration.
+        """
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = inspect.Signature(list(parameters(cls, cls.__init__)))  # type: ignore[attr-defined]
+
+    def __init__(self, split: str, targets: Sequence[str], transform: Transform | None = None):
         if split not in SPLITS:
             raise ValueError(f"split must be 'train' or 'val', got {split!r}")
         missing = [target for target in targets if target not in self.provides]
         if missing:
             raise ValueError(f"{type(self).__name__} has no target {missing[0]!r}; it provides {', '.join(self.provides)}")
-        self.root = None if root is None else Path(root).expanduser()
         self.split, self.targets, self.transform = split, tuple(targets), transform
 
     @classmethod
@@ -185,6 +187,37 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
             )
 
 
+def parameters(cls: type, function: Callable[..., None]) -> Iterator[inspect.Parameter]:
+    """The arguments of a method, those instead of **own and **described that `find` and `describe` of the class take."""
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        further = {"own": "find", "described": "describe"}.get(parameter.name)
+        if parameter.kind is parameter.VAR_KEYWORD and further is not None:
+            yield from parameters(cls, getattr(cls, further))
+        else:
+            yield parameter
+
+
+class FileDataset(ImageDataset):
+    """A data set in a folder. A subclass finds its files in `find`, whose arguments are the ones of its own.
+
+    Args:
+        root: folder of the data.
+        split: "train" or "val".
+        targets: which of `provides` to read.
+        transform: called on the finished sample.
+        own: the arguments of `find`; data.args of a configuration.
+    """
+
+    def __init__(self, root: str | Path, split: str, targets: Sequence[str], transform: Transform | None = None, **own: Any):
+        self.root = root_folder(root, type(self).__name__)
+        super().__init__(split, targets, transform)
+        self.find(**own)
+
+    @abc.abstractmethod
+    def find(self) -> None:
+        """Find the files of the split below `root`. Raises FileNotFoundError for what is not there."""
+
+
 class DescribedDataset(ImageDataset):
     """Data whose files do not say what they hold: the configuration describes the masks and the depth maps.
 
@@ -200,15 +233,15 @@ class DescribedDataset(ImageDataset):
 
     def describe(
         self,
-        classes: list[str] | int | None,
-        ignore_index: int,
-        id_map: dict[int, int] | None,
-        depth_divisor: float,
-        depth_invalid: Sequence[float],
-        min_depth: float,
-        max_depth: float,
+        classes: list[str] | int | None = None,
+        ignore_index: int = 255,
+        id_map: dict[int, int] | None = None,
+        depth_divisor: float = 1000.0,
+        depth_invalid: Sequence[float] = (0,),
+        min_depth: float = 1e-3,
+        max_depth: float = 10.0,
     ) -> None:
-        """Take what the constructor was given. ValueError for masks without classes and for an id_map that leaves them."""
+        """Take the arguments that all such data have. ValueError for masks without classes or an id_map that leaves them."""
         name = type(self).__name__
         if "mask" in self.targets and classes is None:
             raise ValueError(f"{name}: masks need their classes: set data.args.classes to the names, or to how many there are")

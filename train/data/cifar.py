@@ -2,14 +2,13 @@
 
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.finding import need, root_folder
+from train.data.base import FileDataset
+from train.data.finding import need
 
 
 def latin1(value: str, encoding: str) -> bytes:
@@ -59,7 +58,7 @@ def text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-class Cifar10(ImageDataset):
+class Cifar10(FileDataset):
     """root holds `cifar-10-batches-py` (or is that folder): data_batch_1..5 train, test_batch is the validation split."""
 
     provides = ("label",)
@@ -67,9 +66,12 @@ class Cifar10(ImageDataset):
     folder, train_files, val_files = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
     meta_file, label_key, names_key = "batches.meta", "labels", "label_names"
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, type(self).__name__), split, targets, transform)
-        name = type(self).__name__
+    def find(self) -> None:
+        self.read_batches()
+
+    def read_batches(self) -> None:
+        """Read all images and labels of the split into memory."""
+        name, split = type(self).__name__, self.split
         base = (
             self.root if (self.root / self.meta_file).exists() else need(self.root / self.folder, "the official pickles", name)
         )
@@ -103,15 +105,8 @@ class Cifar100(Cifar10):
 
     folder, train_files, val_files, meta_file = "cifar-100-python", ["train"], ["test"], "meta"
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
-        labels: Literal["fine", "coarse"] = "fine",
-    ):
+    def find(self, labels: Literal["fine", "coarse"] = "fine") -> None:
         if labels not in ("fine", "coarse"):
             raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}")
         self.label_key, self.names_key = f"{labels}_labels", f"{labels}_label_names"
-        super().__init__(root, split, targets, transform)
+        self.read_batches()

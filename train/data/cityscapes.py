@@ -1,13 +1,12 @@
 """Cityscapes street scenes in the official layout (Cordts et al. 2016): labelIds are turned into the 19 trainIds."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.finding import images_in, need, root_folder
+from train.data.base import FileDataset
+from train.data.finding import images_in, need
 
 # (name, labelId, colour) of the classes that are evaluated, in the order of their trainIds
 TRAINED = [
@@ -21,20 +20,19 @@ TRAINED = [
 LABEL_IDS = 34  # 0..33 in the files; -1 (licence plate) is written as 255 by some tools
 
 
-class Cityscapes(ImageDataset):
+class Cityscapes(FileDataset):
     """root holds leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_labelIds.png."""
 
     provides = ("mask",)
     classes = [name for name, _, _ in TRAINED]
     palette = [color for _, _, color in TRAINED]
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, "Cityscapes"), split, targets, transform)
-        images = images_in(self.root / "leftImg8bit" / split, f"the {split} images", "Cityscapes")
+    def find(self) -> None:
+        images = images_in(self.root / "leftImg8bit" / self.split, f"the {self.split} images", "Cityscapes")
         self.images = [path for path in images if path.stem.endswith("_leftImg8bit")]
         if not self.images:
-            raise FileNotFoundError(f"Cityscapes: no file *_leftImg8bit.png below {self.root / 'leftImg8bit' / split}")
-        if "mask" in targets:
+            raise FileNotFoundError(f"Cityscapes: no file *_leftImg8bit.png below {self.root / 'leftImg8bit' / self.split}")
+        if "mask" in self.targets:
             need(self.mask_path(self.images[0]), "the fine annotation of the first image", "Cityscapes")
         self.table = np.full(256, self.ignore_index, np.int64)
         for train_id, (_, label_id, _) in enumerate(TRAINED):

@@ -1,13 +1,12 @@
 """The handwritten digits that scikit-learn ships: 1797 real 8x8 images, no download (Alpaydin and Kaynak 1998, UCI)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from train.data.base import ImageDataset
+from train.data.base import ImageDataset, Transform
 
 
 class Digits(ImageDataset):
@@ -18,8 +17,8 @@ class Digits(ImageDataset):
     any_channels = False
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(None, split, targets, transform)
+    def __init__(self, split: str, targets: tuple[str, ...], transform: Transform | None = None):
+        super().__init__(split, targets, transform)
         digits = load_digits()
         train, val = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
         self.indices = np.sort(train if split == "train" else val)

@@ -2,16 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data.base import DescribedDataset
+from train.data.base import DescribedDataset, FileDataset
 from train.data.files import DEPTH_SUFFIXES, MASK_SUFFIXES
-from train.data.finding import by_name, fill_in, image_suffixes, read_names, root_folder
+from train.data.finding import by_name, fill_in, image_suffixes, read_names
 
 
-class Folder(DescribedDataset):
+class Folder(DescribedDataset, FileDataset):
     """Files matched by their path below the folder, without suffix. "{split}" in any argument becomes train or val.
 
     Images are pictures, or .npy arrays (H W, C H W or H W C) in a folder without a picture; masks are pictures of one channel,
@@ -31,12 +31,8 @@ class Folder(DescribedDataset):
 
     provides = ("mask", "depth")
 
-    def __init__(
+    def find(
         self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
         images: str = "images/{split}",
         masks: str = "masks/{split}",
         depths: str = "depths/{split}",
@@ -44,26 +40,19 @@ class Folder(DescribedDataset):
         mask_suffix: str = "",
         depth_suffix: str = "",
         lists: str | None = None,
-        classes: list[str] | int | None = None,
         palette: list[list[int]] | None = None,
-        ignore_index: int = 255,
-        id_map: dict[int, int] | None = None,
-        depth_divisor: float = 1000.0,
-        depth_invalid: Sequence[float] = (0,),
-        min_depth: float = 1e-3,
-        max_depth: float = 10.0,
-    ):
-        super().__init__(root_folder(root, "Folder"), split, targets, transform)
-        self.describe(classes, ignore_index, id_map, depth_divisor, depth_invalid, min_depth, max_depth)
+        **described: Any,
+    ) -> None:
+        self.describe(**described)
         self.palette = None if palette is None else [tuple(int(value) for value in color) for color in palette]
         if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
             raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
 
         def below(key: str, pattern: str) -> Path:
-            return self.root / fill_in(pattern, split, f"data.args.{key}")
+            return self.root / fill_in(pattern, self.split, f"data.args.{key}")
 
         folder = below("images", images)
-        found = by_name(folder, image_suffix, image_suffixes(folder), f"the {split} images", "Folder")
+        found = by_name(folder, image_suffix, image_suffixes(folder), f"the {self.split} images", "Folder")
         names = list(found) if lists is None else listed(below("lists", lists), found, folder)
         self.images = [found[name] for name in names]
         self.partners: dict[str, list[Path]] = {}
@@ -71,10 +60,10 @@ class Folder(DescribedDataset):
             ("mask", masks, mask_suffix, MASK_SUFFIXES),
             ("depth", depths, depth_suffix, DEPTH_SUFFIXES),
         ):
-            if target not in targets:
+            if target not in self.targets:
                 continue
             folder = below(f"{target}s", pattern)
-            others = by_name(folder, suffix, endings, f"the {split} {target}s", "Folder")
+            others = by_name(folder, suffix, endings, f"the {self.split} {target}s", "Folder")
             absent = [name for name in names if name not in others]
             if absent:
                 raise FileNotFoundError(

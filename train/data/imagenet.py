@@ -1,17 +1,16 @@
 """Folders of classes: ImageNet with its fixed 1000-class index, Tiny-ImageNet, and any folder of class folders."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo, create_dataset
 
-from train.data.base import ImageDataset
-from train.data.finding import hidden, image_suffixes, need, read_list, read_text, root_folder, subfolders, walk
+from train.data.base import FileDataset, ImageDataset, Transform
+from train.data.finding import hidden, image_suffixes, need, read_list, read_text, subfolders, walk
 
 
-class ClassFolder(ImageDataset):
+class ClassFolder(FileDataset):
     """root holds `train/<class>/...` and `val/<class>/...`, images at any depth below the class folder.
 
     Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
@@ -21,17 +20,8 @@ class ClassFolder(ImageDataset):
 
     provides = ("label",)
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
-        train_folder: str = "train",
-        val_folder: str = "val",
-    ):
-        name = type(self).__name__
-        super().__init__(root_folder(root, name), split, targets, transform)
+    def find(self, train_folder: str = "train", val_folder: str = "val") -> None:
+        name, split = type(self).__name__, self.split
         self.train = self.root / train_folder
         base = need(self.train if split == "train" else self.root / val_folder, f"the {split} folder of class folders", name)
         index = self.index(base)
@@ -127,13 +117,14 @@ class TimmDataset(ImageDataset):
         root: str | Path,
         split: str,
         targets: tuple[str, ...],
-        transform: Callable | None = None,
+        transform: Transform | None = None,
         name: str = "",
         train_split: str = "train",
         val_split: str = "validation",
         num_classes: int = 1000,
     ):
-        super().__init__(root, split, targets, transform)
+        super().__init__(split, targets, transform)
+        self.root = root
         self.data = create_dataset(name, root=str(root), split=train_split if split == "train" else val_split)
         if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
             raise ValueError(

@@ -1,19 +1,19 @@
 """KITTI depth (Uhrig et al. 2017): 16-bit PNGs, metres times 256, 0 where the lidar saw nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.finding import inside, need, read_list, root_folder
+from train.data.base import FileDataset
+from train.data.finding import inside, need, read_list
 from train.depth import DepthSpec
 
 CROP = (352, 1216)  # the benchmark's: bottom, centred
 
 
-class Kitti(ImageDataset):
+class Kitti(FileDataset):
     """Pairs named by lists of "image depth [focal]", relative to `images` and `depths` below root.
 
     The Eigen lists have rows without ground truth ("None"): those are left out. Frames differ in size (about 375x1242); with
@@ -24,20 +24,15 @@ class Kitti(ImageDataset):
     provides = ("depth",)
     depth = DepthSpec(divisor=256, min_depth=1e-3, max_depth=80.0)
 
-    def __init__(
+    def find(
         self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
         train_list: str = "kitti_train.txt",
         val_list: str = "kitti_test.txt",
         images: str = ".",
         depths: str = ".",
         benchmark_crop: bool = True,
-    ):
-        super().__init__(root_folder(root, "Kitti"), split, targets, transform)
-        listing = self.root / (train_list if split == "train" else val_list)
+    ) -> None:
+        listing = self.root / (train_list if self.split == "train" else val_list)
         rows = [row for row in read_list(listing, 2, "Kitti") if row[1] != "None"]
         if not rows:
             raise ValueError(f"{listing}: no row has a depth map")

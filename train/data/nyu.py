@@ -1,15 +1,13 @@
 """NYU Depth V2 (Silberman et al. 2012): the folders most depth code uses, and the official .mat file."""
 
 import re
-from collections.abc import Callable
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.base import ImageDataset
-from train.data.finding import inside, need, read_list, root_folder, walk
+from train.data.base import FileDataset
+from train.data.finding import inside, need, read_list, walk
 from train.depth import DepthSpec
 
 SPEC = DepthSpec(divisor=1000, min_depth=1e-3, max_depth=10.0)
@@ -21,7 +19,7 @@ CLASSES = [
 ]  # fmt: skip
 
 
-class NYUv2(ImageDataset):
+class NYUv2(FileDataset):
     """The layout of BTS, AdaBins and GLPDepth: `<folder>/<scene>/rgb_NNNNN.jpg` with `sync_depth_NNNNN.png` in millimetres.
 
     Folders are official_splits/train and official_splits/test; nyu_train.txt and nyu_test.txt ("image depth focal", relative to
@@ -33,21 +31,16 @@ class NYUv2(ImageDataset):
     depth = SPEC
     classes = CLASSES
 
-    def __init__(
+    def find(
         self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
         train_folder: str = "official_splits/train",
         val_folder: str = "official_splits/test",
         train_list: str = "nyu_train.txt",
         val_list: str = "nyu_test.txt",
         labels: str = "labels40",
-    ):
-        super().__init__(root_folder(root, "NYUv2"), split, targets, transform)
-        folder = need(self.root / (train_folder if split == "train" else val_folder), f"the {split} frames", "NYUv2")
-        listing = self.root / (train_list if split == "train" else val_list)
+    ) -> None:
+        folder = need(self.root / (train_folder if self.split == "train" else val_folder), f"the {self.split} frames", "NYUv2")
+        listing = self.root / (train_list if self.split == "train" else val_list)
         if listing.exists():
             rows = read_list(listing, 2, "NYUv2")
             self.pairs = [(inside(folder, row[0]), inside(folder, row[1])) for row in rows if row[1] != "None"]
@@ -58,7 +51,7 @@ class NYUv2(ImageDataset):
             raise FileNotFoundError(f"NYUv2: looked for {listing} and for <scene>/rgb_*.jpg below {folder}: neither is there")
         need(self.pairs[0][0], "the first image", "NYUv2")
         self.labels = self.root / labels
-        if "mask" in targets:
+        if "mask" in self.targets:
             need(self.labels, "the 40-class labels", "NYUv2")
 
     def __len__(self) -> int:
@@ -76,7 +69,7 @@ class NYUv2(ImageDataset):
         return sample
 
 
-class NYUv2Mat(ImageDataset):
+class NYUv2Mat(FileDataset):
     """nyu_depth_v2_labeled.mat (HDF5) with splits.mat: the official 795 training and 654 test frames. Needs h5py and scipy.
 
     Raises ImportError naming the extra to install, ValueError if the file is not that file.
@@ -86,8 +79,7 @@ class NYUv2Mat(ImageDataset):
     any_channels = False
     depth = DepthSpec(divisor=1, min_depth=1e-3, max_depth=10.0)
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, "NYUv2Mat"), split, targets, transform)
+    def find(self) -> None:
         try:
             import h5py
             from scipy.io import loadmat
@@ -97,7 +89,7 @@ class NYUv2Mat(ImageDataset):
             ) from error
         self.file = need(self.root / "nyu_depth_v2_labeled.mat", "the labelled frames", "NYUv2Mat")
         splits = need(self.root / "splits.mat", "the official split", "NYUv2Mat")
-        key = "trainNdxs" if split == "train" else "testNdxs"
+        key = "trainNdxs" if self.split == "train" else "testNdxs"
         try:
             self.frames = loadmat(splits)[key].ravel().astype(np.int64) - 1  # MATLAB counts from 1
             with h5py.File(self.file, "r") as file:

@@ -8,15 +8,14 @@ import abc
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.data.base import DescribedDataset
-from train.data.finding import root_folder
+from train.data.base import DescribedDataset, FileDataset, Transform
 
 
 class Packed(DescribedDataset):
@@ -49,7 +48,7 @@ class Packed(DescribedDataset):
         return sample
 
 
-class Shards(Packed):
+class Shards(Packed, FileDataset):
     """Tar files as webdataset writes them: members with one name up to the first dot of the file name are a sample, such as
     0001.jpg, 0001.cls, 0001.mask.png and 0001.depth.png.
 
@@ -61,31 +60,20 @@ class Shards(Packed):
     and for a sample without one of its parts.
     """
 
-    def __init__(
+    def find(
         self,
-        root: str | Path,
-        split: str,
-        targets: tuple[str, ...],
-        transform: Callable | None = None,
         train_shards: str = "train*.tar",
         val_shards: str = "val*.tar",
         images: Sequence[str] = ("jpg", "jpeg", "png", "webp"),
         label: str = "cls",
         mask: str = "mask.png",
         depth: str = "depth.png",
-        classes: list[str] | int | None = None,
-        ignore_index: int = 255,
-        id_map: dict[int, int] | None = None,
-        depth_divisor: float = 1000.0,
-        depth_invalid: Sequence[float] = (0,),
-        min_depth: float = 1e-3,
-        max_depth: float = 10.0,
-    ):
-        super().__init__(root_folder(root, "Shards"), split, targets, transform)
-        self.describe(classes, ignore_index, id_map, depth_divisor, depth_invalid, min_depth, max_depth)
+        **described: Any,
+    ) -> None:
+        self.describe(**described)
         self.endings = {"image": tuple(images), "label": (label,), "mask": (mask,), "depth": (depth,)}
         self.wanted = ("image", *self.targets)
-        self.files = shard_files(self.root, train_shards if split == "train" else val_shards)
+        self.files = shard_files(self.root, train_shards if self.split == "train" else val_shards)
         found = [(number, *row) for number, path in enumerate(self.files) for row in self.samples(path)]
         if not found:
             raise ValueError(f"Shards: no member of {self.files[0]} ends in .{' or .'.join(images)}")
@@ -174,7 +162,7 @@ class HuggingFace(Packed):
         root: str,
         split: str,
         targets: tuple[str, ...],
-        transform: Callable | None = None,
+        transform: Transform | None = None,
         name: str | None = None,
         train_split: str = "train",
         val_split: str = "validation",
@@ -182,15 +170,9 @@ class HuggingFace(Packed):
         label: str = "label",
         mask: str = "annotation",
         depth: str = "depth_map",
-        classes: list[str] | int | None = None,
-        ignore_index: int = 255,
-        id_map: dict[int, int] | None = None,
-        depth_divisor: float = 1000.0,
-        depth_invalid: Sequence[float] = (0,),
-        min_depth: float = 1e-3,
-        max_depth: float = 10.0,
+        **described: Any,
     ):
-        super().__init__(None, split, targets, transform)
+        super().__init__(split, targets, transform)
         try:
             import datasets
         except ImportError as error:
@@ -209,9 +191,9 @@ class HuggingFace(Packed):
             if key != "label":
                 self.data = self.data.cast_column(column, datasets.Image(decode=False))
         self.data = self.data.select_columns([self.columns[key] for key in self.wanted])
-        if classes is None and "label" in targets:
-            classes = getattr(self.data.features[label], "names", None)
-        self.describe(classes, ignore_index, id_map, depth_divisor, depth_invalid, min_depth, max_depth)
+        if described.get("classes") is None and "label" in targets:
+            described["classes"] = getattr(self.data.features[label], "names", None)
+        self.describe(**described)
 
     def __len__(self) -> int:
         return len(self.data)

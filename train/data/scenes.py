@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.data.base import ImageDataset
+from train.data.base import ImageDataset, Transform
 from train.depth import DepthSpec
 
 CLASSES = ["wall", "floor", "sphere", "box", "cylinder", "cone"]
@@ -42,13 +42,13 @@ class Scenes(ImageDataset):
         self,
         split: str,
         targets: tuple[str, ...],
-        transform: Callable | None = None,
+        transform: Transform | None = None,
         count: int = 800,
         val_count: int = 100,
         size: tuple[int, int] = (96, 128),
         seed: int = 0,
     ):
-        super().__init__(None, split, targets, transform)
+        super().__init__(split, targets, transform)
         if count < 1 or val_count < 1:
             raise ValueError(f"need at least one scene of each split, got count={count}, val_count={val_count}")
         if min(size) < 16:

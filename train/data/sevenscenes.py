@@ -1,15 +1,13 @@
 """7-Scenes RGB-D frames (Shotton et al. 2013): 16-bit depth in millimetres, 0 and 65535 both mean "no reading"."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from train.data.base import ImageDataset
-from train.data.finding import inside, need, read_list, root_folder
+from train.data.base import FileDataset
+from train.data.finding import inside, need, read_list
 from train.depth import DepthSpec
 
 
-class SevenScenes(ImageDataset):
+class SevenScenes(FileDataset):
     """One scene: root holds `train.txt` and `val.txt` ("image depth", relative to root), or the official layout.
 
     The official one: `seq-NN/frame-NNNNNN.color.png` and `.depth.png`, TrainSplit.txt and TestSplit.txt ("sequence1" per line).
@@ -18,10 +16,9 @@ class SevenScenes(ImageDataset):
     provides = ("depth",)
     depth = DepthSpec(divisor=1000, min_depth=0.1, max_depth=10.0)
 
-    def __init__(self, root: str | Path, split: str, targets: tuple[str, ...], transform: Callable | None = None):
-        super().__init__(root_folder(root, "SevenScenes"), split, targets, transform)
-        listing = self.root / f"{split}.txt"
-        official = self.root / ("TrainSplit.txt" if split == "train" else "TestSplit.txt")
+    def find(self) -> None:
+        listing = self.root / f"{self.split}.txt"
+        official = self.root / ("TrainSplit.txt" if self.split == "train" else "TestSplit.txt")
         if listing.exists():
             rows = read_list(listing, 2, "SevenScenes")
             self.pairs = [(inside(self.root, row[0]), inside(self.root, row[1])) for row in rows]
