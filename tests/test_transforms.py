@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from train.sample import pick_nearest
+from train.sample import KINDS, Look, pick_nearest
 from train.schema import AugmentConfig
 from train.transforms import Seeded, build_transform, evaluation_size, seeded, timm_policy
 
@@ -304,3 +304,49 @@ def test_every_magnitude_of_a_policy_gives_an_image(policy):
             assert (changed.getextrema() == ((0, 0),) * 3) == (bits == 0)
     assert seen if policy != "3a" else not seen
     assert 0 in seen or policy not in ("rand-m10-n4-inc1", "v0")
+
+
+def look():
+    return Look([0, 0, 0], 255, vision.InterpolationMode.BILINEAR)
+
+
+@pytest.mark.parametrize("axis, sign", [(-1, (-1, 1, 1)), (-2, (1, -1, 1))])
+def test_a_flip_mirrors_normals_too(axis, sign):
+    normal = torch.nn.functional.normalize(torch.randn(3, 4, 5), dim=0)
+    flipped = KINDS["normal"].flip(normal, axis, (4, 5))
+    assert torch.equal(flipped, normal.flip(axis) * torch.tensor(sign).view(3, 1, 1))
+    assert torch.equal(KINDS["normal"].flip(flipped, axis, (4, 5)), normal)
+
+
+def test_a_rotation_turns_normals_with_the_image():
+    """A quarter turn counter-clockwise: what looked right looks up, and y points down."""
+    normal = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1).expand(3, 5, 5)
+    turned = KINDS["normal"].rotate(normal, 90.0, (5, 5), look())
+    torch.testing.assert_close(turned[:, 2, 2], torch.tensor([0.0, -1.0, 0.0]), atol=1e-6, rtol=0)
+    back = KINDS["normal"].rotate(turned, -90.0, (5, 5), look())
+    torch.testing.assert_close(back, normal, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name, value", [("mask", 255), ("depth", 0), ("normal", 0), ("image", 7)])
+def test_every_kind_says_what_padding_holds(name, value):
+    kind = KINDS[name]
+    shape = {"mask": (3, 4), "depth": (1, 3, 4), "normal": (3, 3, 4), "image": (1, 3, 4)}[name]
+    ones = kind.tensor(torch.ones(shape, dtype=torch.uint8))
+    padded = kind.pad(ones, [1, 2, 3, 4], Look([7], 255, vision.InterpolationMode.BILINEAR))
+    assert padded.shape[-2:] == (9, 8) and kind.size(padded) == (9, 8)
+    assert (kind.crop(padded, 2, 1, (3, 4)) == ones).all()
+    assert (padded[..., :2, :] == value).all() and (padded[..., -3:] == value).all()
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("image", torch.zeros(3, 4, 4)),
+        ("mask", torch.zeros(4, 4)),
+        ("depth", torch.zeros(2, 4, 4)),
+        ("normal", torch.zeros(4, 4)),
+    ],
+)
+def test_an_entry_of_another_shape_or_type_is_refused(name, wrong):
+    with pytest.raises(ValueError, match="must be .*, got float32 "):
+        KINDS[name].tensor(wrong)

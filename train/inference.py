@@ -31,6 +31,9 @@ class Predictor:
     A single whole pass of "values" is the model's own output. Raises ValueError for settings that make no sense.
     """
 
+    window: tuple[int, int]  # of mode "slide"
+    stride: tuple[int, int]
+
     def __init__(
         self,
         model: Callable[[Tensor], Output],
@@ -56,12 +59,14 @@ class Predictor:
             if window is None:
                 raise ValueError("mode 'slide' needs a window, e.g. window=(512, 512)")
             window = pair(window)
-            stride = tuple(max(1, 2 * n // 3) for n in window) if stride is None else pair(stride)
+            height, width = window
+            stride = (max(1, 2 * height // 3), max(1, 2 * width // 3)) if stride is None else pair(stride)
             if any(not 0 < s <= w for s, w in zip(stride, window, strict=True)):
                 raise ValueError(
                     f"stride {stride} must be positive and at most the window {window}, or pixels would be left out"
                 )
-        self.model, self.mode, self.window, self.stride = model, mode, window, stride
+            self.window, self.stride = window, stride
+        self.model, self.mode = model, mode
         self.scales, self.flip, self.blend, self.average = tuple(scales), flip, blend, average
 
     @property
@@ -136,7 +141,7 @@ class Predictor:
 
 def unnamed(outputs: dict[str | None, Tensor]) -> Output:
     """The dict, or the one tensor of a model without named outputs."""
-    return outputs.get(None, outputs)
+    return outputs[None] if None in outputs else {str(name): value for name, value in outputs.items()}
 
 
 def windows(size: Sequence[int], window: Sequence[int], stride: Sequence[int]) -> Iterator[tuple[slice, slice]]:

@@ -10,7 +10,7 @@ index).
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
+from train.inference import pair
 from train.sample import KINDS, Kind, Look, Size, is_dense
 from train.schema import AugmentConfig, EvalResize
 
@@ -56,8 +57,8 @@ def build_transform(
     check_augment(augment, dense, size, mean, std)
     check_eval_resize(eval_resize, dense)
     if train:
-        return TrainTransform(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index)
-    return EvalTransform(augment, dense, tuple(size), tuple(mean), tuple(std), ignore_index, eval_resize)
+        return TrainTransform(augment, dense, pair(size), tuple(mean), tuple(std), ignore_index)
+    return EvalTransform(augment, dense, pair(size), tuple(mean), tuple(std), ignore_index, eval_resize)
 
 
 def check_eval_resize(rule: EvalResize, dense: bool) -> None:
@@ -217,7 +218,7 @@ class TrainTransform(_Transform):
         sample = getattr(self, f"_{augment.crop}")(sample)
         for probability, axis in ((augment.hflip, -1), (augment.vflip, -2)):
             if probability and torch.rand(()) < probability:
-                sample = self.each(sample, lambda kind, value, axis=axis: kind.flip(value, axis, self.size))
+                sample = self.flipped(sample, axis)
         if augment.rotate:
             degrees = uniform(-augment.rotate, augment.rotate)
             sample = self.each(sample, lambda kind, value: kind.rotate(value, degrees, self.size, self.look))
@@ -235,6 +236,10 @@ class TrainTransform(_Transform):
             sample["image"] = self.erase(sample["image"])
         return sample
 
+    def flipped(self, sample: dict[str, Any], axis: int) -> dict[str, Any]:
+        """The mirrored sample: axis -1 swaps left and right, -2 top and bottom."""
+        return self.each(sample, lambda kind, value: kind.flip(value, axis, self.size))
+
     def _resize(self, sample: dict[str, Any]) -> dict[str, Any]:
         return self.resized(sample, self.size)
 
@@ -244,6 +249,7 @@ class TrainTransform(_Transform):
         return self._cropped(self.each(sample, lambda kind, value: kind.pad(value, border, self.look)))
 
     def _area(self, sample: dict[str, Any]) -> dict[str, Any]:
+        assert self.box is not None  # it goes with this crop
         top, left, height, width = self.box.make_params([sample["image"]]).values()
         box = self.each(sample, lambda kind, value: kind.crop(value, top, left, (height, width)))
         return self.resized(box, self.size)
@@ -321,7 +327,15 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-class Seeded(Dataset):
+class Samples(Protocol):
+    """What `Seeded` draws from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Seeded(Dataset[dict[str, Any]]):
     """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers, processes or what ran before.
 
     dataset: without a transform of its own; transform: of `build_transform`; then: called on the transformed sample, and draws
@@ -332,10 +346,10 @@ class Seeded(Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,
-        transform: Callable[[dict], dict],
+        dataset: Samples,
+        transform: Callable[[dict[str, Any]], dict[str, Any]],
         seed: int = 0,
-        then: Callable[[dict], dict] | None = None,
+        then: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.dataset, self.transform, self.seed, self.then = dataset, transform, seed, then
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -346,7 +360,7 @@ class Seeded(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         index, draw = index if isinstance(index, tuple) else (index, int(self._epoch))
         sample = self.dataset[index]
         with seeded(self.seed, draw, index):

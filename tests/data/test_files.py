@@ -312,7 +312,7 @@ def test_a_large_image_is_no_damage_and_the_limit_can_be_set(tmp_path):
     root = pairs(tmp_path, noise(40, 50), np.zeros((40, 50), np.uint8))
     data = DATASETS["folder"](root, "train", ("mask",), classes=2)
     data.may_skip, data.pixels = 1, PixelRules(max_pixels=1999)
-    with pytest.raises(TooLarge, match=r"0.png: 40x50 are 0 million pixels, more than data.max_pixels=1999 allows.*raise it"):
+    with pytest.raises(TooLarge, match=r"0.png: 40x50 are 2000 pixels, more than data.max_pixels=1999 allows.*raise it"):
         data[0]
     data.pixels = PixelRules(max_pixels=2000)
     assert data[0]["image"].shape == (3, 40, 50)

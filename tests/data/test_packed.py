@@ -193,3 +193,11 @@ def test_hugging_face_data_sets_with_masks_depth_and_labels(tmp_path):
 def test_an_id_map_that_leaves_the_classes_is_refused(root):
     with pytest.raises(ValueError, match="Shards: id_map sends 1 to 7, which is outside the 5 classes"):
         shards(root, id_map={0: 255, 1: 7})
+
+
+@pytest.mark.parametrize(
+    "pattern, message", [("a{0..99999999}.tar", "more than 100000 files"), ("/a.tar", "relative to data.root")]
+)
+def test_shards_that_no_disk_holds_are_refused_at_once(tmp_path, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        DATASETS["shards"](tmp_path, "train", ("label",), train_shards=pattern)

@@ -198,6 +198,35 @@ def test_predict_names_an_image_it_cannot_read(capsys, run_folder, images, tmp_p
     assert code == 2 and "holds no image" in err
 
 
+def test_predict_does_the_rest_of_a_damaged_folder_and_completes_it_later(capsys, run_folder, tmp_path):
+    images, out = tmp_path / "in", tmp_path / "out"
+    (images / "deep" / "er").mkdir(parents=True)
+    (images / ".ipynb_checkpoints").mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    for name in ("a.png", "deep/er/a.png", "deep/b.png", ".ipynb_checkpoints/c.png"):
+        picture.save(images / name)
+    (images / "broken.jpg").write_bytes(b"\xff\xd8 no more")
+    code, text, err = zoo(capsys, "predict", run_folder, images, "--out", out)
+    assert code == 2 and "broken.jpg: not a readable image" in err and "1 cannot be read" in text and "hidden" in text
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*.png"))
+    names = ("a", "deep/b", "deep/er/a")
+    assert files == sorted(f"{name}_{kind}.png" for name in names for kind in ("classes", "overlay"))
+    before = (out / "a_classes.png").stat().st_mtime_ns
+    (out / "deep" / "b_overlay.png").unlink()
+    picture.save(images / "broken.jpg")
+    code, text, _ = zoo(capsys, "predict", run_folder, images, "--out", out)
+    assert code == 0 and "4 images, 2 were there already: 4 files written" in text
+    assert (out / "broken_classes.png").is_file() and (out / "a_classes.png").stat().st_mtime_ns == before
+    code, _, err = zoo(capsys, "predict", run_folder, images, "--out", out, "--weights", "last.safetensors")
+    assert code == 2 and "exists, made by other weights or settings" in err
+
+
+def test_predict_says_the_limit_of_a_large_image(capsys, run_folder, images, tmp_path):
+    args = ("predict", run_folder, images, "--out", tmp_path / "out", "--data.max_pixels=1999")
+    code, _, err = zoo(capsys, *args)
+    assert code == 2 and "40x50 are 2000 pixels, more than data.max_pixels=1999" in err
+
+
 def test_export_of_a_run_gives_its_numbers(capsys, run_folder, tmp_path):
     code, out, _ = zoo(capsys, "export", run_folder, tmp_path / "model.pt2")
     assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and (tmp_path / "model.pt2").is_file()

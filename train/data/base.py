@@ -231,6 +231,8 @@ class DescribedDataset(ImageDataset):
         max_depth: farthest valid depth, metres.
     """
 
+    depth: DepthSpec
+
     def describe(
         self,
         classes: list[str] | int | None = None,

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.lib import format as npy
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 Source = Path | BinaryIO
 
@@ -138,7 +139,7 @@ def open_image(source: Source, place: str | None = None, max_pixels: int = MAX_P
             raise ValueError(f"it is {height}x{width} pixels")
         if width * height > max_pixels:
             raise TooLarge(
-                f"{name}: {height}x{width} are {width * height / 1e6:.0f} million pixels, more than data.max_pixels="
+                f"{name}: {height}x{width} are {width * height} pixels, more than data.max_pixels="
                 f"{max_pixels} allows (a small file can unpack to fill the memory): raise it if you trust the file"
             )
         info = {"maximum": _maximum(image), "deep_colour": _deep_colour(image), "lossy": _lossy(image)}
@@ -166,7 +167,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _raw(image: Image.Image) -> tuple[str, int | None]:
+def _raw(image: ImageFile) -> tuple[str, int | None]:
     """(how the pixels lie in the file, largest value of a PPM file) of an image that is not decoded yet."""
     if not image.tile:
         return "", None
@@ -176,17 +177,17 @@ def _raw(image: Image.Image) -> tuple[str, int | None]:
     return (args[0] if args and isinstance(args[0], str) else ""), maximum
 
 
-def _maximum(image: Image.Image) -> int | None:
+def _maximum(image: ImageFile) -> int | None:
     raw, maximum = _raw(image)
     bits = re.match(r"L;([24])", raw)
     return maximum if bits is None else 2 ** int(bits[1]) - 1
 
 
-def _deep_colour(image: Image.Image) -> bool:
+def _deep_colour(image: ImageFile) -> bool:
     return ";16" in _raw(image)[0] and not image.mode.startswith(DEEP)
 
 
-def _lossy(image: Image.Image) -> str | None:
+def _lossy(image: ImageFile) -> str | None:
     if image.format in ("JPEG", "MPO"):
         return "JPEG"
     if image.format != "WEBP" or image.fp is None:
@@ -578,5 +579,5 @@ def read_depth(
         values = stored_values(image)
     with np.errstate(over="ignore", invalid="ignore"):
         numbers = values.astype(np.float32)  # what does not fit becomes infinite, which is missing
-    missing = ~np.isfinite(numbers) | (numbers <= 0) | np.isin(numbers, np.float32(invalid))
+    missing = ~np.isfinite(numbers) | (numbers <= 0) | np.isin(numbers, np.asarray(invalid, np.float32))
     return np.where(missing, 0, numbers / np.float32(divisor)).astype(np.float32)

@@ -22,7 +22,7 @@ class Kitti(FileDataset):
     """
 
     provides = ("depth",)
-    depth = DepthSpec(divisor=256, min_depth=1e-3, max_depth=80.0)
+    depth: DepthSpec = DepthSpec(divisor=256, min_depth=1e-3, max_depth=80.0)
 
     def find(
         self,

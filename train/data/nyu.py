@@ -28,7 +28,7 @@ class NYUv2(FileDataset):
     """
 
     provides = ("depth", "mask")
-    depth = SPEC
+    depth: DepthSpec = SPEC
     classes = CLASSES
 
     def find(
@@ -63,7 +63,10 @@ class NYUv2(FileDataset):
         if "depth" in self.targets:
             sample.update(depth=self.metres(depth, self.depth.divisor), depth_path=depth)
         if "mask" in self.targets:
-            path = self.labels / f"{re.findall(r'[0-9]+', image.stem)[-1]}.png"
+            numbers = re.findall(r"[0-9]+", image.stem)
+            if not numbers:
+                raise ValueError(f"{image}: a frame's name has its number, which names its labels, and this one has none")
+            path = self.labels / f"{numbers[-1]}.png"
             ids = self.ids(path)
             sample.update(mask=np.where(ids == len(CLASSES), self.ignore_index, ids), mask_path=path)
         return sample
@@ -77,7 +80,7 @@ class NYUv2Mat(FileDataset):
 
     provides = ("depth",)
     any_channels = False
-    depth = DepthSpec(divisor=1, min_depth=1e-3, max_depth=10.0)
+    depth: DepthSpec = DepthSpec(divisor=1, min_depth=1e-3, max_depth=10.0)
 
     def find(self) -> None:
         try:
@@ -103,7 +106,7 @@ class NYUv2Mat(FileDataset):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None}  # an open file does not travel to a worker
 
     def read(self, index: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np
 
 from train.data.base import DescribedDataset, FileDataset, Transform
 
+MOST_SHARDS = 100_000  # that braces may spell out
+
 
 class Packed(DescribedDataset):
     """What both forms share: how the bytes of a sample become arrays. A subclass finds them (`parts`).
@@ -130,12 +132,16 @@ def shard_files(root: Path, pattern: str) -> list[Path]:
 
     Raises FileNotFoundError if a pattern, or one of the names that braces spell out, finds nothing.
     """
+    if Path(pattern).is_absolute():
+        raise ValueError(f"Shards: {pattern} starts at the top; shards are named relative to data.root, which is {root}")
     pieces = re.split(r"\{([^{}]*)\}", pattern)  # text, braces, text, ...
-    choices = []
+    choices: list[list[str]] = []
     for i, piece in enumerate(pieces):
         span = re.fullmatch(r"(\d+)\.\.(\d+)", piece) if i % 2 else None
         if span:
             first, last = span.groups()
+            if int(last) - int(first) >= MOST_SHARDS:
+                raise ValueError(f"Shards: {pattern} names more than {MOST_SHARDS} files; use a wildcard")
             choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
         else:
             choices.append(piece.split(",") if i % 2 else [piece])

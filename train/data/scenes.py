@@ -36,7 +36,7 @@ class Scenes(ImageDataset):
     any_channels = False
     classes = CLASSES
     palette = PALETTE
-    depth = DepthSpec(min_depth=0.5, max_depth=10.0)
+    depth: DepthSpec = DepthSpec(min_depth=0.5, max_depth=10.0)
 
     def __init__(
         self,
@@ -106,7 +106,8 @@ def camera_rays(height: int, width: int, pitch: float) -> np.ndarray:
 
 def place_bodies(rng: np.random.Generator, ground: float) -> list:
     """Three to seven bodies that stand on the floor inside the view and do not intersect."""
-    bodies, taken = [], []
+    bodies: list[Any] = []
+    taken: list[tuple[float, float, float]] = []
     for _ in range(rng.integers(3, 8)):
         kind = BODIES[rng.integers(len(BODIES))]
         radius = rng.uniform(0.36, 0.66)

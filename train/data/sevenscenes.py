@@ -14,7 +14,7 @@ class SevenScenes(FileDataset):
     """
 
     provides = ("depth",)
-    depth = DepthSpec(divisor=1000, min_depth=0.1, max_depth=10.0)
+    depth: DepthSpec = DepthSpec(divisor=1000, min_depth=0.1, max_depth=10.0)
 
     def find(self) -> None:
         listing = self.root / f"{self.split}.txt"
@@ -26,9 +26,10 @@ class SevenScenes(FileDataset):
             need(official, f"{listing.name} or the official split", "SevenScenes")
             self.pairs = []
             for word, *_ in read_list(official, 1, "SevenScenes"):
-                folder = need(
-                    self.root / f"seq-{int(word.removeprefix('sequence')):02d}", f"{word} of {official.name}", "SevenScenes"
-                )
+                number = word.removeprefix("sequence")
+                if not number.isdecimal():
+                    raise ValueError(f"{official}: a line must be sequence1, sequence2, ..., got {word!r}")
+                folder = need(self.root / f"seq-{int(number):02d}", f"{word} of {official.name}", "SevenScenes")
                 colors = sorted(folder.glob("frame-*.color.*"))
                 self.pairs += [(path, path.with_name(path.name.split(".")[0] + ".depth.png")) for path in colors]
             if not self.pairs:
