@@ -2,8 +2,8 @@
 
 The same text runs one process or many (torchrun, accelerate launch). A step is defined by the total batch: every process puts
 its slice through the model in micro-batches, each loss weighted by its share of the step's valid targets, so the gradient is
-that of the mean over the whole batch however it was cut. Sample order, augmentation and dropout are functions of (seed, step),
-so a run that was killed goes on as if it had not been.
+that of the mean over the whole batch however it was cut. All that is random is a function of (seed, step, position in the total
+batch), so a run that was killed goes on as if it had not been.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from train.evaluation import evaluate
 from train.failures import Stop, readable, stop_signal
 from train.folder import MEASURES, check_folder, claimed, open_folder, repair_rows, versions
 from train.log import Log
+from train.randomness import by_position, drawn_for, seed_all
 from train.results import finish, save_product
 from train.schema import Config
 from train.setup import build, dataset, start
@@ -48,7 +49,7 @@ class Run:
         parts: the network, its average, optimiser, schedule and loss scale.
         model: the network as it is called in training, wrapped for several processes.
         products: the network or its average, whichever is evaluated and saved as the result.
-        micro_batches: of one step on this process.
+        offsets: of this process's micro-batches inside the total batch.
         steps, eval_every, save_every: all counted in steps.
     """
 
@@ -65,7 +66,7 @@ class Run:
     schedule: Scheduler
     names: Names
     state: RunState
-    micro_batches: int
+    offsets: list[range]
     steps: int
     eval_every: int
     save_every: int
@@ -108,21 +109,22 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     config, accelerator, task, state, log = run.config, run.accelerator, run.task, run.state, run.log
     model, optimizer, average, schedule = run.model, run.parts.optimizer, run.parts.average, run.schedule
     parameters = [p for p in run.parts.net.parameters() if p.requires_grad]
-    world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
+    world, main = accelerator.num_processes, accelerator.is_main_process
     metrics: dict[str, float] = {}
     train_mode(model)
     for step in range(state.step, run.steps):
-        loader.seed_all(config.run.seed, step, rank)
         schedule.step_update(step)
-        micro, waited = loader.take(run.batches, run.micro_batches, accelerator.device, config.run.channels_last)
-        micro = [task.augment(batch) for batch in micro]
+        micro, waited = loader.take(run.batches, len(run.offsets), accelerator.device, config.run.channels_last)
+        micro = [augmented(batch, run, step) for batch in micro]
         found = [task.counts(batch) for batch in micro]
         terms = found[0]  # by name
         counts = torch.stack([stacked(each, terms) for each in found])
         shares = counts / accelerator.reduce(counts.sum(0), "sum").clamp_min(1e-12)
         losses = []
-        for i, (batch, share) in enumerate(zip(micro, shares, strict=True)):
-            with accelerator.no_sync(model) if i + 1 < len(micro) else contextlib.nullcontext():
+        for i, (batch, share, offsets) in enumerate(zip(micro, shares, run.offsets, strict=True)):
+            seed_all(config.run.seed, step)  # the same for every micro-batch: what is drawn differs by position
+            sync = accelerator.no_sync(model) if i + 1 < len(micro) else contextlib.nullcontext()
+            with sync, drawn_for(offsets):
                 with accelerator.autocast():
                     loss = stacked(task.losses(task.forward(model, batch), batch), terms) * share
                 accelerator.backward(loss.sum() * world)  # gradients are averaged over processes; the loss is a sum
@@ -175,13 +177,14 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     say, folder = accelerator.print, Path(config.run.dir)
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     changes = check_folder(folder, config, resume, accept_changes)
-    loader.seed_all(config.run.seed)
+    seed_all(config.run.seed)
     task = configuration.build_task(config)
     train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
     damaged = Damaged(config.data.skip_unreadable, {"train": train_set.dataset, "val": val_set})
     for sentence in refuse([train_set.dataset, val_set], val_is_train=config.data.val_is_train):
         say(f"warning: {sentence}")
     net = build(config, task, say).to(accelerator.device)
+    by_position(net)
     average = optim.averaged(net, config.optim)
     if config.run.sync_batchnorm and world > 1:
         syncbn.synchronise(net)
@@ -212,7 +215,7 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     if resume:
         damaged.load(folder / "unreadable.txt")
 
-    offsets = loader.share(images, world, rank, config.optim.micro_batch)
+    offsets = loader.share(images, world, rank, config.optim.micro_batch, 2 * config.data.repeats if task.mixes else 1)
     order = loader.Order(len(train_set), config.run.seed, config.data.repeats)
     positions = loader.Steps(order, state.step, steps, images, offsets)
     accelerator.wait_for_everyone()  # a process that checks late must not find the folder that another one makes
@@ -252,7 +255,16 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     every = {"eval_every": eval_every, "save_every": save_every}
     run = {"config": config, "folder": folder, "accelerator": accelerator, "task": task, "val_set": val_set, "batches": batches}
     run |= {"damaged": damaged, "parts": parts, "model": model, "products": products, "schedule": schedule, "state": state}
-    return Run(**run, **every, names=Names.of(val_set), micro_batches=len(offsets), steps=steps, log=log)
+    return Run(**run, **every, names=Names.of(val_set), offsets=offsets, steps=steps, log=log)
+
+
+def augmented(batch: dict[str, Any], run: Run, step: int) -> dict[str, Any]:
+    """A micro-batch as the task augments it: draws are those of the step, pairs those of the total batch."""
+    seed_all(run.config.run.seed, step)
+    if run.task.mixes:
+        partner = loader.partners(len(batch["image"]), run.config.data.repeats)
+        batch = {**batch, "partner": partner.to(run.accelerator.device)}
+    return run.task.augment(batch)
 
 
 def train_mode(model: nn.Module) -> None:

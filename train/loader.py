@@ -5,7 +5,6 @@ Each process takes its slice of that range, so a run does not depend on the numb
 workers or on having been interrupted. Augmentation is seeded with the position.
 """
 
-import random
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,14 +14,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-
-def seed_all(*numbers: int) -> None:
-    """Seeds Python, NumPy and torch (every device) from any number of integers; near integers give unrelated numbers."""
-    words = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.manual_seed(int(words[2]))
 
 
 class Order:
@@ -43,20 +34,45 @@ class Order:
         return int(self._order[place // self.repeats])
 
 
-def share(global_batch: int, world: int, rank: int, micro_batch: int | None = None) -> list[range]:
+def share(global_batch: int, world: int, rank: int, micro_batch: int | None = None, group: int = 1) -> list[range]:
     """Offsets inside the total batch of one process's micro-batches: the same number of them, none empty, on every process.
 
-    Sizes differ by at most one where they do not divide. Raises ValueError if there are more processes than images.
+    Sizes differ by at most one group where they do not divide. Raises ValueError if there are too few images to share.
+
+    Args:
+        global_batch: images of a step.
+        world: processes; rank: of this one.
+        micro_batch: most images at once; null = the whole share.
+        group: neighbours that stay together; the last group of the total batch may be smaller.
     """
-    if global_batch < world:
+    groups = -(-global_batch // group)
+    if groups < world:
+        less = f"the {world} processes" if group == 1 else f"one group of {group} (mixup, cutmix) for each of {world} processes"
+        raise ValueError(f"optim.global_batch {global_batch} is less than {less}: raise it or use fewer processes")
+    if micro_batch is not None and micro_batch < group:
         raise ValueError(
-            f"optim.global_batch {global_batch} is less than the {world} processes: raise it or use fewer processes"
+            f"optim.micro_batch {micro_batch} is less than the {group} images that mixup or cutmix keeps together (twice "
+            "data.repeats): raise it"
         )
-    largest = -(-global_batch // world)
-    chunks = min(-(-largest // (micro_batch or largest)), global_batch // world)
-    start, stop = rank * global_batch // world, (rank + 1) * global_batch // world
-    edges = [start + i * (stop - start) // chunks for i in range(chunks + 1)]
+    largest = -(-groups // world)
+    chunks = min(-(-largest // (micro_batch // group if micro_batch else largest)), groups // world)
+    start, stop = rank * groups // world, (rank + 1) * groups // world
+    edges = [min(group * (start + i * (stop - start) // chunks), global_batch) for i in range(chunks + 1)]
     return [range(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def partners(count: int, repeats: int = 1) -> Tensor:
+    """The place of the image that each of `count` neighbours is mixed with; an odd last one is its own.
+
+    In each group of 2 x repeats the first half is paired with the second in order, so that no image meets itself where each is
+    drawn `repeats` times in a row (in the last, smaller group of a step it may).
+    """
+    partner = torch.arange(count)
+    for start in range(0, count, 2 * repeats):
+        half = min(2 * repeats, count - start) // 2
+        first = torch.arange(start, start + half)
+        partner[first], partner[first + half] = first + half, first
+    return partner
 
 
 class Steps:

@@ -1,8 +1,5 @@
 """Sample order is a function of seed and step; processes and micro-batches only cut it."""
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
@@ -68,13 +65,26 @@ def test_collate_keeps_maps_of_different_sizes_apart():
     assert batch["label"].tolist() == [1, 1] and batch["path"] == ["a", "a"]
 
 
-def test_seeding_covers_all_three_generators():
-    def draw():
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
+@pytest.mark.parametrize(("images", "world", "micro", "group"), [(8, 2, 2, 2), (9, 2, 4, 2), (1024, 8, 64, 6), (7, 1, None, 4)])
+def test_groups_are_never_cut(images, world, micro, group):
+    shares = [loader.share(images, world, rank, micro, group) for rank in range(world)]
+    parts = [part for offsets in shares for part in offsets]
+    assert [i for part in parts for i in part] == list(range(images)) and len({len(offsets) for offsets in shares}) == 1
+    assert all(part.start % group == 0 for part in parts) and (micro is None or max(map(len, parts)) <= micro)
+    whole = loader.partners(images, group // 2)
+    assert torch.equal(torch.cat([loader.partners(len(part), group // 2) + part.start for part in parts]), whole)
 
-    loader.seed_all(1, 2)
-    first = draw()
-    loader.seed_all(1, 3)
-    other = draw()
-    loader.seed_all(1, 2)
-    assert draw() == first and all(a != b for a, b in zip(first, other, strict=True))
+
+def test_partners_are_pairs_of_different_images():
+    order = loader.Order(1000, seed=0, repeats=3)
+    partner = loader.partners(60, repeats=3)
+    assert torch.equal(partner[partner], torch.arange(60)) and not (partner == torch.arange(60)).any()
+    assert all(order[i] != order[int(partner[i])] for i in range(60))
+    assert loader.partners(5).tolist() == [1, 0, 3, 2, 4]
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"optim.micro_batch 4 is less than the 6 images .*twice data.repeats"):
+        loader.share(64, 1, 0, 4, 6)
+    with pytest.raises(ValueError, match=r"optim.global_batch 6 is less than one group of 4 \(mixup, cutmix\) for each of 3"):
+        loader.share(6, 3, 0, None, 4)

@@ -85,7 +85,7 @@ def used(run):
         "settings": state.settings(run.parts.optimizer),
         "groups": state.parameter_names(run.parts),
         "average": average and (average.decay, average.use_warmup),
-        "cut": (run.micro_batches, run.steps, run.config.optim.global_batch, run.config.optim.clip_norm),
+        "cut": (len(run.offsets), run.steps, run.config.optim.global_batch, run.config.optim.clip_norm),
     }
 
 

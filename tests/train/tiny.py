@@ -21,6 +21,8 @@ def values(**changes):
     merged = {section: dict(content) for section, content in VALUES.items()}
     for section, content in changes.items():
         merged[section] = {**merged.get(section, {}), **content}
+    if merged["task"]["name"] == "classification":
+        merged["model"].pop("head", None)  # the backbone has its own
     return merged
 
 

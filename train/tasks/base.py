@@ -25,6 +25,8 @@ class Task(abc.ABC):
     """One kind of problem.
 
     best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
+    mixes:   whether `augment` mixes pairs of images. A micro-batch then holds whole groups of them, and batch["partner"] has
+        the place of each one's partner, so that pairs do not depend on how the total batch is cut.
     average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
         possible.
     show:    draws and writes predictions (train/show); None: there is nothing to see.
@@ -34,6 +36,7 @@ class Task(abc.ABC):
     """
 
     best: tuple[str, str]
+    mixes: bool = False
     average: str | dict[str, str] | None = None
     show: Show | None = None
 
@@ -58,7 +61,10 @@ class Task(abc.ABC):
         return sample
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A training batch on its device -> the batch that `counts`, `forward` and `losses` are given (mixup)."""
+        """A training batch on its device -> the batch that `counts`, `forward` and `losses` are given (mixup).
+
+        The generators are in the same state for every micro-batch of a step, on every process.
+        """
         return batch
 
     def forward(self, model: Callable[..., Any], batch: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 import weights
+from train.loader import partners
 from train.metrics import ClassificationMetric
 from train.show import Labels
 from train.tasks.base import Task
@@ -25,7 +26,8 @@ class Classification(Task):
     num_classes: of the data.
     label_smoothing: share of the target spread over all classes.
     mixup, cutmix: alpha of the Beta distribution of each, 0 = off; mixup_prob: share of batches mixed; mixup_switch: share of
-        mixed batches that get cutmix where both are on. Mixing pairs the images of a micro-batch (timm's Mixup).
+        mixed batches that get cutmix where both are on. One draw a step; pairs are neighbours in the
+        total batch (loader.partners).
     binary: one binary cross entropy per class, averaged over classes (Wightman et al. 2021), instead of the softmax.
     teacher: timm name of a frozen model to learn from; teacher_pretrained: load its released weights; teacher_checkpoint: load
         a file.
@@ -63,7 +65,8 @@ class Classification(Task):
         self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
         self.term = "binary_cross_entropy" if binary else "cross_entropy"
         self.mix = None
-        if mixup or cutmix:
+        self.mixes = bool(mixup or cutmix)
+        if self.mixes:
             self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
         self.teacher_name, self.teacher_pretrained, self.teacher_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
         self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
@@ -101,7 +104,8 @@ class Classification(Task):
         """Mixed images, and instead of the labels distributions B K, if mixup or cutmix is on."""
         if self.mix is None:
             return batch
-        images, target = self._mixed(batch["image"], batch["label"])
+        partner = batch["partner"] if "partner" in batch else partners(len(batch["label"]))
+        images, target = self._mixed(batch["image"], batch["label"], partner)
         return {**batch, "image": images, "label": target}
 
     def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -115,16 +119,18 @@ class Classification(Task):
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return dict.fromkeys([self.term] if self.teacher is None else [self.term, "distillation"], images_in(batch))
 
-    def _mixed(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """timm's Mixup pairs an image with its mirror place in the batch and needs an even number; an odd last one is left as
-        it is.
+    def _mixed(self, images: Tensor, label: Tensor, partner: Tensor) -> tuple[Tensor, Tensor]:
+        """timm's Mixup mixes an image with its mirror place in the batch: each pair is brought there and back.
+
+        One without a partner is left as it is.
         """
-        even = len(images) // 2 * 2
-        mixed, target = images, self.soft(label)
-        if even:
-            first, first_target = self.mix(images[:even].clone(), label[:even])
-            mixed = torch.cat([first, images[even:]])
-            target = torch.cat([first_target.to(target), target[even:]])
+        first = (partner > torch.arange(len(partner), device=partner.device)).nonzero().flatten()
+        if not len(first):
+            return images, self.soft(label)
+        order = torch.cat([first, partner[first].flip(0)])
+        some, some_target = self.mix(images[order], label[order])
+        mixed, target = images.clone(), self.soft(label)
+        mixed[order], target[order] = some, some_target.to(target)
         return mixed, target
 
     def soft(self, label: Tensor) -> Tensor:
