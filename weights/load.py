@@ -1,6 +1,8 @@
 """Open a file without running anything in it, find its format, convert it, load it strictly, and say what happened."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -59,7 +61,7 @@ def convert_state_dict(state_dict: dict, model: nn.Module, which: str | None = N
     """
     model = next((module for module in layers(model) if hasattr(module, "family")), backbone(model))
     own = _choose(state_dict, model, which, "the state dict").state
-    return fit_shapes(to_native(own, model), model, own)[0]
+    return _convert(own, model, "the state dict")[0]
 
 
 def load_checkpoint(
@@ -98,7 +100,7 @@ def load_checkpoint(
     form = found.format or source_format(found.state, target)
     report = Report(source, form, unexpected=sorted(found.rest))
     _note_choice(report, found)
-    native, report.resized = fit_shapes(to_native(found.state, target), target, found.state)
+    native, report.resized = _convert(found.state, target, source)
     wanted = target.state_dict()
     report.untouched = _outside(model, target)
     classifier = classifier_names(target)
@@ -129,8 +131,27 @@ def _choose(checkpoint: dict, model: nn.Module, which: str | None, source: str) 
     except ValueError as error:
         raise ValueError(f"{source} {error}" if str(error).startswith("holds") else f"{source}: {error}") from error
     check_tensors(found.state, source)
-    found.state, found.format = authors(found.state)
+    with _one_sentence(source):
+        found.state, found.format = authors(found.state)
     return found
+
+
+def _convert(state: dict[str, Tensor], model: nn.Module, source: str) -> tuple[dict[str, Tensor], Shapes]:
+    """(the model's names and shapes, what was resampled)."""
+    with _one_sentence(source):
+        return fit_shapes(to_native(state, model), model, state)
+
+
+@contextlib.contextmanager
+def _one_sentence(source: str) -> Iterator[None]:
+    """Inside, a tensor whose shape its name never has (no dimensions, no columns) is a ValueError, whatever it led to."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{source} has a tensor of a shape that does not go with its name ({text})") from error
 
 
 def _note_choice(report: Report, found: Choice) -> None:
@@ -142,7 +163,7 @@ def _load_whole(model: nn.Module, found: Choice, source: str, strict: bool) -> R
 
     With strict=False each head is loaded for which the file has every weight, but for what counts classes.
     """
-    whole, resized = fit_shapes(to_native(found.state, model), model, found.state)
+    whole, resized = _convert(found.state, model, source)
     wanted, form = model.state_dict(), source_format(found.state, model)
     report = Report(
         source,
@@ -303,7 +324,7 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
     the final norm if the model will only give features, keep the model's values.
     """
     own, wanted = _choose(state_dict, model, None, "the checkpoint").state, model.state_dict()
-    native = fit_shapes(to_native(own, model), model, own)[0]
+    native = _convert(own, model, "the checkpoint")[0]
     kept = FRESH + (r"|norm\." if features else "") + rf"|.*\.{COUNTER}$"
     native |= {name: value for name, value in wanted.items() if name not in native and re.match(kept, name)}
     report = Report("the checkpoint", "pretrained")
@@ -376,7 +397,9 @@ def _build_for(name: str, content: dict, model_args: dict, which: str | None, so
     import timm
 
     model = timm.create_model(name, **model_args, device="meta")
-    native = to_native(_choose(content, model, which, source).state, model)
+    found = _choose(content, model, which, source)
+    with _one_sentence(source):
+        native = to_native(found.state, model)
     rows = [
         value.shape[0]
         for key, value in native.items()
