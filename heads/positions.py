@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, gen_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 RULES = ("dpt", "dinov2")
 
 
-def follow(model: nn.Module, rule: str) -> nn.Module:
+def follow(model: Any, rule: str) -> Any:
     """Resize the positions of a timm VisionTransformer or Beit by `rule` from now on, in place; returns the model.
 
     rule: "dpt" (DPT, MiDaS: bilinear; in a BEiT the table of offsets of every block) or "dinov2" (DINOv2, Depth-Anything:
@@ -82,17 +82,17 @@ class AnySizeBeit(Beit):
         return super().forward_features(x)
 
     @functools.wraps(Beit.forward_intermediates)  # its signature says that it can return prefix tokens
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         self.set_grid(x)
         return super().forward_intermediates(x, *args, **kwargs)
 
     def set_grid(self, images: Tensor) -> None:
         """Tell every block the grid of these images: a block sees tokens only, and 6 x 4 and 4 x 6 are both 24."""
-        grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+        grid = self.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
         native = tuple(grid) == tuple(self.patch_embed.grid_size)
         index = None if native else gen_relative_position_index(grid, device=images.device)
-        for block in self.blocks:
-            block.attn.grid, block.attn.index = (None, None) if native else (grid, index)
+        for attn in (module for module in self.modules() if isinstance(module, AnySizeAttention)):
+            attn.grid, attn.index = None if native else grid, index
 
 
 class AnySizeAttention(Attention):
@@ -105,7 +105,7 @@ class AnySizeAttention(Attention):
         if self.grid is None or self.index is None:
             return super()._get_rel_pos_bias()
         old, new = ([2 * side - 1 for side in sides] for sides in (self.window_size, self.grid))
-        table = self.relative_position_bias_table
+        table: Tensor = self.relative_position_bias_table
         offsets = table[:-3].T.unflatten(1, old)[None]  # the last three entries are the class token's
         offsets = F.interpolate(offsets.float(), new, mode="bilinear", align_corners=False)[0].flatten(1).T
         table = torch.cat([offsets.to(table.dtype), table[-3:]])

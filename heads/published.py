@@ -8,6 +8,7 @@ inverse_depth = PUBLISHED["depth_anything_v2_vits"].rule(model(images))
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .depth import DepthRule
 from .model import DensePredictor
@@ -74,8 +75,10 @@ def input_size(
     if method not in ("minimal", "lower_bound", "upper_bound"):
         raise ValueError(f"method is {method!r}; use 'minimal', 'lower_bound' or 'upper_bound'")
     if keep_aspect:
-        choose = {"minimal": lambda s: min(s, key=lambda f: abs(1 - f)), "lower_bound": max, "upper_bound": min}[method]
-        scales = [choose(scales)] * 2
+        if method == "minimal":
+            scales = [min(scales, key=lambda f: abs(1 - f))] * 2
+        else:
+            scales = [max(scales) if method == "lower_bound" else min(scales)] * 2
 
     def fit(length: float, bound: int) -> int:
         size = round(length / multiple) * multiple
@@ -90,7 +93,7 @@ def input_size(
 
 def _dpt() -> dict[str, Published]:
     """isl-org/DPT @ cd3fe90 (MIT). Depth is inverse and relative; the NYU and KITTI files are metric through other rules."""
-    encoders = {
+    encoders: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "large": ("vit_large_patch16_384", {"out_indices": (5, 11, 17, 23)}, {"reassemble": (256, 512, 1024, 1024)}),
         "base": ("vit_base_patch16_384", {"out_indices": (2, 5, 8, 11)}, {"reassemble": (96, 192, 384, 768)}),
         "hybrid": (
@@ -99,24 +102,24 @@ def _dpt() -> dict[str, Published]:
             {"reassemble": (256, 512, 768, 768), "factors": (None, None, 1, 0.5)},
         ),
     }
-    found = {}
+    found: dict[str, Published] = {}
     for size, (backbone, backbone_args, reassemble) in encoders.items():
-        args = {"readout": "project", "fusion": "double", **reassemble}
-        shared = {"source": "isl-org/DPT", "backbone_args": backbone_args | {"positions": "dpt"}}
+        args: dict[str, Any] = {"readout": "project", "fusion": "double", **reassemble}
+        shared: dict[str, Any] = {"source": "isl-org/DPT", "backbone_args": backbone_args | {"positions": "dpt"}}
         found[f"dpt_{size}_depth"] = Published(backbone, "dpt", head_args=args, rule=DepthRule("relu"), **shared)
         args = args | {"norm": True, "predictor": "segmentation"}
         found[f"dpt_{size}_ade20k"] = Published(backbone, "dpt", out_channels=ADE20K, head_args=args, size=(480, 480), **shared)
-    for data, shift, scale, size in (("nyu", 0.1378, 0.000305, (480, 640)), ("kitti", 0.00579, 0.00006016, (352, 1216))):
+    for data, shift, scale, pixels in (("nyu", 0.1378, 0.000305, (480, 640)), ("kitti", 0.00579, 0.00006016, (352, 1216))):
         base = found["dpt_hybrid_depth"]
         rule = DepthRule("invert", scale=scale, shift=shift, max_depth=10.0 if data == "nyu" else 80.0)
-        found[f"dpt_hybrid_{data}"] = Published(**{**vars(base), "rule": rule, "size": size})
+        found[f"dpt_hybrid_{data}"] = Published(**{**vars(base), "rule": rule, "size": pixels})
     return found
 
 
 def _midas() -> dict[str, Published]:
     """isl-org/MiDaS @ 4545977 (MIT): inverse relative depth."""
-    shared = {"head": "dpt", "source": "isl-org/MiDaS", "rule": DepthRule("relu")}
-    found = {}
+    shared: dict[str, Any] = {"head": "dpt", "source": "isl-org/MiDaS", "rule": DepthRule("relu")}
+    found: dict[str, Published] = {}
     beits = (("large", 512, "large_patch16_512"), ("large", 384, "large_patch16_384"), ("base", 384, "base_patch16_384"))
     for size, pixels, name in beits:
         large = size == "large"
@@ -153,7 +156,7 @@ def _midas() -> dict[str, Published]:
 def _depth_anything() -> dict[str, Published]:
     """DepthAnything/Depth-Anything-V2 @ a561b84 (Small Apache-2.0, Base and Large CC BY-NC 4.0): inverse relative depth; the
     metric files (indoor 20 m, outdoor 80 m) give metres through a sigmoid."""
-    found = {}
+    found: dict[str, Published] = {}
     for letter, size, width, reassemble, blocks in (
         ("s", "small", 64, (48, 96, 192, 384), (2, 5, 8, 11)),
         ("b", "base", 128, (96, 192, 384, 768), (2, 5, 8, 11)),
@@ -203,7 +206,7 @@ def _mmsegmentation() -> dict[str, Published]:
     upernet = ["swin_t", "swin_s", "swin_b", "swin_l", "nat_mini", "nat_tiny", "nat_small", "nat_base"]
     upernet += [f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large")]
     upernet += [f"dinat_s_{size}" for size in ("tiny", "small", "base", "large")] + ["litv2_s", "litv2_m", "litv2_b"]
-    shared = {
+    shared: dict[str, Any] = {
         "source": "open-mmlab/mmsegmentation",
         "out_channels": ADE20K,
         "backbone_args": {"feature_norms": True},

@@ -122,7 +122,8 @@ def prefixes(names: Iterable[str]) -> list[str]:
 
 def without_wrappers(state: dict[str, Tensor], wanted: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(names without what DDP, torch.compile, dense code and timm put before them, the rest)."""
-    own, rest = state, {}
+    own: dict[str, Tensor] = state
+    rest: dict[str, Tensor] = {}
     while prefix := next((p for p in convert.PREFIXES if any(key.startswith(p) for key in own)), None):
         if any(key.startswith(prefix) for key in wanted):
             break  # the model's own name

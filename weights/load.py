@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def load_checkpoint(
 
     _check_anything_fits(report, native, wanted)
     if hasattr(target, "adapt"):
-        target.adapt(native)
+        target.adapt(native)  # type: ignore[operator]
         wanted = target.state_dict()
     for name in [name for name in native if name in wanted and native[name].shape != wanted[name].shape]:
         report.dropped[name] = tuple(native.pop(name).shape), tuple(wanted[name].shape)
@@ -277,7 +278,7 @@ def _check_dense(source: str, lost: list[str], extra: list[str]) -> None:
 
 
 def _check_missing(report: Report, classifier: tuple[str, ...], total: int, strict: bool) -> None:
-    free = (FRESH,)
+    free: tuple[str, ...] = (FRESH,)
     if not strict:
         free += tuple(re.escape(name) for name in classifier) + ((r"norm\.",) if report.format == "official-dense" else ())
     lost = [name for name in report.missing if not name.endswith(COUNTER) and not re.match("|".join(free), name)]
@@ -309,7 +310,7 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """
     found: list[nn.Module] = []
     for module in model.modules():
-        layer = module.get_classifier() if hasattr(module, "get_classifier") else ()
+        layer: Any = module.get_classifier() if hasattr(module, "get_classifier") else ()  # type: ignore[operator]
         found += layer if isinstance(layer, (tuple, list)) else [layer]
     names = [name for name, module in model.named_modules(remove_duplicate=False) if any(module is layer for layer in found)]
     stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()  # also an auxiliary one
@@ -333,7 +334,7 @@ def complete_state_dict(state_dict: dict, model: nn.Module, features: bool = Fal
     report.missing = [name for name in wanted if name not in native and not name.startswith(classifier)]
     _check_missing(report, classifier, len(wanted), strict=True)
     if hasattr(model, "adapt"):
-        model.adapt(native)
+        model.adapt(native)  # type: ignore[operator]
     return native
 
 

@@ -2,6 +2,7 @@
 
 import functools
 from importlib import resources
+from typing import Any
 
 import yaml
 
@@ -12,7 +13,7 @@ OURS = ("by_hand", "file_name", "sha256", "published", "measured", "note", "clas
 @functools.cache
 def read() -> dict:
     """The whole manifest: family -> {license, source, paper, defaults, models, files}."""
-    return yaml.safe_load(resources.files("weights").joinpath("manifest.yaml").read_text())
+    return yaml.safe_load(resources.files("weights").joinpath("manifest.yaml").read_text(encoding="utf-8"))
 
 
 def default_cfgs(family: str) -> dict:
@@ -23,7 +24,7 @@ def default_cfgs(family: str) -> dict:
     entry = read()[family]
     common = {"num_classes": 1000, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "license": entry["license"]}
     common |= {"origin_url": "https://" + entry["source"].split(" @ ")[0], "paper_ids": f"arXiv:{entry['paper']}"}
-    cfgs = {}
+    cfgs: dict[str, Any] = {}
     for name, tags in entry["models"].items():
         for tag, fields in tags.items():
             fields = entry["defaults"] | fields

@@ -44,10 +44,10 @@ REFUSED |= {
 }
 
 
-class Settings(OrderedDict):
+class Settings:
     """Stands in for a class of another program: takes any arguments, and is an empty dictionary that can be filled."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict()
 
 
@@ -106,7 +106,7 @@ def check_zip(path: Path, size: int) -> None:
 
 def read_pickle(path: Path) -> Any:
     """torch.load of weights alone, with stand-ins for the classes of other programs that the file names."""
-    stand_ins: list[tuple[type, str]] = []
+    stand_ins: list[Any] = []  # (class, "module.Name")
     while True:
         try:
             # an open file, as torch would look at the name
@@ -140,7 +140,7 @@ class Refused(ValueError):
 
 
 @contextlib.contextmanager
-def safe_reading(path: str | Path, stand_ins: list[tuple[type, str]] | None = None) -> Iterator[None]:
+def safe_reading(path: str | Path, stand_ins: list[Any] | None = None) -> Iterator[None]:
     """Inside, torch.load(weights_only=True) of `path` refuses code with one sentence that says what to do.
 
     stand_ins: (class, "module.Name") to put in the place of names in the file.

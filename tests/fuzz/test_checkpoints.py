@@ -102,9 +102,9 @@ def value(draw: random.Random, state: dict, depth: int = 0):
                 other.to("meta"),
                 other.flatten().to_sparse(),
                 torch.zeros(1).expand(10**8, 2, 2),
-                torch.full_like(other, torch.nan),
+                other.float() * torch.nan,
                 other.mT if other.ndim > 1 else other,
-                torch.nn.Parameter(other),
+                torch.nn.Parameter(other, requires_grad=False),
                 torch.nested.nested_tensor([other.flatten(), other.flatten()]),
             ]
         )

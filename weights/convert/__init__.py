@@ -7,27 +7,18 @@ and fitting the sizes.
 """
 
 import importlib.util
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import ModuleType
 
 from torch import Tensor, nn
 
 from weights.convert import huggingface, mmsegmentation
+from weights.rules import rename as rename  # converters take it from here
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")  # put before every name by DDP, torch.compile, dense code, timm
 
 INNER = ("module", "_orig_mod", "backbone", "model")  # where DDP, torch.compile, a dense predictor, timm keep the model
-
-
-def rename(key: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
-    """The first rule (regular expression, replacement) that matches rewrites the key; a key that none matches stays."""
-    for pattern, replacement in rules:
-        new, count = re.subn(pattern, replacement, key)
-        if count:
-            return new
-    return key
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -100,12 +91,12 @@ def fit_shapes(
     timm's filter has resized already. What cannot be resampled stays as it is.
     """
     module, source = converter(model), source or {}
-    if hasattr(module, "fit_shapes"):
+    if module is not None and hasattr(module, "fit_shapes"):
         return module.fit_shapes(native, model, source)
     own = model.state_dict()
     wrong = [name for name, value in native.items() if name in own and own[name].shape != value.shape]
     fitted, resized = dict(native), {}
-    if hasattr(module, "resize"):
+    if module is not None and hasattr(module, "resize"):
         fitted |= {name: module.resize(name, native[name], model) for name in wrong}
     elif module is None:
         if wrong and (filtered := timm_filter(native, model)):

@@ -1,24 +1,25 @@
 """CvT checkpoints: the authors' and Hugging Face's."""
 
 import re
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^stage0\.patch_embed\.", "patch_embed."),
     (r"^stage(\d+)\.patch_embed\.", r"stages.\1.downsample."),
     (r"^stage(\d+)\.", r"stages.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^patch_embed\.", "stage0.patch_embed."),
     (r"^stages\.(\d+)\.downsample\.", r"stage\1.patch_embed."),
     (r"^stages\.(\d+)\.", r"stage\1."),
     (r"^head\.fc\.", "head."),
 ]
-HUGGINGFACE = [  # Hugging Face's name -> the authors', every rule in turn
+HUGGINGFACE: Rules = [  # Hugging Face's name -> the authors', every rule in turn
     (r"^(?:cvt\.)?encoder\.stages\.(\d+)\.", r"stage\1."),
     (r"\.embedding\.convolution_embeddings\.projection\.", ".patch_embed.proj."),
     (r"\.embedding\.convolution_embeddings\.normalization\.", ".patch_embed.norm."),
@@ -45,7 +46,7 @@ def source_format(keys) -> str:
     return "official" if any(re.match(r"stage\d+\.", key) for key in keys) else "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     source = source_format(state_dict)
     if source == "huggingface":
         for pattern, replacement in HUGGINGFACE:
@@ -54,5 +55,5 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return {rename(key, rules): value for key, value in state_dict.items()}
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}

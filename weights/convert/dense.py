@@ -7,9 +7,10 @@ Depth-Anything-V2 (pretrained., depth_head.), GLPN (encoder., decoder., last_lay
 import importlib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weights import convert
 from weights.resample import dino_positions, resample_bias_table, resample_position_embedding, square
@@ -44,7 +45,7 @@ def program(keys: Iterable[str]) -> str | None:
     return next((name for name, (mark, _) in FORMATS.items() if any(re.match(mark, key) for key in keys)), None)
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """`model`'s names for a file with a head; any other file unchanged.
 
     model: a heads.DensePredictor. Dropped: what the authors store and never run in dense prediction (classifier and norm
@@ -82,7 +83,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def bridged(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def bridged(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names for what heads.mmseg's ZooBackbone and ZooHead, and mmsegmentation's TIMMBackbone, put into a file."""
     own, found = model.backbone.model.state_dict().keys(), {}
     for key, value in state_dict.items():
@@ -97,7 +98,7 @@ def bridged(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return found
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names -> mmsegmentation's for heads of its making, isl-org's or Depth-Anything's for DPT, GLPN's for GLPN."""
     parts: dict[str, dict[str, Tensor]] = {"backbone.model.": {}, "head.": {}, "aux_head.": {}}
     for key, value in state_dict.items():
@@ -123,12 +124,12 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return official | {f"auxiliary_head.{key}": value for key, value in aux.items()}
 
 
-def head_to_native(state_dict: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+def head_to_native(state_dict: dict[str, Tensor], head: Any) -> dict[str, Tensor]:
     """A head's part of a file -> the head's names."""
     return importlib.import_module(f"weights.convert.{head.family}").to_native(state_dict, head)
 
 
-def backbone_to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def backbone_to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """An encoder's names in a dense file -> those of `model`, ours or timm's."""
     if convert.converter(model) is not None:
         return convert.to_native(state_dict, model)
@@ -142,14 +143,12 @@ def backbone_to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[
     return convert.to_native(state_dict, model)
 
 
-def architectures(model: nn.Module) -> set[str]:
+def architectures(model: Any) -> set[str]:
     """The modules that define the model's class and its bases, such as "vision_transformer"."""
     return {kind.__module__.rpartition(".")[2] for kind in type(model).__mro__}
 
 
-def fit_shapes(
-    native: dict[str, Tensor], model: nn.Module, source: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], convert.Shapes]:
+def fit_shapes(native: dict[str, Tensor], model: Any, source: dict[str, Tensor]) -> tuple[dict[str, Tensor], convert.Shapes]:
     """As weights.convert.fit_shapes, for the backbone inside a dense predictor.
 
     The positions of a timm ViT or BEiT are resized by the rule of the program that wrote the file, anything else by its own.
@@ -170,7 +169,7 @@ def fit_shapes(
     return native | {prefix + name: value for name, value in fitted.items()}, {prefix + k: v for k, v in resized.items()}
 
 
-def doubts(source: dict[str, Tensor], model: nn.Module) -> list[str]:
+def doubts(source: dict[str, Tensor], model: Any) -> list[str]:
     """A sentence if the file's authors resize positions by another rule than the model's backbone does."""
     backbone, form = model.backbone.model, program(source)
     rule = {"isl": "dpt", "depth-anything": "dinov2"}.get(form or "")
@@ -184,7 +183,7 @@ def doubts(source: dict[str, Tensor], model: nn.Module) -> list[str]:
     ]
 
 
-def resize_positions(name: str, value: Tensor, model: nn.Module, form: str) -> Tensor:
+def resize_positions(name: str, value: Tensor, model: Any, form: str) -> Tensor:
     """The positions of a timm ViT or BEiT for its grid, by the rule of DPT, MiDaS or Depth-Anything; other tensors as they are.
 
     DPT and MiDaS: bilinear, without antialiasing; BEiT's three entries of the class token are kept. Depth-Anything: DINOv2's.
@@ -215,7 +214,7 @@ LEVIT = [  # inside an attention or MLP half
 ]
 
 
-def levit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def levit(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' flat list of attention and MLP halves -> timm's stages of blocks."""
     count = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", key) for key in state_dict) if m), default=-1)
     places, stage, block = [], 0, 0
@@ -245,7 +244,7 @@ def levit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return native
 
 
-def next_vit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def next_vit(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' flat list of blocks -> timm's stages of blocks."""
     places = [f"stages.{s}.blocks.{b}." for s, stage in enumerate(model.stages) for b in range(len(stage.blocks))]
     native = {}

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+from weights.rules import Rules, rename_all
 
 
 def shifted(pattern: str) -> Callable[[re.Match], str]:
@@ -74,18 +75,17 @@ def source_format(keys: Iterable[str]) -> str:
     return "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names. Dropped: what the authors store and never run, `auxlayer` and the coarsest block's first residual unit."""
     levels = len(model.fusions)
     form = source_format(state_dict)
     rules = {"isl": ISL, "depth-anything": DEPTH_ANYTHING, "mmsegmentation": MMSEG, "native": []}[form]
     if form == "isl":
         segmentation = any(key.startswith("scratch.output_conv.1.") for key in state_dict)
-        rules = rules + (ISL_SEGMENTATION if segmentation else ISL_DEPTH)
+        rules = [*rules, *(ISL_SEGMENTATION if segmentation else ISL_DEPTH)]
     native = {}
     for key, value in state_dict.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
+        key = rename_all(key, rules)
         if form == "mmsegmentation":  # counts from the coarsest
             key = re.sub(r"^fusion_blocks\.(\d)\.", lambda m: f"fusions.{levels - 1 - int(m[1])}.", key)
         if not key.startswith(("auxlayer.", f"fusions.{levels - 1}.unit1.")):
@@ -93,12 +93,13 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The names of the program whose head this one is: mmsegmentation's with a `project` convolution or a linear predictor,
     Depth-Anything's with a patch size, else isl-org's (with `pretrained.` before act_postprocess, as in whole files)."""
     levels = len(model.fusions)
+    rules: list[tuple[str, str | Callable[[re.Match[str]], str]]]
     if any(key.startswith(("project.", "predictor.1.")) for key in state_dict):
-        rules: Rules = [
+        rules = [
             (r"^reassembles\.(\d)\.readout\.", r"reassemble_blocks.readout_projects.\1."),
             (r"^reassembles\.(\d)\.project\.", r"reassemble_blocks.projects.\1.conv."),
             (r"^reassembles\.(\d)\.resample\.", r"reassemble_blocks.resize_layers.\1."),
@@ -141,7 +142,5 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
             ]
     official = {}
     for key, value in state_dict.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        official[key] = value
+        official[rename_all(key, rules)] = value
     return official

@@ -1,12 +1,13 @@
 """FAN and TAP-FAN checkpoints: the authors' (classification and dense)."""
 
 import re
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
+from weights.rules import Rules, rename
 
-OLD = [(r"^pos_embeder\.", "pos_embed.")]  # a name of early files
+OLD: Rules = [(r"^pos_embeder\.", "pos_embed.")]  # a name of early files
 
 
 def source_format(keys) -> str:
@@ -14,7 +15,7 @@ def source_format(keys) -> str:
     return "official" if any(key.startswith("cls_attn_blocks.") for key in keys) else "native"
 
 
-def rules(model: nn.Module) -> list[tuple]:
+def rules(model: Any) -> list[tuple]:
     """Authors' name -> ours, as regular expressions."""
     places, last = model.block_places(), len(model.stages) - 1
     tokens = 2 if model.hybrid else 0
@@ -41,7 +42,7 @@ def rules(model: nn.Module) -> list[tuple]:
     ]
 
 
-def native_rules(model: nn.Module) -> list[tuple]:
+def native_rules(model: Any) -> list[tuple]:
     """Our name -> the authors', as regular expressions."""
     number = {place: i for i, place in enumerate(model.block_places())}
     last, tokens = len(model.stages) - 1, 2 if model.hybrid else 0
@@ -62,7 +63,7 @@ def native_rules(model: nn.Module) -> list[tuple]:
     ]
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """A `qkv` of class attention, as early files have it, becomes q, k and v."""
     if source_format(state_dict) == "native":
         return dict(state_dict)
@@ -77,6 +78,6 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     names = native_rules(model)
     return {rename(key, names): value for key, value in state_dict.items()}

@@ -2,13 +2,14 @@
 
 import math
 import re
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^patch_embed\.seq\.", "patch_embed."),
     (r"^layer_(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^layer_(\d)\.", r"stages.\1."),
@@ -17,7 +18,7 @@ OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^head(\d)\.weight$", r"feature_norms.\1.0.weight"),
     (r"^norm(\d)\.", r"feature_norms.\1.1."),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^patch_embed\.", "patch_embed.seq."),
     (r"^stages\.(\d)\.downsample\.", lambda m: f"layer_{int(m[1]) - 1}.downsample."),
     (r"^stages\.(\d)\.", r"layer_\1."),
@@ -36,16 +37,16 @@ def source_format(keys) -> str:
     return "official-dense" if any(re.match(r"head\d\.", key) for key in keys) else "official"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     rules = [] if source_format(state_dict) == "native" else OFFICIAL
     return {rename(key, rules): value for key, value in state_dict.items()}
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """What belongs to the positions of a window of another size, which is taken for square in the file."""
     kind = name.rsplit(".", 1)[-1]
     if kind not in POSITIONS:
@@ -72,7 +73,7 @@ def resize_positions(kind: str, value: Tensor, old: tuple[int, int], new: tuple[
     """A parameter of POSITIONS for windows of another size, as an image per head (and per earlier block), bilinear."""
     axis = POSITIONS[kind]
     if kind != "attention_biases":
-        old, new = (tuple(-(-side // 4) for side in size) for size in (old, new))
+        old, new = ((-(-size[0] // 4), -(-size[1] // 4)) for size in (old, new))
     if old == new or value.shape[axis] % (old[0] * old[1]):
         return value
     images = value.movedim(axis, -1)

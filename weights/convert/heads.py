@@ -4,8 +4,9 @@ Only the prefix of the program around them is taken off; `weights/convert/dense.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 PREFIXES = ("decode_head.", "auxiliary_head.", "depth_head.", "head.")
 UNUSED = ("weighted_fusion.readout_projects.",)  # stored by AnyDepth also where the class token is not read
@@ -16,7 +17,7 @@ def source_format(keys: Iterable[str]) -> str:
     return "official-dense" if any(key.startswith(PREFIXES) for key in keys) else "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The head's names without prefix; parameters that the authors store and this head does not use are dropped."""
     own = model.state_dict().keys()
     native = {}
@@ -28,6 +29,6 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Unchanged: the names are the authors'."""
     return dict(state_dict)

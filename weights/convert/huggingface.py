@@ -5,12 +5,13 @@ GLPN, UperNet on Swin and SegFormer. transformers 5 renamed modules; files on th
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+from weights.rules import Rules, rename_all
+
 READ = "Swin, PoolFormer, DINOv2, BEiT, ViT, PVTv2, SegFormer, DPT, Depth-Anything, GLPN, UperNet on Swin, NAT, DiNAT, CvT"
 MARKS = r"(^|\.)(embeddings\.(patch_embeddings|position_embeddings|cls_token)|encoder\.layer\.\d|attention\.(self|attention)\.)"
 
@@ -182,21 +183,20 @@ def split(state_dict: dict[str, Tensor], heads: tuple[str, ...]) -> tuple[dict[s
     return {key: value for key, value in state_dict.items() if key not in inside}, inside
 
 
-def renamed(state_dict: dict[str, Tensor], rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> dict[str, Tensor]:
+def renamed(state_dict: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
     """Every rule applied in turn to every name; index buffers are left out."""
     found = {}
     for key, value in state_dict.items():
         if key.endswith(("relative_position_index", "relative_coords_table")):
             continue
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        found[key] = value
+        found[rename_all(key, rules)] = value
     return found
 
 
 def joined(state_dict: dict[str, Tensor], what: str, separate_bias: bool = False) -> dict[str, Tensor]:
     """Query, key and value as one "qkv", or as "q" and one "kv". separate_bias: q_bias and v_bias stay alone (BEiT)."""
-    found, parts = {}, {}
+    found: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         if m := re.match(QKV, key):
             parts.setdefault((m[1], m[3]), {})[m[2][0]] = value

@@ -1,7 +1,9 @@
 """HVT checkpoints: our names are the authors'."""
 
+from typing import Any
+
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from weights.resample import resample_position_embedding
 
@@ -11,15 +13,15 @@ def source_format(keys) -> str:
     return "official"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return dict(state_dict)
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return dict(state_dict)
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """A position embedding of another token count: of the patches as an image, square in the file, of pooled tokens along
     their sequence."""
     if name == "pos_embed":

@@ -1,13 +1,14 @@
 """LIT checkpoints: the authors', of both their networks (LIT-Ti and LIT-S/M/B), classification and dense."""
 
 import re
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
 from weights.resample import resample_bias_table, resample_position_embedding
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     # LIT-S/M/B
     (r"^layers\.(\d)\.downsample\.dconv\.conv_offset\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.offset."),
     (r"^layers\.(\d)\.downsample\.dconv\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv."),
@@ -24,7 +25,7 @@ OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.pos_embed"),
     (r"^cls_token$", "stages.3.cls_token"),
 ]
-NATIVE = [  # ours -> LIT-S/M/B
+NATIVE: Rules = [  # ours -> LIT-S/M/B
     (r"^stages\.(\d)\.downsample\.offset\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv.conv_offset."),
     (r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv."),
     (r"^stages\.(\d)\.downsample\.norm\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.norm_layer."),
@@ -33,7 +34,7 @@ NATIVE = [  # ours -> LIT-S/M/B
     (r"^feature_norms\.(\d)\.", r"norm\1."),
     (r"^head\.fc\.", "head."),
 ]
-NATIVE_TI = [  # ours -> LIT-Ti
+NATIVE_TI: Rules = [  # ours -> LIT-Ti
     (r"^patch_embed\.", "patch_embed1."),
     (r"^stages\.(\d)\.downsample\.offset\.", lambda m: f"patch_embed{int(m[1]) + 1}.dconv.conv_offset."),
     (r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"patch_embed{int(m[1]) + 1}.dconv."),
@@ -55,7 +56,7 @@ def source_format(keys) -> str:
     return "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     native = {}
     for key, value in state_dict.items():
         if key.endswith("relative_position_index"):
@@ -67,7 +68,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """Bias tables and position embeddings for the model's maps, square maps assumed in the file."""
     if not name.endswith(("bias_table", "pos_embed")):
         return value
@@ -78,6 +79,6 @@ def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
     return resample_position_embedding(value, (rows, columns), prefix, mode="bilinear")
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     rules = NATIVE_TI if "stages.0.pos_embed" in state_dict else NATIVE
     return {rename(key, rules): value for key, value in state_dict.items()}

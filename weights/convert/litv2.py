@@ -1,12 +1,13 @@
 """LITv2 checkpoints: the authors', classification and dense."""
 
 import re
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^layers\.(\d)\.downsample\.dconv\.conv_offset\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.offset."),
     (r"^layers\.(\d)\.downsample\.dconv\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.conv."),
     (r"^layers\.(\d)\.downsample\.norm_layer\.", lambda m: f"stages.{int(m[1]) + 1}.downsample.norm."),
@@ -15,7 +16,7 @@ OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^norm(\d)\.", r"feature_norms.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^stages\.(\d)\.downsample\.offset\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv.conv_offset."),
     (r"^stages\.(\d)\.downsample\.conv\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.dconv."),
     (r"^stages\.(\d)\.downsample\.norm\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.norm_layer."),
@@ -34,9 +35,9 @@ def source_format(keys) -> str:
     return "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {rename(key, OFFICIAL): value for key, value in state_dict.items()}
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return {rename(key, NATIVE): value for key, value in state_dict.items()}

@@ -1,12 +1,12 @@
 """mmsegmentation 1.2.2's own Swin and MiT -> their authors' names, which the converters read."""
 
 import re
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+from weights.rules import Rules, rename_all
+
 SWIN: Rules = [
     (r"^patch_embed\.projection\.", "patch_embed.proj."),
     (r"^stages\.", "layers."),
@@ -40,16 +40,10 @@ def to_authors(state_dict: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if not prefix and key.startswith(("decode_head.", "auxiliary_head.", "neck.")):
             found[key] = value
         elif swin:
-            found[prefix + renamed(name, SWIN)] = merging(name, value)
+            found[prefix + rename_all(name, SWIN)] = merging(name, value)
         else:
             found |= {prefix + new: tensor for new, tensor in mit(name, value).items()}
     return found
-
-
-def renamed(key: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def merging(name: str, value: Tensor) -> Tensor:
@@ -64,8 +58,8 @@ def mit(name: str, value: Tensor) -> dict[str, Tensor]:
     """One tensor of MiT: torch's attention as query and key-value layers, 1x1 convolutions as linear layers."""
     if m := re.match(r"(.*\.attn\.)attn\.in_proj_(weight|bias)$", name):
         query, key, content = value.chunk(3) if len(value) % 3 == 0 else (value, value[:0], value[:0])
-        stem = renamed(m[1], MIT)
+        stem = rename_all(m[1], MIT)
         return {f"{stem}q.{m[2]}": query, f"{stem}kv.{m[2]}": torch.cat([key, content])}
     if re.search(r"\.ffn\.layers\.[04]\.weight$", name) and value.ndim == 4:
         value = value.flatten(1)
-    return {renamed(name, MIT): value}
+    return {rename_all(name, MIT): value}

@@ -1,14 +1,15 @@
 """NAT, DiNAT and isotropic checkpoints: the authors' (classification and dense) and Hugging Face's."""
 
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
 from weights.resample import resample_bias_table
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^(?:levels|layers)\.(\d+)\.blocks\.(\d+)\.gamma(\d)$", r"stages.\1.blocks.\2.scale\3.gamma"),
     (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
@@ -16,7 +17,7 @@ OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^norm(\d)\.", r"feature_norms.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-HUGGINGFACE = [  # Hugging Face's name -> the authors', after query, key and value are one again
+HUGGINGFACE: Rules = [  # Hugging Face's name -> the authors', after query, key and value are one again
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.norm\.", "patch_embed.norm."),
     (r"^encoder\.levels\.(\d+)\.downsample\.", r"levels.\1.downsample."),
@@ -31,14 +32,14 @@ HUGGINGFACE = [  # Hugging Face's name -> the authors', after query, key and val
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^stages\.(\d+)\.downsample\.", lambda m: f"levels.{int(m[1]) - 1}.downsample."),
     (r"^stages\.(\d+)\.blocks\.(\d+)\.scale(\d)\.gamma$", r"levels.\1.blocks.\2.gamma\3"),
     (r"^stages\.(\d+)\.blocks\.", r"levels.\1.blocks."),
     (r"^feature_norms\.(\d)\.", r"norm\1."),
     (r"^head\.fc\.", "head."),
 ]
-ISOTROPIC = [(r"^stages\.(\d+)\.blocks\.0\.", r"layers.\1."), *NATIVE]
+ISOTROPIC: Rules = [(r"^stages\.(\d+)\.blocks\.0\.", r"layers.\1."), *NATIVE]
 
 
 def source_format(keys) -> str:
@@ -51,7 +52,7 @@ def source_format(keys) -> str:
     return "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names; the index buffers of vitrpb dropped."""
     if source_format(state_dict) == "huggingface":
         state_dict = from_huggingface(state_dict)
@@ -59,12 +60,12 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return {key: value for key, value in native.items() if not key.endswith("relative_position_index")}
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """Bias tables for the model's kernel or grid."""
     return resample_bias_table(value, model.get_parameter(name).shape[-2:]) if name.endswith(".rpb") else value
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' names, with the index buffers that vitrpb's files hold."""
     official = {}
     for key, value in state_dict.items():
@@ -73,8 +74,8 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
             name = re.sub(r"^levels\.", "layers.", name)
         official[name] = value
         if model.layout == "vitrpb" and name.endswith(".rpb"):
-            grid = [(side + 1) // 2 for side in value.shape[1:]]
-            index = relative_position_index(*grid, device=value.device)
+            height, width = ((side + 1) // 2 for side in value.shape[1:])
+            index = relative_position_index(height, width, device=value.device)
             official[name.removesuffix("rpb") + "relative_position_index"] = index
     return official
 
@@ -89,7 +90,8 @@ def relative_position_index(height: int, width: int, device: torch.device | None
 
 def from_huggingface(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's names and split tensors -> the authors'."""
-    official, parts = {}, {}
+    official: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
         key = re.sub(r"^(di)?nat\.", "", key)
         if match := re.match(r"(.*attention\.self\.)(query|key|value)\.(weight|bias)$", key):

@@ -6,9 +6,10 @@ added to the class token. Registers that a checkpoint has not, those of test tim
 
 import math
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weights.resample import resample_position_embedding
 
@@ -23,7 +24,7 @@ def source_format(keys) -> str:
     return "native" if "reg_token" in keys else "timm"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     state = {rename(key): value for key, value in state_dict.items() if key != "mask_token"}
     table = state.get("pos_embed")
     if table is not None and getattr(model, "pos_embed", None) is not None:
@@ -41,7 +42,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return state
 
 
-def split_table(table: Tensor, state_dict: dict[str, Tensor], model: nn.Module) -> tuple[Tensor, Tensor | None]:
+def split_table(table: Tensor, state_dict: dict[str, Tensor], model: Any) -> tuple[Tensor, Tensor | None]:
     """(positions of the patches, the class token's entry if the table has one)."""
     entry = None
     foreign = source_format(state_dict) == "official" or table.shape[1] not in (model.pos_embed.shape[1], square(table) ** 2)
@@ -50,7 +51,7 @@ def split_table(table: Tensor, state_dict: dict[str, Tensor], model: nn.Module) 
     return table, entry
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """The position embedding for the model's grid, by the model's own rule if it has one."""
     if name != "pos_embed":
         return value
@@ -65,7 +66,7 @@ def square(table: Tensor) -> int:
     return math.isqrt(table.shape[1])
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' names; the class token's position is zero, as it is in the token.
 
     Test-time registers are zeros and left out; if they were trained since, they are kept under a name that the authors lack.

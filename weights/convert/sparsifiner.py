@@ -1,8 +1,9 @@
 """Sparsifiner checkpoints: our names are the authors', and those of the DeiT and LV-ViT from which training starts."""
 
 import re
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from weights.resample import resample_position_embedding, resample_predictor
 
@@ -12,11 +13,11 @@ def source_format(keys) -> str:
     return "official"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return dict(state_dict)
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """Position embedding and predictors of another token count, a square grid assumed in the file.
 
     Predictors keep the file's number of reduced tokens, which the model's `adapt` makes room for.
@@ -35,5 +36,5 @@ def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
     return resample_predictor(value, grid, summing=name.endswith("proj_n"))
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return dict(state_dict)

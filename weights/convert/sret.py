@@ -1,19 +1,20 @@
 """SReT checkpoints: the authors', which hold a block's weights once for each of its passes."""
 
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
 from weights.resample import resample_position_embedding
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^pools\.(\d+)\.conv\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^stages\.(\d+)\.downsample\.", lambda m: f"pools.{int(m[1]) - 1}.conv."),
     (r"^head\.norm\.", "norm."),
     (r"^head\.fc\.", "head."),
@@ -25,7 +26,7 @@ def source_format(keys) -> str:
     return "official" if any(key.startswith("transformers.") for key in keys) else "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """One copy of each block; ValueError if the file's copies differ, as one set of weights cannot be both."""
     native: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -45,7 +46,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' names, every pass of a block with its copy of the weights."""
     official: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -60,5 +61,5 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return official
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     return resample_position_embedding(value, model.pos_embed.shape[-2:]) if name == "pos_embed" else value

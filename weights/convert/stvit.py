@@ -1,13 +1,14 @@
 """STViT checkpoints: the authors'."""
 
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
+from weights.rules import Rules, rename
 
-OFFICIAL = [  # authors' name -> ours, as regular expressions
+OFFICIAL: Rules = [  # authors' name -> ours, as regular expressions
     (r"^patch_embed\.proj\.", "patch_embed."),
     (r"^layers\.(\d+)\.downsample\.proj\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^layers\.(\d+\.blocks\.\d+)\.gamma_(\d)$", r"stages.\1.scale\2.gamma"),
@@ -21,7 +22,7 @@ OFFICIAL = [  # authors' name -> ours, as regular expressions
     (r"^norm\.(?!\d)", "norm.1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-NATIVE = [  # ours -> the authors'
+NATIVE: Rules = [  # ours -> the authors'
     (r"^patch_embed\.", "patch_embed.proj."),
     (r"^stages\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.proj."),
     (r"^stages\.(\d+\.blocks\.\d+)\.scale(\d)\.gamma$", r"layers.\1.gamma_\2"),
@@ -43,7 +44,7 @@ def source_format(keys) -> str:
     return "official" if any(key.startswith("layers.") for key in keys) else "native"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     if source_format(state_dict) == "native":
         return state_dict
     native = {}
@@ -58,7 +59,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     official = {}
     for key, value in state_dict.items():
         if re.search(r"\.refine\.(qkv|proj)\.weight$", key):

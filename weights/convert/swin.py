@@ -2,22 +2,23 @@
 
 import math
 import re
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weights.convert import rename
 from weights.resample import resample_bias_table, resample_position_embedding, square
+from weights.rules import Rules, rename
 
-COMMON = [  # equal in the authors' files and timm's
+COMMON: Rules = [  # equal in the authors' files and timm's
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     (r"^norm(\d)\.", r"feature_norms.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
     (r"^absolute_pos_embed$", "patch_embed.absolute_pos_embed"),
 ]
-OFFICIAL = [(r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."), *COMMON]
-TIMM = [(r"^layers\.(\d+)\.downsample\.", r"stages.\1.downsample."), *COMMON]  # timm, too, downsamples before the blocks
-NATIVE = [  # ours -> the authors'
+OFFICIAL: Rules = [(r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."), *COMMON]
+TIMM: Rules = [(r"^layers\.(\d+)\.downsample\.", r"stages.\1.downsample."), *COMMON]  # timm, too, downsamples before the blocks
+NATIVE: Rules = [  # ours -> the authors'
     (r"^stages\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample."),
     (r"^stages\.(\d+)\.blocks\.", r"layers.\1.blocks."),
     (r"^feature_norms\.(\d)\.", r"norm\1."),
@@ -39,7 +40,7 @@ def source_format(keys) -> str:
     return "official" if merges or not any(re.match(r"head\.fc\.|layers\.\d+\.downsample\.", key) for key in keys) else "timm"
 
 
-def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names; masks and indices dropped, absolute positions laid out as a map."""
     rules = {"native": [], "timm": TIMM}.get(source_format(state_dict), OFFICIAL)
     own = dict(model.named_parameters())
@@ -54,7 +55,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     return native
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """Bias tables for the model's window, absolute positions for its grid."""
     own = model.get_parameter(name)
     if name.endswith(TABLE):
@@ -62,7 +63,7 @@ def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
     return resample_position_embedding(value, own.shape[2:]) if name == POSITIONS else value
 
 
-def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """The authors' names, with the indices and masks that their files hold; the dense code's where the model follows it."""
     official = {}
     for key, value in state_dict.items():
