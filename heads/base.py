@@ -24,6 +24,7 @@ class Head(nn.Module):
             registers) stand beside each map.
         prefix_tokens: it reads pairs (map, prefix tokens) instead of maps.
         returns_names: `forward` returns a dict instead of one map.
+        only_channels: the one value of out_channels it has a meaning for (a head that gives metres: 1), or None for any.
     """
 
     family: str = "heads"
@@ -32,6 +33,7 @@ class Head(nn.Module):
     takes_prefix_counts: bool = False
     prefix_tokens: bool = False
     returns_names: bool = False
+    only_channels: int | None = None
 
     forward: Callable[..., Output]
     """Maps, finest first -> B K h w of any size; or a dict with what the losses of its task need: class and mask logits,

@@ -132,11 +132,18 @@ class DPT(Head):
 
     def fuse(self, maps: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
         """The finest fusion output, at twice the size of the finest reassembled map."""
-        maps = [layer(reassemble(m)) for layer, reassemble, m in zip(self.layers, self.reassembles, maps, strict=True)]
-        path = self.fusions[-1](maps[-1], None, like=maps[-2] if len(maps) > 1 else None)
+        return self.paths(self.reassembled(maps))[-1]
+
+    def reassembled(self, maps: Sequence[Tensor | tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Each map at its place in the pyramid, all of one width; finest first."""
+        return [layer(reassemble(m)) for layer, reassemble, m in zip(self.layers, self.reassembles, maps, strict=True)]
+
+    def paths(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The output of every fusion of reassembled maps, coarsest first."""
+        found = [self.fusions[-1](maps[-1], None, like=maps[-2] if len(maps) > 1 else None)]
         for i in range(len(maps) - 2, -1, -1):
-            path = self.fusions[i](path, maps[i], like=maps[i - 1] if i else None)
-        return path
+            found.append(self.fusions[i](found[-1], maps[i], like=maps[i - 1] if i else None))
+        return found
 
 
 class Reassemble(nn.Module):
@@ -242,12 +249,16 @@ class DepthPredictor(nn.Module):
         self.conv3 = nn.Conv2d(second, out_channels, 1)
 
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        return self.conv3(self.hidden(x, size))
+
+    def hidden(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """What the last convolution reads."""
         x = self.conv1(x)
         if size is not None:
             x = resize(x, like=size, align_corners=True)
         elif self.double:
             x = resize_double(x)
-        return self.conv3(F.relu(self.conv2(x)))
+        return F.relu(self.conv2(x))
 
 
 class SegmentationPredictor(nn.Module):

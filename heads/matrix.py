@@ -22,6 +22,7 @@ NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only 
     | {"head_width": 8, "embedding": 8, "aux_width": 8, "aux_projections": [4, 4]},
     "monodepth2": {"widths": [8]},
     "lite_mono": {},
+    "zoedepth": {"width": 16, "bins": 4, "embedding": 8},
 }
 
 
@@ -53,11 +54,12 @@ def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tenso
     """ "ok", or why this head does not train on these maps."""
     leaves = [m.detach().requires_grad_() for m in maps]
     try:
-        neck, module = build_head(head, features, 3, NARROW.get(head, {"width": 16}))
+        channels = HEADS[head].only_channels or 3
+        neck, module = build_head(head, features, channels, NARROW.get(head, {"width": 16}))
         size = features.padded_size(*images.shape[-2:])
         output = run_head(neck, module, leaves, size)
         out = at_image_size(module.scores(output), size, images)
-        if out.shape != (2, 3, *images.shape[-2:]):
+        if out.shape != (2, channels, *images.shape[-2:]):
             return f"gives {tuple(out.shape)} for images of {tuple(images.shape)}"
         sum(part.square().mean() for part in [out, *tensors(output)] if part.requires_grad).backward()
     except Exception as error:

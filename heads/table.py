@@ -9,11 +9,11 @@ from .glpn import GLPN
 from .kmax import KMax
 from .linear import Linear
 from .mask2former import Mask2Former
-from .mask_transformer import MaskTransformer
 from .plugins import Table
 from .sdt import SDT
 from .segformer import SegFormer
 from .upernet import UPerNet
+from .zoedepth import ZoeDepth
 
 HEADS: Table[type[Head]] = Table(
     "backbone_zoo.heads",
@@ -27,10 +27,10 @@ HEADS: Table[type[Head]] = Table(
         "dpt": DPT,
         "sdt": SDT,
         "glpn": GLPN,
-        "mask_transformer": MaskTransformer,
         "mask2former": Mask2Former,
         "kmax": KMax,
         "monodepth2": Monodepth2,
         "lite_mono": LiteMonoDecoder,
+        "zoedepth": ZoeDepth,
     },
 )

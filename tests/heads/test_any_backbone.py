@@ -61,12 +61,13 @@ def features(kind: str) -> FeatureBackbone:
 def test_every_head_on_every_kind(kind, head):
     backbone = features(kind).train()
     torch.manual_seed(0)
-    model = DensePredictor(backbone, head, 3, NARROW.get(head, {"width": 8}))
+    channels = HEADS[head].only_channels or 3
+    model = DensePredictor(backbone, head, channels, NARROW.get(head, {"width": 8}))
     model.zero_grad()
     images = torch.randn(2, 3, *SIZE)
     main = model.train()(images)["main"]
     out = at_image_size(model.head.scores(main), backbone.padded_size(*SIZE), images)
-    assert out.shape == (2, 3, *SIZE)
+    assert out.shape == (2, channels, *SIZE)
     sum(part.square().mean() for part in [out, *tensors(main)]).backward()
     lost = [name for name, p in model.head.named_parameters() if p.grad is None]
     assert not lost and out.isfinite().all()

@@ -33,10 +33,11 @@ def test_any_number_of_levels_of_any_size(name, levels):
         return
     torch.manual_seed(0)
     index = {"index": -1} if name == "fcn" else {}
-    head = HEADS[name]([8 * (i + 1) for i in range(levels)], 3, **ARGS.get(name, {"width": 8}), **index)
+    channels = HEADS[name].only_channels or 3
+    head = HEADS[name]([8 * (i + 1) for i in range(levels)], channels, **ARGS.get(name, {"width": 8}), **index)
     output = head(maps(levels))
     out = head.scores(output)
-    assert out.shape[:2] == (2, 3) and out.isfinite().all()
+    assert out.shape[:2] == (2, channels) and out.isfinite().all()
     sum(part.square().mean() for part in [out, *tensors(output)]).backward()
     assert [n for n, p in head.named_parameters() if p.grad is None] == []
     classifiers = head.get_classifier()
@@ -47,7 +48,7 @@ def test_any_number_of_levels_of_any_size(name, levels):
 @pytest.mark.parametrize("name", HEADS)
 def test_one_image_trains(name):
     """A pooled 1 x 1 map of one image has one value per channel, where batch norm raises by itself."""
-    head = HEADS[name]([8, 16, 24], 2, **ARGS.get(name, {"width": 8}))
+    head = HEADS[name]([8, 16, 24], HEADS[name].only_channels or 2, **ARGS.get(name, {"width": 8}))
     assert head.scores(head(maps(3, batch=1))).shape[0] == 1
 
 

@@ -115,15 +115,16 @@ def test_a_checkpoint_may_look_up_statistics_only(bridge):
             bridge.statistic(owner, name)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [name for name, head in HEADS.items() if not head.returns_names])
 def test_every_head_gives_what_it_gives_without_mmsegmentation(bridge, head):
     """The same weights in a DensePredictor and in mmsegmentation's segmentor: the same map."""
     from mmseg.registry import MODELS
 
     shape = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}
-    ours = DensePredictor("poolformer_s12_gn", head, 5, backbone_args=shape).eval()
+    classes = HEADS[head].only_channels or 5
+    ours = DensePredictor("poolformer_s12_gn", head, classes, backbone_args=shape).eval()
     cfg = {"type": "ZooBackbone", "backbone": "poolformer_s12_gn"} | shape
-    decode_head = {"type": "ZooHead", "head": head, "in_channels": [16, 24, 32, 48], "num_classes": 5}
+    decode_head = {"type": "ZooHead", "head": head, "in_channels": [16, 24, 32, 48], "num_classes": classes}
     theirs = MODELS.build(
         {"type": "EncoderDecoder", "backbone": cfg, "decode_head": decode_head, "test_cfg": {"mode": "whole"}}
     ).eval()

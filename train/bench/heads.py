@@ -38,7 +38,8 @@ class Case:
     peers: dict[str, Callable[[list[int]], nn.Module]] = field(default_factory=dict)
 
     def variants(self) -> dict[str, Callable[[list[int]], nn.Module]]:
-        return {"ours": lambda channels: Scored(HEADS[self.head](channels, CLASSES, **self.args)), **self.peers}
+        head = HEADS[self.head]
+        return {"ours": lambda channels: Scored(head(channels, head.only_channels or CLASSES, **self.args)), **self.peers}
 
 
 class Scored(nn.Module):
@@ -144,6 +145,7 @@ CASES = [
     Case("kmax", "kmax"),
     Case("monodepth2", "monodepth2"),
     Case("lite_mono", "lite_mono"),
+    Case("zoedepth", "zoedepth"),
 ]
 
 
