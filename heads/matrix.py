@@ -15,7 +15,6 @@ NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only 
     "linear": {},
     "fcn": {"width": 16},
     "fpn": {"width": 16, "head_width": 16},
-    "mask_transformer": {"width": 16, "queries": 4},
     "mask2former": {"width": 16, "mask_width": 8, "queries": 4, "encoder_layers": 1, "encoder_ffn": 8, "decoder_layers": 3}
     | {"decoder_ffn": 8, "heads": 2},
     "kmax": {"queries": 4, "widths": [8], "blocks": [1], "layers": [1, 1, 1], "base": 8, "ffn": 8, "heads": 2}

@@ -12,7 +12,6 @@ from heads import HEADS, DensePredictor, Head, MultiPredictor, matrix
 from heads.base import tensors
 from heads.blocks import BatchNorm2d, Pyramid, conv_over, fuse, resize
 from heads.depth import DepthRule
-from heads.mask_transformer import KMeansLayer
 from heads.sdt import DySample
 
 ARGS = matrix.NARROW
@@ -210,27 +209,6 @@ def test_sdt_weighs_its_layers():
 
 
 # Mask transformer
-
-
-def test_kmeans_gives_every_centre_the_sum_of_its_pixels():
-    torch.manual_seed(0)
-    layer = KMeansLayer(8, 2)
-    centres, pixels = torch.randn(2, 3, 8), torch.randn(2, 8, 4, 5)
-    query, key, value = layer.query(layer.norm_centre(centres)), layer.key(pixels), layer.value(pixels)
-    want = torch.zeros(2, 3, 8)
-    for b in range(2):
-        for i in range(4):
-            for j in range(5):
-                nearest = torch.stack([query[b, n] @ key[b, :, i, j] for n in range(3)]).argmax()
-                want[b, nearest] += value[b, :, i, j]
-    torch.testing.assert_close(layer.kmeans(centres, pixels), layer.update(layer.norm_update(want)), rtol=1e-4, atol=1e-5)
-
-
-def test_a_mask_transformer_mixes_one_output_per_centre():
-    """With one centre every pixel has its output: depth is then one plane, logits one class."""
-    head = HEADS["mask_transformer"]([8, 16], 2, width=16, queries=1)
-    out = head(maps(2))
-    torch.testing.assert_close(out, out[..., :1, :1].expand_as(out))
 
 
 # Depth

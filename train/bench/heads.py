@@ -140,7 +140,6 @@ CASES = [
     Case("dpt, depth", "dpt", {"one_scale": True}, TOKENS),
     Case("sdt", "sdt", features=TOKENS),
     Case("glpn", "glpn"),
-    Case("mask_transformer", "mask_transformer"),
     Case("mask2former", "mask2former"),
     Case("kmax", "kmax"),
     Case("monodepth2", "monodepth2"),
