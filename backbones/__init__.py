@@ -2,7 +2,23 @@
 
 import timm
 
-from backbones import cvt, fan, fcaformer, hvt, lit, litv2, nat, pit, poolformer, registers, sparsifiner, sret, stvit, swin  # noqa: F401
+from backbones import (  # noqa: F401
+    cvt,
+    fan,
+    fcaformer,
+    flatten,
+    hvt,
+    lit,
+    litv2,
+    nat,
+    pit,
+    poolformer,
+    registers,
+    sparsifiner,
+    sret,
+    stvit,
+    swin,
+)
 from backbones.fuse import fuse  # noqa: F401
 
 __version__ = "0.1.0"  # of the whole zoo; pyproject.toml reads it here

@@ -85,19 +85,29 @@ def check_model(
 
 
 def check_published(
-    family: str, variant: str, name: str, ignored: tuple[str, ...] = (), uncounted: tuple[str, ...] = (), **kwargs
+    family: str,
+    variant: str,
+    name: str,
+    ignored: tuple[str, ...] = (),
+    uncounted: tuple[str, ...] = (),
+    more: int = 0,
+    **kwargs,
 ) -> None:
     """A published full-size model's checkpoint, by names and shapes: it loads strictly and converts back to the same keys.
 
-    name, kwargs: our model; ignored: ends of official names that are rebuilt or unused; uncounted: of those, what the authors
-    count among their parameters.
+    Args:
+        family, variant: which one, in the lists of keys.
+        name, kwargs: our model.
+        ignored: ends of official names that are rebuilt or unused.
+        uncounted: of those, what the authors count among their parameters.
+        more: how many parameters of theirs are no parameters here.
     """
     facts = golden.keys(family)[variant]
     state = {key: torch.empty(shape, device="meta") for key, shape in facts["keys"].items()}
     model = timm.create_model(name, **kwargs, device="meta")
     report = weights.load_checkpoint(model, {"model": {f"module.{key}": value for key, value in state.items()}})
     assert report.format == "official" and not report.missing and not report.unexpected and not report.resized
-    extra = sum(value.numel() for key, value in state.items() if key.endswith(uncounted))
+    extra = more + sum(value.numel() for key, value in state.items() if key.endswith(uncounted))
     assert sum(p.numel() for p in model.parameters()) + extra == facts["params"]
     back = weights.convert.converter(model).to_official(model.state_dict(), model)
     ignored += ("num_batches_tracked",)

@@ -43,6 +43,10 @@ KINDS = [
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
     "hvt_s_4",
+    "flatten_cswin_t",
+    "flatten_pvt_v2_b0",
+    "flatten_pvt_t",
+    "flatten_swin_t",
     "tap_fan_base_16_p4_hybrid",
     "fan_tiny_12_p16_224",
     "sret_t",

@@ -58,6 +58,8 @@ def test_names_are_the_papers():
         "fan": "tiny_12_p16_224 small_12_p16_224 base_18_p16_224 large_24_p16_224 tiny_8_p4_hybrid small_12_p4_hybrid "
         "base_16_p4_hybrid large_16_p4_hybrid xlarge_16_p4_hybrid",
         "tap": "fan_base_16_p4_hybrid",
+        "flatten": "swin_t swin_s swin_b swin_b_384 pvt_t pvt_s pvt_m pvt_b pvt_v2_b0 pvt_v2_b1 pvt_v2_b2 pvt_v2_b3 pvt_v2_b4 "
+        "pvt_v2_b5 cswin_t cswin_s cswin_b cswin_b_384",
         "stvit": "small base large",
         "vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2",
     }
