@@ -138,6 +138,24 @@ def build_parser() -> Parser:
     sub.add_argument("destination", help="file ending in .onnx or .pt2")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
 
+    sub = command("analyze", analyze, "What a vision transformer attends to and how its layers differ: numbers and pictures.")
+    sub.add_argument("model", help="model name, or run folder")
+    sub.add_argument("images", nargs="+", help="images and folders of images")
+    sub.add_argument(
+        "--what", nargs="+", help="attention spectrum similarity dimension activations artefacts heads; default: all but heads"
+    )
+    sub.add_argument("--beside", nargs="+", default=[], metavar="MODEL", help="further models or runs, in the same pictures")
+    sub.add_argument("--batch", type=int, default=8, help="images at a time")
+    analysis_options(sub)
+
+    sub = command("explain", explain, "Where in an image a vision transformer finds a class, or what a pixel comes from.")
+    sub.add_argument("model", help="model name, or run folder")
+    sub.add_argument("images", nargs="+", help="images and folders of images")
+    sub.add_argument("--class", dest="wanted", metavar="CLASS", help="id or name; default: the best class of each image")
+    sub.add_argument("--pixel", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="of a dense run's output")
+    sub.add_argument("--start", type=int, default=0, help="first block that counts")
+    analysis_options(sub)
+
     sub = command("bench", bench, "Measure speed.")
     sub.add_argument("what", help="what to measure: a model name, ops or heads")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images or, for ops, of the only map")
@@ -150,6 +168,14 @@ def build_parser() -> Parser:
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
     parser.commands = tuple(commands.choices)
     return parser
+
+
+def analysis_options(sub: argparse.ArgumentParser) -> None:
+    """What analyze and explain share."""
+    sub.add_argument("--out", required=True, help="folder for the JSON file and the pictures")
+    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
+    sub.add_argument("--checkpoint", help="weights for a model by name; default: its released ones")
+    sub.add_argument("--untrained", action="store_true", help="random weights for a model by name")
 
 
 class _Version(argparse.Action):
@@ -298,6 +324,20 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.source!r} is neither a run folder nor a model; {nearest(args.source, timm.list_models())}")
     worst = export(model, args.destination, tuple(args.size or size), in_chans)
     print(json.dumps({"file": args.destination, "largest difference": worst}))
+
+
+def analyze(args: argparse.Namespace) -> None:
+    from train.analyze import DEFAULT, analyze
+
+    sources, what = [args.model, *args.beside], args.what or DEFAULT
+    analyze(sources, args.images, args.out, what, args.size, args.checkpoint, args.untrained, args.batch)
+
+
+def explain(args: argparse.Namespace) -> None:
+    from train.analyze import explain_images
+
+    options = (args.wanted, args.pixel, args.start, args.size, args.checkpoint, args.untrained)
+    explain_images(args.model, args.images, args.out, *options)
 
 
 def bench(args: argparse.Namespace) -> None:
