@@ -7,7 +7,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
+from backbones.arguments import check_arguments
 from backbones.tracing import leaf
 
 MAP_POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's, of a map
@@ -140,7 +141,21 @@ class TokenHead(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-class StagedBackbone(nn.Module):
+class OpenNames(nn.Module):
+    """A module whose load_state_dict also takes the names of the authors, and of whoever else its converter reads.
+
+    So `timm.create_model(name, checkpoint_path=...)` loads a published file. It stays strict, and native names pass unchanged.
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        converter = weights.convert.converter(self)
+        foreign = converter is not None and not state_dict.keys() <= self.state_dict().keys()
+        if foreign and converter.source_format(state_dict) != "native":
+            state_dict = weights.convert_state_dict(dict(state_dict), self)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class StagedBackbone(OpenNames):
     """Image -> patch_embed -> stages -> norm -> head.
 
     A family's constructor sets `patch_embed` (NCHW image -> the family's layout), `stages` (a ModuleList of `Stage`) and
@@ -368,6 +383,7 @@ def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None
     """
     if kwargs.get("features_only") and (reason := getattr(cls, "no_maps", None)):
         raise ValueError(f"{name} gives no feature maps: {reason}")
+    check_arguments(name, kwargs, getattr(cls, "zeros", ()))
     if (img_size := kwargs.get("img_size")) is not None:
         check_img_size(img_size, cls.min_size)
     if "img_size" not in inspect.signature(cls).parameters:

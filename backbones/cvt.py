@@ -12,12 +12,12 @@ read them as channels_last, without a copy.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, QuickGELU
 from torch import Tensor, nn
 
 from backbones.base import StagedBackbone, State, TokenStage, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
+from backbones.layers import sdpa
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("cvt")
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         v = k if self.conv_proj_v is None else self.conv_proj_v(image)
         q, k, v = self.proj_q(self.tokens(q, x)), self.proj_k(self.tokens(k, x)), self.proj_v(self.tokens(v, x))
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # B h N d
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0, scale=self.scale)
+        out = sdpa(q, k, v, scale=self.scale, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def tokens(self, image: Tensor, x: Tensor) -> Tensor:

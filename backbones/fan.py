@@ -288,6 +288,7 @@ class FAN(StagedBackbone):
     no norm. `forward_features` returns all normalised tokens, the class token first."""
 
     family = "fan"
+    zeros = ("depths",)  # a 0 stands for a stage without
     min_size = 1
 
     def __init__(

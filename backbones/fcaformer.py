@@ -219,6 +219,7 @@ class FcaFormer(StagedBackbone):
     """The final LayerNorm is of the pooled vector; maps have no norm unless `feature_dims` gives them one."""
 
     family = "fcaformer"
+    zeros = ("heads",)  # a 0 stands for a stage without
     min_size = 1
 
     def __init__(

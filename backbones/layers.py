@@ -116,6 +116,14 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x))
 
 
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """F.scaled_dot_product_attention; in an exported program its result lies in memory as the ONNX decomposition's does."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
+
+
 def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     """A bias per relative position -> a bias per pair of tokens of a height x width grid.
 
@@ -140,7 +148,31 @@ def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) ->
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precisions have no CPU kernel, and the authors' op casts too
     x, offset, weight, bias = (t.to(dtype) for t in (x, offset, weight, bias))
+    if torch.compiler.is_exporting():
+        return gathered_merge(x, offset, weight, bias)
     return deform_conv2d(x, offset, weight, bias, stride=2)
+
+
+def gathered_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`deformable_merge` in operators that every exchange format has; an exported program holds this."""
+    (batch, _, height, width), (rows, columns) = x.shape, offset.shape[2:]
+    tap = torch.arange(4, device=x.device)[:, None]
+    cell = torch.arange(rows * columns, device=x.device)
+    moved = offset.reshape(batch, 4, 2, rows * columns)
+    y = moved[:, :, 0] + (2 * (cell // columns) + tap // 2)  # B 4 N
+    x_ = moved[:, :, 1] + (2 * (cell % columns) + tap % 2)
+    pixels, sampled = x.flatten(2), None
+    for down in (0, 1):  # the four pixels around each place, weighted bilinearly; those outside the map count nothing
+        for right in (0, 1):
+            row, column = y.floor() + down, x_.floor() + right
+            share = (1 - (y - row).abs()) * (1 - (x_ - column).abs())
+            share = share * ((row >= 0) & (row < height) & (column >= 0) & (column < width))
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long().flatten(1)[:, None]
+            part = pixels.gather(2, index.expand(-1, x.shape[1], -1)) * share.flatten(1)[:, None]
+            sampled = part if sampled is None else sampled + part
+    taps = sampled.unflatten(2, (4, -1)).flatten(1, 2)  # B 4C N, tap fastest, as the weights have it
+    merged = weight.flatten(1) @ taps + bias[:, None]
+    return merged.reshape(batch, -1, rows, columns)
 
 
 class DeformableMerge(nn.Module):

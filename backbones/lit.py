@@ -21,7 +21,7 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, State, TokenStage, check_img_size, init_linear, register_variants
-from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias
+from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias, sdpa
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_bias_table, resample_position_embedding
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).flatten(1, -2).unflatten(-1, (3, self.heads, -1))  # B N 3 h d
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B h N d
         # four axes: a mask of three makes torch leave its fused kernel on a CPU
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)[None])
+        out = sdpa(q, k, v, None if bias is None else bias.to(q.dtype)[None])
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def resize(self, size: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
-from backbones.layers import Block, DeformableMerge, crop, drop_path_rates, pad_to_multiple
+from backbones.layers import Block, DeformableMerge, crop, drop_path_rates, pad_to_multiple, sdpa
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("litv2")
@@ -74,7 +74,7 @@ class HiLo(nn.Module):
             padded = F.avg_pool2d(padded.permute(0, 3, 1, 2), self.window).permute(0, 2, 3, 1)
         kv = self.l_kv(padded).flatten(1, 2).unflatten(-1, (2, self.lo_heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # each B h H'/w*W'/w d
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = sdpa(q, k, v, scale=self.scale)
         return self.l_proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
 
 

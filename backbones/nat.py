@@ -23,7 +23,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
-from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias
+from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias, sdpa
 from backbones.ops.neighborhood import neighborhood_attention
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
@@ -105,9 +105,7 @@ def attend_fully(qkv: Tensor, table: Tensor, heads: int, scale: float) -> Tensor
         table = F.interpolate(table[None], sides, mode="bicubic", align_corners=False)[0]
     bias = relative_bias(table, *size)
     q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each B h HW d
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None], scale=scale)
-    if torch.compiler.is_exporting():  # the fused kernel's memory layout is not that of its ONNX decomposition
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = sdpa(q, k, v, bias.to(q.dtype)[None], scale)
     return x.transpose(1, 2).flatten(2).unflatten(1, size)
 
 

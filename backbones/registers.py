@@ -23,7 +23,7 @@ from backbones.analysis.registers import (
     measure_artefacts,
     outlier_scores,
 )
-from backbones.base import register_variants
+from backbones.base import OpenNames, register_variants
 from backbones.edits.registers import RegisterEdit, add_test_time_registers
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
@@ -46,7 +46,7 @@ default_cfgs = _default_cfgs("registers")
 dino_positions = leaf(_dino_positions)
 
 
-class RegisterViT(VisionTransformer):
+class RegisterViT(OpenNames, VisionTransformer):
     """DINOv2's ViT with test-time registers, at any image size: padded to whole patches, positions resized as DINOv2 does.
 
     register_neurons: layer -> neurons, None for none; num_registers: tokens added at test time; register_scale,

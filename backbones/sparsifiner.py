@@ -29,9 +29,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import check_size, init_linear, register_variants
+from backbones.base import OpenNames, check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
-from backbones.layers import drop_path_rates
+from backbones.layers import drop_path_rates, sdpa
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_predictor
@@ -226,9 +226,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
     """Attention B h n d under a bool mask. Queries without any key give zeros, not NaN; only asked for if there may be some."""
     if not may_be_empty:
         bias = torch.where(mask, q.new_zeros(()), q.new_full((), -math.inf))  # the kernel's own way from bool costs twice this
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return sdpa(q, k, v, bias, scale)
     some = mask.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~some, scale=scale) * some
+    return sdpa(q, k, v, mask | ~some, scale) * some
 
 
 @leaf
@@ -300,7 +300,7 @@ class Attention(nn.Module):
         """Output, and the class token's weights B h 1 n if the block prunes or tokens are missing."""
         (q, k, v), weights = self.project(x), None
         if self.mask_predictor is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            out = sdpa(q, k, v, scale=self.scale)
             return self.proj(out.transpose(1, 2).flatten(2)), None
         mask = self.mask_predictor(q, k, grid, kept)[0]
         attend = partial(masked_attention, scale=self.scale, may_be_empty=self.mask_predictor.rule.score_threshold is not None)
@@ -423,7 +423,7 @@ def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tupl
     return torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1) + pos_embed
 
 
-class Sparsifiner(VisionTransformer):
+class Sparsifiner(OpenNames, VisionTransformer):
     """timm's ViT with predicted attention masks.
 
     `forward` has the masks of training's second phase; `details` gives both phases and all maps. Weights of DeiT-S or LV-ViT-S

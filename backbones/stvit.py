@@ -18,7 +18,7 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, to_
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
-from backbones.layers import channels_last_on_cpu, crop, drop_path_rates, pad_to_multiple
+from backbones.layers import channels_last_on_cpu, crop, drop_path_rates, pad_to_multiple, sdpa
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("stvit")
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         size = x.shape[-2:]
         tokens = x.flatten(2).mT  # B N C
         q, k, v = self.qkv(tokens).unflatten(-1, (self.heads, 3, -1)).permute(3, 0, 2, 1, 4)  # each B h N d
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = sdpa(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2)).mT.unflatten(2, size)
 
 

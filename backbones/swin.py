@@ -35,6 +35,7 @@ from backbones.layers import (
     layer_norm,
     pad_to_multiple,
     relative_bias,
+    sdpa,
 )
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
@@ -82,7 +83,7 @@ def attend(
         q, k, v, bias = (t.flatten(1, 2) for t in (q, k, v, (bias + mask[:, None])[None]))
     else:
         q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias[None, None]))
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    x = sdpa(q, k, v, bias, scale)
     x = x.view(batch, rows, columns, heads, window, window, -1).permute(0, 1, 4, 2, 5, 3, 6)
     x = x.reshape(-1, dim).view(batch, rows * window, columns * window, dim)  # in two steps, as export asks
     x = x.roll((shift, shift), (1, 2)) if shift else x

@@ -55,6 +55,7 @@ KINDS = [
 ]
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
 DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s", "stvit_base"]
+QUICK = ["swin_t", "lit_s", "poolformer_s12_gn"]  # exported to ONNX in the gate, the others in the slow tests
 
 
 def module_of(name: str) -> str:
@@ -239,6 +240,44 @@ def test_a_misspelt_argument_raises(each):
         timm.create_model(each, drop_pth_rate=0.1, device="meta")
 
 
+NONSENSE = [
+    ("drop_path_rate", 1.5),
+    ("drop_path_rate", -1),
+    ("drop_rate", float("nan")),
+    ("proj_drop_rate", 1.0),
+    ("in_chans", 0),
+    ("in_chans", 2.5),
+    ("num_classes", -1),
+    ("embed_dim", 0),
+    ("embed_dim", -8),
+    ("kernel_size", 4),
+    ("kernel_size", 0),
+    ("pool_size", 2),
+    ("patch_size", 0),
+    ("window_size", 0),
+    ("depth", 0),
+    ("depths", (2, 0, 2, 2)),
+    ("depths", ()),
+    ("dims", (64, -1, 32, 32)),
+    ("num_heads", (1, 0, 2, 4)),
+    ("heads", "six"),
+    ("mlp_ratio", 0),
+    ("mlp_ratios", (4, 4, -4, 4)),
+]
+
+
+@pytest.mark.parametrize("each", CHECKED)
+def test_nonsense_is_refused_at_creation_with_a_sentence(each):
+    taken = inspect.signature(type(on_meta(each)).__init__).parameters
+    tried = [(key, value) for key, value in NONSENSE if key in taken or key in ("in_chans", "num_classes")]
+    zeros = getattr(type(on_meta(each)), "zeros", ())
+    tried = [(key, value) for key, value in tried if not (key in zeros and isinstance(value, tuple) and 0 in value)]
+    for key, value in tried:
+        with pytest.raises(ValueError, match=rf"{each}: {key} must be .*, got"):
+            timm.create_model(each, device="meta", **{key: value})
+    assert len(tried) >= 3
+
+
 # ---------------------------------------------------------------- one model of each kind, computed
 
 
@@ -390,6 +429,39 @@ def test_state_dict_makes_the_round_trip_to_the_authors_and_back(name, tmp_path)
         again = create(name)
         weights.load_checkpoint(again, tmp_path / "file.pth")
         assert torch.equal(again(image), source(image))
+
+
+@torch.no_grad()
+def test_checkpoint_path_takes_the_authors_names(name, tmp_path):
+    source = noisy(create(name))
+    convert = weights.convert.converter(source)
+    image = images()
+    for i, state in enumerate((convert.to_official(source.state_dict(), source), source.state_dict())):
+        torch.save(state, tmp_path / f"{i}.pth")
+        loaded = create(name, checkpoint_path=str(tmp_path / f"{i}.pth"))
+        assert torch.equal(loaded(image), source(image))
+        with pytest.raises(RuntimeError, match="Missing key"):
+            loaded.load_state_dict(dict(list(state.items())[2:]))
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CHECKED])
+def test_the_plain_onnx_export_at_native_size(name, tmp_path):
+    """torch.onnx.export as a user calls it, one image, and onnxruntime on the file; nothing but standard operators."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is checked with onnxruntime, which is not installed")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript, which is not installed")
+    torch.manual_seed(0)
+    model = noisy(create(name))
+    image = torch.randn(1, *model.default_cfg["input_size"])
+    program = torch.onnx.export(model, (image,), dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    operators = {(node.domain, node.op_type) for node in program.model.graph}
+    assert {domain for domain, _ in operators} <= {""} and ("", "DeformConv") not in operators
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        expected = model(image)
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-5 * scale, rtol=0)
 
 
 def test_drop_path_is_random_in_training_only(name):

@@ -1,8 +1,6 @@
 """What `zoo list` and `zoo info` show of a model."""
 
-import contextlib
 import fnmatch
-from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -86,7 +84,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
     cfg = model.pretrained_cfg
     size = size or tuple(cfg["input_size"][1:])
     image = torch.zeros(1, cfg["input_size"][0], *size)
-    with torch.no_grad(), plain_operators(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), neighborhood.using("reference"), FlopCounterMode(display=False) as counter:
         model(image)
     result = {
         "model": name,
@@ -114,17 +112,3 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
         result |= {key: cfg[key] for key in ("license", "origin_url", "tag") if cfg.get(key)}
     result["mean, std"] = f"{tuple(cfg['mean'])}, {tuple(cfg['std'])}"
     return result
-
-
-@contextlib.contextmanager
-def plain_operators() -> Iterator[None]:
-    """Neighbourhood attention by its definition: the counter sees no operation inside kernels, and tiles do more than
-    needed.
-    """
-    before = dict(neighborhood.AUTOMATIC)
-    neighborhood.AUTOMATIC.update(dict.fromkeys((*before, "cuda"), ("reference",)))
-    try:
-        yield
-    finally:
-        neighborhood.AUTOMATIC.clear()
-        neighborhood.AUTOMATIC.update(before)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import timm
 import torch
@@ -82,27 +80,9 @@ def calls_of(name: str, size: tuple[int, int] | None, device: str) -> dict[tuple
     """Every neighbourhood attention in one forward of a model: (shape, kernel, dilation, has bias) -> how often."""
     model = timm.create_model(name).eval().to(device)
     channels, *own = model.pretrained_cfg["input_size"]
-    found: dict[tuple, int] = {}
-    with recorded(found), torch.no_grad():
+    with neighborhood.recording() as found, torch.no_grad():
         model(torch.zeros(1, channels, *(size or own), device=device))
-    return found
-
-
-@contextmanager
-def recorded(found: dict[tuple, int]) -> Iterator[None]:
-    """Counts in `found` the calls that are made inside."""
-    choose = neighborhood.choose
-
-    def recording(call: neighborhood.Call, backend: str | None = None) -> str:
-        key = (tuple(call.q.shape), call.kernel, call.dilation, call.bias is not None)
-        found[key] = found.get(key, 0) + 1
-        return choose(call, backend)
-
-    neighborhood.choose = recording
-    try:
-        yield
-    finally:
-        neighborhood.choose = choose
+    return dict(found)
 
 
 def examine(

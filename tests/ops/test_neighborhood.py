@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import golden
 import pytest
@@ -488,3 +489,45 @@ def test_a_second_process_waits_for_the_first_to_compile(tmp_path, monkeypatch, 
         for thread in threads:
             thread.join(10)
     assert len(compiled) == 1 and found == [compiled[0]] * 2
+
+
+def test_using_chooses_for_calls_that_name_no_backend():
+    q, k, v = torch.randn(3, 1, 5, 6, 2, 4)
+    call = neighborhood.check(q, k, v, 3)
+    automatic = neighborhood.choose(call)
+    with neighborhood.using("reference"):
+        assert neighborhood.choose(call) == "reference" and neighborhood.choose(call, "tiled") == "tiled"
+        with neighborhood.using("tiled"):
+            assert neighborhood.choose(call) == "tiled"
+        assert neighborhood.choose(call) == "reference"
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(neighborhood.choose(call)))
+        thread.start()
+        thread.join()
+        assert seen == [automatic]  # another thread is not concerned
+    assert neighborhood.choose(call) == automatic
+    with pytest.raises(ValueError, match="did you mean 'reference'|Did you mean 'reference'"), neighborhood.using("referense"):
+        pass
+    with neighborhood.using("triton"), pytest.raises(ValueError, match="'triton' cannot run this call"):
+        neighborhood.neighborhood_attention(q, k, v, 3)
+
+
+def test_recording_counts_calls_by_their_form():
+    q, k, v = torch.randn(3, 1, 5, 6, 2, 4)
+    with neighborhood.recording() as calls:
+        for dilation in (1, 1, (1, 2)):
+            neighborhood.neighborhood_attention(q, k, v, 3, dilation)
+    assert calls == {((1, 5, 6, 2, 4), (3, 3), (1, 1), False): 2, ((1, 5, 6, 2, 4), (3, 3), (1, 2), False): 1}
+
+
+@pytest.mark.parametrize("name", ["stride", "is_causal", "rpb", "return_lse"])
+def test_what_natten_has_and_this_op_lacks_is_said(name):
+    q, k, v = torch.randn(3, 1, 5, 6, 2, 4)
+    with pytest.raises(TypeError, match=f"takes no '{name}': .* here"):
+        neighborhood.neighborhood_attention(q, k, v, 3, **{name: 1})
+    with pytest.raises(TypeError, match="takes no 'kernel': q, k, v, kernel_size"):
+        neighborhood.neighborhood_attention(q, k, v, 3, kernel=3)
+    with pytest.raises(AttributeError, match="na1d is not here"):
+        neighborhood.na1d  # noqa: B018
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        neighborhood.neighborhood_attention(q, k, v, 4)

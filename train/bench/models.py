@@ -69,16 +69,15 @@ def backends_of(model: nn.Module) -> list[str | None]:
     return [name for name in neighborhood.AUTOMATIC.get(device.type, ("tiled",)) if able[name] is None]
 
 
-def use(model: nn.Module, backend: str | None) -> None:
-    for module in model.modules():
-        if backend is not None and hasattr(module, "backend"):
-            setattr(module, "backend", backend)  # noqa: B010  (nn.Module declares no such attribute)
+def attention_by(backend: str | None) -> contextlib.AbstractContextManager[None]:
+    """Neighbourhood attention by this backend inside; None leaves the choice."""
+    return contextlib.nullcontext() if backend is None else neighborhood.using(backend)
 
 
 def forward_of(model: nn.Module, backend: str | None, images: Tensor) -> Callable[[], Tensor]:
     def forward() -> Tensor:
-        use(model, backend)
-        return model.eval()(images)
+        with attention_by(backend):
+            return model.eval()(images)
 
     return forward
 
@@ -88,8 +87,8 @@ def step_of(model: nn.Module, backend: str | None, images: Tensor) -> Callable[[
     labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
 
     def step() -> None:
-        use(model, backend)
-        F.cross_entropy(model.train()(images), labels).backward()
+        with attention_by(backend):
+            F.cross_entropy(model.train()(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -4,22 +4,37 @@
 with two functions: `refuses(call)` gives a sentence when it cannot run the call (None when it can), `run(call)` runs it.
 
 A backend asked for by name runs or raises with that sentence; it never falls back. Without a name the fastest on the call's
-device that does not refuse runs. A program that is being exported always takes the tiled path, which consists of
-standard operators only.
+device that does not refuse runs; `with neighborhood.using("reference"):` says what runs without a name inside. A program that
+is being exported always takes the tiled path, which consists of standard operators only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import cpp_backend, natten_backend, reference, tiled, triton_backend
 
-__all__ = ["AUTOMATIC", "BACKENDS", "Call", "check", "choose", "explain", "neighborhood_attention"]
+__all__ = [
+    "AUTOMATIC",
+    "BACKENDS",
+    "Call",
+    "check",
+    "choose",
+    "explain",
+    "neighborhood_attention",
+    "recording",
+    "using",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +49,43 @@ BACKENDS = {  # fastest first
 # What each kind of device tries without a name, fastest first. On a CPU NATTEN is left out: its one path there has no backward
 # and takes 10 to 960 ms where the tiled path takes 0.8 to 4 (kernel 7, 14x14 to 56x56).
 AUTOMATIC = {"cuda": ("natten", "triton", "tiled"), "cpu": ("cpp", "tiled")}
+
+_default: contextvars.ContextVar[str | None] = contextvars.ContextVar("default backend", default=None)
+_record: contextvars.ContextVar[Counter | None] = contextvars.ContextVar("record of calls", default=None)
+
+# What NATTEN's users pass and this op lacks, with what to do instead.
+UNSUPPORTED = {
+    "stride": "every pixel is a query here (stride 1)",
+    "is_causal": "neighbourhoods are not causal here",
+    "additional_keys": "there are no keys beside the neighbourhood here",
+    "additional_values": "there are no values beside the neighbourhood here",
+    "return_lse": "the log of the softmax's sum is not returned here",
+    "rpb": "the relative position bias is the argument `bias` here",
+}
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Inside, calls that name no backend run on this one, or raise if it cannot run them; for this thread and task alone.
+
+    Raises ValueError for an unknown name.
+    """
+    _known(backend)
+    token = _default.set(backend)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Counter]:
+    """Inside, counts the calls by (shape of q, kernel, dilation, whether there is a bias)."""
+    token = _record.set(counter := Counter())
+    try:
+        yield counter
+    finally:
+        _record.reset(token)
 
 
 @dataclass(frozen=True)
@@ -59,18 +111,45 @@ def neighborhood_attention(
     bias: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    **others: Any,
 ) -> Tensor:
     """Attention of every pixel to its kernel_size neighbours (the definition is in reference.py).
 
-    q, k, v: [B, H, W, heads, dim], one floating dtype, any strides; kernel_size (odd) and dilation: int or (rows, columns);
-    bias: [heads, 2 kh - 1, 2 kw - 1], any floating dtype, added to the scores, entry = key position - query position + k - 1;
-    scale: factor on q k^T, default dim ** -0.5; backend: a key of BACKENDS, or None for the fastest that can run the call.
+    Args:
+        q: [B, H, W, heads, dim], floating, any strides.
+        k: like q.
+        v: like q.
+        kernel_size: odd; int or (rows, columns).
+        dilation: int or (rows, columns).
+        bias: [heads, 2 kh - 1, 2 kw - 1], any floating dtype, added to the scores, entry = key position - query position +
+            k - 1.
+        scale: factor on q k^T, default dim ** -0.5.
+        backend: a key of BACKENDS, or None for that of `using`, else the fastest that can run the call.
+        others: none; an argument of NATTEN that this op lacks is refused with what to do instead.
+
     Returns [B, H, W, heads, dim].
     Raises ValueError or TypeError for arguments that do not fit, for a map smaller than kernel_size * dilation on an axis
     (pad it first, as the authors' modules do), and, when `backend` is given, for a call that this backend cannot run.
     """
+    if others:
+        _refuse_arguments(others)
     call = check(q, k, v, kernel_size, dilation, bias, scale)
+    if (counter := _record.get()) is not None:
+        counter[tuple(q.shape), call.kernel, call.dilation, bias is not None] += 1
     return BACKENDS[choose(call, backend)].run(call)
+
+
+def _refuse_arguments(others: dict[str, Any]) -> NoReturn:
+    name = next(iter(others))
+    reason = UNSUPPORTED.get(name) or "q, k, v, kernel_size, dilation, bias, scale and backend are its arguments"
+    raise TypeError(f"neighborhood_attention takes no {name!r}: {reason}")
+
+
+def __getattr__(name: str) -> NoReturn:
+    if name in ("na1d", "na3d", "na2d"):
+        hint = "for 2-D maps it is neighborhood_attention, with NATTEN's layout"
+        raise AttributeError(f"NATTEN's {name} is not here: {hint}" + ("" if name == "na2d" else "; others are not supported"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def explain(
@@ -88,12 +167,10 @@ def explain(
 
 
 def choose(call: Call, backend: str | None = None) -> str:
-    """Name of the backend that runs this call. Raises ValueError if `backend` is unknown or refuses."""
+    """Name of the backend that runs this call. Raises ValueError if `backend` (or that of `using`) is unknown or refuses."""
+    backend = backend or _default.get()
     if backend is not None:
-        if backend not in BACKENDS:
-            near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown neighbourhood attention backend {backend!r}.{hint} Known: {', '.join(BACKENDS)}.")
+        _known(backend)
         reason = BACKENDS[backend].refuses(call)
         if reason is not None:
             raise ValueError(f"the neighbourhood attention backend {backend!r} cannot run this call: {reason}")
@@ -107,6 +184,13 @@ def choose(call: Call, backend: str | None = None) -> str:
         if not torch.compiler.is_compiling():
             _logger.debug("neighbourhood attention: %s refuses: %s", name, reason)
     raise AssertionError("the tiled backend never refuses")
+
+
+def _known(backend: str) -> None:
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown neighbourhood attention backend {backend!r}.{hint} Known: {', '.join(BACKENDS)}.")
 
 
 def check(
