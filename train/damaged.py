@@ -52,11 +52,11 @@ class Damaged:
                     f"{self.share:g} allows. Repair them, or take them out:\n  " + "\n  ".join(listed[:8])
                 )
         if new and log is not None:
-            counted = ", ".join(f"{count} of {self.sizes[split]} {split}" for split, count in self.counts().items() if count)
-            log.say(f"skipped so far: {counted} files that cannot be read; new: {sorted(new)[0][1]}")
+            skipped = ", ".join(f"{count} of {self.sizes[split]} {split}" for split, count in self.counts().items() if count)
+            log.say(f"skipped so far: {skipped} files that cannot be read; new: {sorted(new)[0][1]}")
             if log.main:
                 text = "".join(f"{split}: {complaint}\n" for split, complaint in sorted(self.found))
-                checkpoint.write(log.folder / "unreadable.txt", lambda temporary: temporary.write_text(text))
+                checkpoint.write(log.folder / "unreadable.txt", lambda temporary: write_text(temporary, text))
 
     def counts(self) -> dict[str, int]:
         """Split -> damaged files seen so far."""
@@ -65,5 +65,10 @@ class Damaged:
     def load(self, path: Path) -> None:
         """What an earlier part of the run has found."""
         if path.is_file():
-            lines = path.read_text().splitlines()
-            self.found = {tuple(line.split(": ", 1)) for line in lines if line.split(": ", 1)[0] in self.sizes}
+            entries = [line.partition(": ") for line in path.read_text(encoding="utf-8").splitlines()]
+            self.found = {(split, complaint) for split, _, complaint in entries if split in self.sizes}
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8."""
+    path.write_text(text, encoding="utf-8")

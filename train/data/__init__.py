@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from heads.plugins import Table
 from train.data.ade20k import ADE20K, ADE20KParquet
@@ -58,7 +59,7 @@ def open_split(data: DataConfig, split: str, targets: Sequence[str], channels: i
         channels: of the images; model.in_chans.
     """
     kind = DATASETS[data.name]
-    root = {} if kind.in_memory else {"root": data.root}
+    root: dict[str, Any] = {} if kind.in_memory else {"root": data.root}
     opened = kind(**root, split=split, targets=tuple(targets), **data.args)
     opened.pixels = PixelRules(channels, data.image_range, data.max_pixels)
     return opened

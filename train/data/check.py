@@ -127,7 +127,7 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
     height, width = image.shape[-2:]
     facts.read += 1
     facts.sizes[height, width] += 1
-    facts.prints.setdefault(zlib.crc32(np.ascontiguousarray(image)), path)
+    facts.prints.setdefault(zlib.crc32(np.ascontiguousarray(image).tobytes()), path)
     if image.min() == image.max():
         facts.flat_images.append(path)
     if "label" in dataset.targets:
@@ -151,6 +151,7 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
         if not readings.size:
             facts.empty_depths.append(place)
             return
+        assert dataset.depth is not None  # said by every data set with depth
         facts.depth_outside += int((~dataset.depth.valid(torch.from_numpy(readings))).sum())
         facts.depth_values.append(readings[:: max(1, readings.size // 500)])
         levels = np.unique(readings)
@@ -281,7 +282,7 @@ def examine_masks(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, 
     if unseen:
         say("note", f"{len(unseen)} of {count} classes never occur{extent(facts)}: {named(dataset, unseen)}")
     if max(ids.values()) / sum(ids.values()) > 0.95 and len(ids) > 1:
-        top = max(ids, key=ids.get)
+        top = max(ids, key=ids.__getitem__)
         say("warning", f"class {named(dataset, [top])} covers {ids[top] / sum(ids.values()):.1%} of the labelled pixels")
 
 
@@ -455,8 +456,8 @@ def run(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         sheet(datasets, folder / "data_check.png")
-        (folder / "data_check.json").write_text(json.dumps(report.as_dict(), indent=1))
-        (folder / "data_check.txt").write_text("\n".join(report.lines) + "\n")
+        (folder / "data_check.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+        (folder / "data_check.txt").write_text("\n".join(report.lines) + "\n", encoding="utf-8")
     return report
 
 

@@ -44,7 +44,7 @@ class Folder(DescribedDataset, FileDataset):
         **described: Any,
     ) -> None:
         self.describe(**described)
-        self.palette = None if palette is None else [tuple(int(value) for value in color) for color in palette]
+        self.palette = None if palette is None else [(int(red), int(green), int(blue)) for red, green, blue in palette]
         if self.palette is not None and self.classes is not None and len(self.palette) != len(self.classes):
             raise ValueError(f"Folder: {len(self.palette)} palette colours for {len(self.classes)} classes")
 

@@ -101,7 +101,7 @@ class NYUv2Mat(FileDataset):
             raise ValueError(f"{self.file} or {splits} is not the official file ({error})") from error
         if self.frames.min() < 0 or self.frames.max() >= count:
             raise ValueError(f"{splits}: frame {self.frames.max() + 1} of {key} is not among the {count} of {self.file}")
-        self._open = None
+        self._open: Any = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -114,12 +114,13 @@ class NYUv2Mat(FileDataset):
 
         if self._open is None:
             self._open = h5py.File(self.file, "r")
+        file = self._open
         frame = int(self.frames[index])
         sample = {
-            "image": self._open["images"][frame].transpose(0, 2, 1).copy(),
+            "image": file["images"][frame].transpose(0, 2, 1).copy(),
             "path": f"{self.file}#{frame}",
         }  # 3 W H in the file
         if "depth" in self.targets:
-            depth = self._open["depths"][frame].T.astype(np.float32)
+            depth = file["depths"][frame].T.astype(np.float32)
             sample["depth"] = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
         return sample

@@ -114,7 +114,8 @@ class Shards(Packed, FileDataset):
         return len(self.shards)
 
     def parts(self, index: int) -> tuple[str, dict[str, Any]]:
-        path, parts = self.files[self.shards[index]], {}
+        path = self.files[self.shards[index]]
+        parts: dict[str, Any] = {}
         with open(path, "rb") as file:  # opened for each sample: a handle shared by forked loader workers would be one place
             for part, (offset, size) in zip(self.wanted, self.spans[index].tolist(), strict=True):
                 file.seek(offset)
