@@ -13,7 +13,8 @@ from PIL import Image
 
 from train.cli import main
 from train.data import DATASETS
-from train.data.check import read_facts, run
+from train.data.check import run
+from train.data.facts import read_facts
 from train.data.files import PixelRules, Unreadable, open_image
 
 here = pytest.mark.parametrize
