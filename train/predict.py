@@ -80,9 +80,10 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     (out / "predict.json").write_text(json.dumps(maker, indent=1), encoding="utf-8")
     rules = PixelRules(config.model.in_chans, config.data.image_range, config.data.max_pixels)
-    size, mean, std = tuple(config.data.size), tuple(config.data.mean), tuple(config.data.std)
-    targets, resize = task.targets("val"), config.data.eval_resize
-    transform = build_transform(False, targets, size, mean, std, config.augment, eval_resize=resize)
+    data = config.data
+    assert data.mean is not None and data.std is not None  # filled in when the configuration was read
+    targets, resize = task.targets("val"), data.eval_resize
+    transform = build_transform(False, targets, data.size, data.mean, data.std, config.augment, eval_resize=resize)
     run_model = inference(task, model, config)
     for path in files:
         if path in done.there:
@@ -95,7 +96,7 @@ def predict(
         batch = collate([transform({"image": pixels, "path": str(path)})])
         with torch.no_grad():
             output = task.forward(run_model, {**batch, "image": batch["image"].to(device)})
-            prediction = task.predict(output, tuple(pixels.shape[-2:]))
+            prediction = task.predict(output, (pixels.shape[-2], pixels.shape[-1]))
         done.written += write_whole(show, stems[path], to_rgb(pixels), prediction, names)
     before = f", {len(done.there)} were there already" if done.there else ""
     lost = f", {len(done.failed)} cannot be read" if done.failed else ""

@@ -148,6 +148,7 @@ def examine_masks(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, 
 
 def examine_depth(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, str], None]) -> None:
     spec = dataset.depth
+    assert spec is not None  # said by every data set with depth
     readings = facts.depth_pixels - facts.depth_missing
     if not readings:
         say("error", "no depth map has a single reading")
