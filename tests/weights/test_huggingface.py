@@ -207,6 +207,29 @@ def test_the_same_weights_give_the_same_outputs(case, names, tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["segformer", "glpn", "dpt", "upernet_swin"])
+def test_whole_dense_models_at_four_sizes(case):
+    """transformers is a second reading of the authors' code: square and not, larger and smaller than the native size."""
+    theirs, ours, output, call = CASES[case]
+    if case == "upernet_swin":  # transformers shrinks windows to the maps of its native size: large enough that none shrinks
+
+        def theirs():
+            config = hf.SwinConfig(**SWIN | {"image_size": 256}, out_features=OUT)
+            aux = {"auxiliary_in_channels": 32, "auxiliary_channels": 8}
+            return hf.UperNetForSemanticSegmentation(
+                hf.UperNetConfig(backbone_config=config, hidden_size=16, num_labels=5, **aux)
+            )
+
+    theirs, ours = drawn(theirs()), ours().eval()
+    weights.load_checkpoint(ours, theirs.state_dict())
+    square = [(side, side) for side in (64, 96, 128, 192)]  # transformers' DPT takes no others
+    for size in square if case == "dpt" else [(128, 128), (160, 192), (128, 256), (224, 160)]:
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            want, got = output(theirs(pixel_values=images)), call(ours, images)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda text, size=size: f"{case} at {size}: {text}")
+
+
 @pytest.mark.parametrize("case", ["hugging_face_swin"])
 def test_a_whole_swin_of_hugging_face(case):
     torch.manual_seed(0)
