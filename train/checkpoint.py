@@ -25,7 +25,7 @@ KEEP = 2
 DAMAGE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
+def write(path: Path, save: Callable[[Path], Any]) -> None:
     """Writes a file through `save(temporary path)`, fsync and rename: at any moment `path` is the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:

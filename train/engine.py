@@ -12,18 +12,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.utils.data import Dataset
 
 from train import config as configuration
 from train import loader, optim, sharding, syncbn
 from train.damaged import Damaged
+from train.data import ImageDataset
 from train.data.check import refuse
 from train.evaluation import evaluate
 from train.failures import Stop, readable, stop_signal
@@ -32,7 +32,7 @@ from train.log import Log
 from train.randomness import by_position, drawn_for, seed_all
 from train.results import finish, save_product
 from train.schema import Config
-from train.setup import build, dataset, start
+from train.setup import build, start, training_set, validation_set
 from train.show import Names
 from train.state import Parts, RunState, improved, restore, save, settings
 from train.tasks import Task
@@ -57,7 +57,7 @@ class Run:
     folder: Path
     accelerator: Accelerator
     task: Task
-    val_set: Dataset
+    val_set: ImageDataset
     batches: Iterator[dict[str, Any]]
     damaged: Damaged
     parts: Parts
@@ -85,7 +85,7 @@ def fit(config: Config, resume: bool = False, accept_changes: bool = False) -> d
         accept_changes: go on even if the config differs from the folder's.
     """
     accelerator = start(config)
-    with claimed(Path(config.run.dir), accelerator):
+    with claimed(Path(str(config.run.dir)), accelerator):
         run = prepare(config, accelerator, resume, accept_changes)
         began = time.perf_counter()
         with contextlib.closing(run.log), stop_signal() as stop, readable(config, run.folder):
@@ -174,14 +174,15 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
 
     Raises FileExistsError for a folder in use, ValueError for what does not fit together.
     """
-    say, folder = accelerator.print, Path(config.run.dir)
+    say, folder = accelerator.print, Path(str(config.run.dir))
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process
     changes = check_folder(folder, config, resume, accept_changes)
     seed_all(config.run.seed)
     task = configuration.build_task(config)
-    train_set, val_set = dataset(config, task, "train"), dataset(config, task, "val")
-    damaged = Damaged(config.data.skip_unreadable, {"train": train_set.dataset, "val": val_set})
-    for sentence in refuse([train_set.dataset, val_set], val_is_train=config.data.val_is_train):
+    train_set, val_set = training_set(config, task), validation_set(config, task)
+    plain = cast(ImageDataset, train_set.dataset)
+    damaged = Damaged(config.data.skip_unreadable, {"train": plain, "val": val_set})
+    for sentence in refuse([plain, val_set], val_is_train=config.data.val_is_train):
         say(f"warning: {sentence}")
     net = build(config, task, say).to(accelerator.device)
     by_position(net)
@@ -199,7 +200,7 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     optimizer = optim.optimizer(net, config.optim)
     images = config.optim.global_batch
     pass_steps = len(train_set) / images
-    steps = config.optim.steps or math.ceil(config.optim.epochs * pass_steps)
+    steps = config.optim.steps or math.ceil((config.optim.epochs or 0) * pass_steps)
     eval_every = config.run.eval_every or max(1, steps // 10)
     save_every = config.run.save_every or eval_every
     schedule = optim.schedule(optimizer, config.optim, steps, pass_steps)
@@ -251,11 +252,26 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
         f"{'es' if len(offsets) > 1 else ''} of {max(map(len, offsets))}; {steps} steps = {steps / pass_steps:.1f} passes; "
         f"learning rate {config.optim.lr:g}; evaluation every {eval_every} steps, checkpoint every {save_every}; {folder}"
     )
-    products = average.module if average else net
-    every = {"eval_every": eval_every, "save_every": save_every}
-    run = {"config": config, "folder": folder, "accelerator": accelerator, "task": task, "val_set": val_set, "batches": batches}
-    run |= {"damaged": damaged, "parts": parts, "model": model, "products": products, "schedule": schedule, "state": state}
-    return Run(**run, **every, names=Names.of(val_set), offsets=offsets, steps=steps, log=log)
+    return Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        task=task,
+        val_set=val_set,
+        batches=batches,
+        damaged=damaged,
+        parts=parts,
+        model=model,
+        products=average.module if average else net,
+        schedule=schedule,
+        names=Names.of(val_set),
+        state=state,
+        offsets=offsets,
+        steps=steps,
+        eval_every=eval_every,
+        save_every=save_every,
+        log=log,
+    )
 
 
 def augmented(batch: dict[str, Any], run: Run, step: int) -> dict[str, Any]:

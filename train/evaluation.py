@@ -10,15 +10,14 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
-from torch.utils.data import Dataset
 
 from train import config as configuration
 from train import loader
 from train.damaged import Damaged
-from train.data import DATASETS
+from train.data import DATASETS, ImageDataset
 from train.inference import Predictor
 from train.schema import Config, InferConfig
-from train.setup import build, dataset, load_weights, start
+from train.setup import build, load_weights, start, validation_set
 from train.show import Names, save_sheet, to_rgb
 from train.tasks import Task
 from train.transforms import describe_evaluation
@@ -26,7 +25,7 @@ from train.transforms import describe_evaluation
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config, damaged: Damaged | None = None
+    task: Task, model: nn.Module, data: ImageDataset, accelerator: Accelerator, config: Config, damaged: Damaged | None = None
 ) -> dict[str, float]:
     """The task's metrics over a dataset, each sample counted once whatever the number of processes. Leaves the model in eval
     mode. damaged: is told which files were left out.
@@ -60,7 +59,7 @@ def inference(task: Task, model: nn.Module, config: Config) -> Any:
     """What maps images to model outputs at evaluation: the model, or windows, scales and flips of it averaged."""
     if config.infer == InferConfig():
         return model
-    return Predictor(model, average=task.average, **dataclasses.asdict(config.infer))
+    return Predictor(model, average=task.average or "values", **dataclasses.asdict(config.infer))
 
 
 def protocol(task: Task, config: Config) -> str:
@@ -70,7 +69,7 @@ def protocol(task: Task, config: Config) -> str:
         run = Predictor(nn.Identity(), average=task.average, **dataclasses.asdict(config.infer))
         frame = DATASETS[config.data.name].frame(config.data.args)
         parts += [frame] if frame else []
-        parts += [describe_evaluation(tuple(config.data.size), config.data.eval_resize), run.protocol]
+        parts += [describe_evaluation(config.data.size, config.data.eval_resize), run.protocol]
     return "; ".join(parts)
 
 
@@ -104,7 +103,7 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
     config = configuration.load_run(folder, overrides)
     accelerator = start(config)
     config, task, model, _ = open_run(folder, overrides, weights)
-    data = dataset(config, task, "val")
+    data = validation_set(config, task)
     damaged = Damaged(config.data.skip_unreadable, {"val": data})
     metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config, damaged)
     damaged.agree(accelerator)
@@ -113,7 +112,7 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
 
 
 @torch.no_grad()
-def pictures(path: Path, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, config: Config) -> None:
+def pictures(path: Path, task: Task, model: nn.Module, data: ImageDataset, accelerator: Accelerator, config: Config) -> None:
     """Image, truth and prediction of a few evenly spaced samples side by side; every process runs the model, one writes."""
     if task.show is None:
         return

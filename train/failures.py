@@ -37,7 +37,8 @@ def stop_signal() -> Iterator[Stop]:
     """Catches the signals that ask a run to end. Outside the main thread, where Python allows no handlers, they act as
     usual.
     """
-    stop, before = Stop(), {}
+    stop = Stop()
+    before: dict[int, Any] = {}
 
     def ask(number: int, frame: Any) -> None:
         stop.asked = True
@@ -50,8 +51,8 @@ def stop_signal() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 @contextlib.contextmanager

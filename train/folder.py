@@ -31,12 +31,31 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-RUN_FILES = ("log.csv", "metrics.csv", "tensorboard", "checkpoints", "model.safetensors", "last.safetensors", "summary.json")
-RUN_FILES += ("curves.png", "predictions.png", "config.yaml")  # the configuration last: see above
+RUN_FILES = (
+    "log.csv",
+    "metrics.csv",
+    "tensorboard",
+    "checkpoints",
+    "model.safetensors",
+    "last.safetensors",
+    "summary.json",
+    "curves.png",
+    "predictions.png",
+    "config.yaml",  # the last: see above
+)
 LOCK = ".lock"
 # What the best metric depends on: where one of these has changed, numbers of before and after do not compare.
-MEASURES = ("task.", "infer.", "data.name", "data.args", "data.size", "data.eval_resize", "data.mean", "data.std")
-MEASURES += ("augment.eval_crop",)
+MEASURES = (
+    "task.",
+    "infer.",
+    "data.name",
+    "data.args",
+    "data.size",
+    "data.eval_resize",
+    "data.mean",
+    "data.std",
+    "augment.eval_crop",
+)
 
 
 def versions() -> dict[str, str]:

@@ -7,13 +7,21 @@ workers or on having been interrupted. Augmentation is seeded with the position.
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+
+class Samples(Protocol):
+    """What is read by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 class Order:
@@ -112,7 +120,7 @@ def on_device(batch: dict[str, Any], device: torch.device, channels_last: bool =
 
 
 def evaluation_batches(
-    dataset: Dataset, batch: int, world: int, rank: int, workers: int, pin: bool
+    dataset: Samples, batch: int, world: int, rank: int, workers: int, pin: bool
 ) -> Iterator[tuple[bool, dict[str, Any]]]:
     """(counts, batch) pairs covering the dataset once over all processes.
 
@@ -124,7 +132,7 @@ def evaluation_batches(
     rounds = -(-len(batches) // world)
     mine = [k * world + rank for k in range(rounds)]
     sampler = [batches[k] if k < len(batches) else batches[0] for k in mine]
-    loader = DataLoader(dataset, batch_sampler=sampler, **_options(workers, pin) | {"collate_fn": _collate_own})
+    loader = DataLoader(cast(Dataset, dataset), batch_sampler=sampler, **_options(workers, pin) | {"collate_fn": _collate_own})
     for k, (own, items) in zip(mine, loader, strict=True):
         yield own and k < len(batches), items
 

@@ -1,7 +1,7 @@
 """Parameter groups, optimiser, schedule and averaged weights: timm's, chosen by the `optim` section."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay
@@ -16,9 +16,9 @@ from train.schema import OptimConfig
 def head_parameters(model: nn.Module) -> set[int]:
     """ids of the parameters that are no backbone's: all outside `model.backbone`, or a classification model's classifier."""
     if hasattr(model, "backbone"):
-        inside = {id(p) for p in model.backbone.parameters()}
+        inside = {id(p) for p in cast(nn.Module, model.backbone).parameters()}
         return {id(p) for p in model.parameters()} - inside
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+    found = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
     found = found if isinstance(found, (tuple, list)) else [found]  # a distilled model has two
     return {id(p) for module in found if isinstance(module, nn.Module) for p in module.parameters()}
 
@@ -42,7 +42,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     for part in config.lr_scales:
         if not any(part in name for name, _ in model.named_parameters()):
             raise ValueError(f"optim.lr_scales: no parameter of this model has {part!r} in its name")
-    excluded = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    excluded = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     heads, scale = head_parameters(model), {}
     if config.layer_decay is not None:
         for group in param_groups_layer_decay(model, 0.0, excluded, layer_decay=config.layer_decay):
@@ -89,7 +89,7 @@ def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, step
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:
         raise ValueError(f"the warm-up takes {warmup} of {steps} steps; shorten optim.warmup_steps or optim.warmup_epochs")
-    shared = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
+    shared: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
     if config.warmup_first:
         shared, steps = {**shared, "warmup_prefix": True}, steps - warmup
     if config.schedule == "cosine":

@@ -4,15 +4,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset
 
 from train import checkpoint, sharding
 from train import config as configuration
+from train.data import ImageDataset
 from train.evaluation import pictures, protocol
 from train.folder import versions
 from train.log import Log, curves
@@ -24,21 +25,48 @@ from train.tasks import Task
 def save_product(
     path: Path, model: nn.Module, config: Config, step: int, metrics: dict[str, float], names: Names, main: bool
 ) -> None:
-    """Weights as a result: safetensors with config, metrics and class names in its header, written by the main process."""
+    """Saves weights as a result: safetensors with their story in the header, written by the main process.
+
+    Args:
+        path: of the file.
+        model: whole or split; every process calls.
+        config: goes into the header, as do the next three and the versions of the packages.
+        step: updates made.
+        metrics: of these weights.
+        names: of classes, with colours.
+        main: whether this process writes.
+    """
     about = {"metrics": metrics, "config": configuration.as_dict(config), "names": dataclasses.asdict(names)}
     about |= {"versions": versions()}
-    about = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
+    header = {"step": str(step), **{key: json.dumps(value) for key, value in about.items()}}
     tensors = sharding.whole(model.state_dict())
     if main:
-        checkpoint.save_weights(path, tensors, about)
+        checkpoint.save_weights(path, tensors, header)
 
 
 def finish(
-    folder: Path, config: Config, task: Task, model: nn.Module, data: Dataset, accelerator: Accelerator, summary: dict, log: Log
+    folder: Path,
+    config: Config,
+    task: Task,
+    model: nn.Module,
+    data: ImageDataset,
+    accelerator: Accelerator,
+    summary: dict[str, Any],
+    log: Log,
 ) -> None:
     """Last weights, summary, curves, pictures of the best weights, and the table, from the main process.
 
     Every process calls it, because a model may be split over them.
+
+    Args:
+        folder: the run's.
+        config: the run's.
+        task: says how predictions are made and shown.
+        model: the product: the network or its average.
+        data: the validation set, for the pictures.
+        accelerator: of this process.
+        summary: "step", "last", "best_step" and so on; gets "best" here.
+        log: prints the table.
     """
     main, names = accelerator.is_main_process, Names.of(data)
     save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], names, main)

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from torch import nn
-from torch.utils.data import Dataset
 
 import backbones.edits
 import weights
 from train import optim
-from train.data import open_split
+from train.data import ImageDataset, open_split
 from train.schema import Config
 from train.tasks import Task
 from train.transforms import Seeded, build_transform
@@ -47,22 +47,33 @@ def start(config: Config) -> Accelerator:
     return accelerator
 
 
-def dataset(config: Config, task: Task, split: str) -> Dataset:
-    """A split with its transform: seeded by the draw for training. Raises ValueError if it does not fit the task."""
-    data = config.data
-    train = split == "train"
-    targets = task.targets(split)
-    plain = open_split(data, split, targets, config.model.in_chans)
+def training_set(config: Config, task: Task) -> Seeded:
+    """The training split, each sample transformed by seed and draw. Raises ValueError if it does not fit the task."""
+    plain = _split(config, task, "train")
+    own = None if type(task).sample is Task.sample else task.sample  # a task may hold a teacher, which workers need not get
+    return Seeded(plain, _transform(config, task, plain, "train"), config.run.seed, own)
+
+
+def validation_set(config: Config, task: Task) -> ImageDataset:
+    """The validation split with its transform. Raises ValueError if it does not fit the task."""
+    plain = _split(config, task, "val")
+    plain.transform = _transform(config, task, plain, "val")
+    return plain
+
+
+def _split(config: Config, task: Task, split: str) -> ImageDataset:
+    plain = open_split(config.data, split, task.targets(split), config.model.in_chans)
     task.check(plain)
     if not len(plain):
-        raise ValueError(f"{data.name} has no {split} samples")
-    size, mean, std = tuple(data.size), tuple(data.mean), tuple(data.std)
-    transform = build_transform(train, targets, size, mean, std, config.augment, plain.ignore_index, config.data.eval_resize)
-    if train:
-        own = None if type(task).sample is Task.sample else task.sample  # a task may hold a teacher, which workers need not get
-        return Seeded(plain, transform, config.run.seed, own)
-    plain.transform = transform
+        raise ValueError(f"{config.data.name} has no {split} samples")
     return plain
+
+
+def _transform(config: Config, task: Task, plain: ImageDataset, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    data = config.data
+    assert data.mean is not None and data.std is not None  # config.resolve has filled them in
+    train, targets, ignored = split == "train", task.targets(split), plain.ignore_index
+    return build_transform(train, targets, data.size, data.mean, data.std, config.augment, ignored, data.eval_resize)
 
 
 def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.Module:
@@ -80,7 +91,7 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
     if config.run.grad_checkpointing:
         if not hasattr(net, "set_grad_checkpointing"):
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
-        net.set_grad_checkpointing(True)
+        cast(Any, net).set_grad_checkpointing(True)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
 
 

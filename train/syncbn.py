@@ -4,6 +4,8 @@ torch's SyncBatchNorm leaves CPU tensors unsynchronised without saying so; this 
 and gives one process's numbers on any backend.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # B C ... -> B C ...
         x = self.normalised(x)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x
+        return cast(Any, self).act(cast(Any, self).drop(x)) if hasattr(self, "act") else x
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
@@ -61,7 +63,8 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked.add_(1)
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_(variance.to(self.running_var), momentum)
