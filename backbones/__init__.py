@@ -14,6 +14,7 @@ from backbones import (  # noqa: F401
     pit,
     poolformer,
     registers,
+    slab,
     sparsifiner,
     sret,
     stvit,

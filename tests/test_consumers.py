@@ -11,7 +11,7 @@ import backbones
 
 # One model of each kind whose maps have strides 4, 8, 16, 32: what SMP reads as a transformer pyramid.
 PYRAMIDS = ["nat_mini", "dinat_mini", "dinat_s_tiny", "lit_ti", "lit_s", "litv2_s", "swin_t", "poolformer_s12_gn"]
-PYRAMIDS += ["stvit_small", "flatten_pvt_v2_b0", "fan_xlarge_16_p4_hybrid", "fcaformer_l2"]
+PYRAMIDS += ["slab_pvt_t", "stvit_small", "flatten_pvt_v2_b0", "fan_xlarge_16_p4_hybrid", "fcaformer_l2"]
 FEW = {"depths": (1, 1, 1, 1)}
 
 

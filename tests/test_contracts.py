@@ -43,6 +43,9 @@ KINDS = [
     "poolformer_s12_gn",
     "stvit_base",  # with LayerScale
     "hvt_s_4",
+    "slab_cswin_t",
+    "slab_pvt_t",
+    "slab_swin_t",
     "flatten_cswin_t",
     "flatten_pvt_v2_b0",
     "flatten_pvt_t",

@@ -33,7 +33,7 @@ NARROW = {  # backbone file -> arguments that make its models narrow; depths sta
 def narrow(backbone):
     """Arguments that make this model narrow."""
     args = NARROW.get(timm.model_entrypoint(backbone).__module__.rsplit(".", 1)[-1], {})
-    if backbone.startswith("flatten_"):
+    if backbone.startswith(("flatten_", "slab_")):
         args = {"dims": [16, 16, 32, 32]} if "pvt" in backbone else {"embed_dim": 16}
         args["num_heads"] = [2, 2, 4, 4]
     if "isotropic" in backbone or "vitrpb" in backbone:
