@@ -208,9 +208,6 @@ def test_sdt_weighs_its_layers():
     torch.testing.assert_close(head([x, y]), head([x, torch.zeros_like(y)]))
 
 
-# Mask transformer
-
-
 # Depth
 
 
