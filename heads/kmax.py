@@ -195,9 +195,9 @@ class AxialAttention1D(nn.Module):
     def __init__(self, in_channels: int, width: int, heads: int = 8):
         super().__init__()
         self.heads, self.width = heads, width
-        self.qkv_transform = nn.Module()
-        self.qkv_transform.conv = nn.Conv1d(in_channels, 4 * width, 1, bias=False)
-        nn.init.trunc_normal_(self.qkv_transform.conv.weight, std=in_channels**-0.5)
+        conv = nn.Conv1d(in_channels, 4 * width, 1, bias=False)
+        nn.init.trunc_normal_(conv.weight, std=in_channels**-0.5)
+        self.qkv_transform = nn.ModuleDict({"conv": conv})
         self._query_rpe, self._key_rpe = RelativePositions(width // heads), RelativePositions(width // heads)
         self._value_rpe = RelativePositions(2 * width // heads)
         self._batch_norm_qkv = batch_norm(4 * width, 1)
@@ -210,7 +210,7 @@ class AxialAttention1D(nn.Module):
             raise ValueError(
                 f"kmax: a map under axial attention has a side of {length}, the most is {LONGEST}: use smaller images"
             )
-        qkv = self._batch_norm_qkv(self.qkv_transform.conv(x))
+        qkv = self._batch_norm_qkv(self.qkv_transform["conv"](x))
         q, k, v = (
             part.unflatten(1, (self.heads, -1)) for part in qkv.split([self.width, self.width, 2 * self.width], 1)
         )  # n h d L
@@ -441,9 +441,11 @@ class KMeansDecoder(nn.Module):
         self._auxiliary_semantic_predictor = aux
 
     def classifiers(self) -> list[nn.Module]:
-        predictors = [*(layer._predcitor for layer in self._kmax_transformer_layers), self._predcitor]
-        last = [] if self._auxiliary_semantic_predictor is None else [self._auxiliary_semantic_predictor.get_classifier()]
-        return [predictor._transformer_class_head.conv for predictor in predictors] + last
+        predictors: list[Any] = [*(layer._predcitor for layer in self._kmax_transformer_layers), self._predcitor]
+        aux: Any = self._auxiliary_semantic_predictor
+        return [predictor._transformer_class_head.conv for predictor in predictors] + (
+            [] if aux is None else [aux.get_classifier()]
+        )
 
     def forward(self, pixels: Sequence[Tensor], maps: Sequence[Tensor]) -> dict[str, Any]:
         """pixels: of the pixel decoder, as `channels`; maps: the backbone's, finest first."""
@@ -489,9 +491,11 @@ class PlainSemantic(nn.Sequential):
         )
 
     def get_classifier(self) -> nn.Module:
-        return self[-1].conv
+        last = self[-1]
+        assert isinstance(last, ConvNorm)
+        return last.conv
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:  # type: ignore[override]  # a list of maps, as the other kind takes
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:  # a list, as the other kind takes
         return super().forward(maps[-1])
 
 

@@ -199,8 +199,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(levels, width))
         nn.init.normal_(self.level_embed)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(EncoderLayer(width, heads, levels, points, ffn) for _ in range(layers))
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(EncoderLayer(width, heads, levels, points, ffn) for _ in range(layers))}
+        )
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:  # [B C H W], coarsest first, in and out
         shapes = [(m.shape[2], m.shape[3]) for m in levels]
@@ -213,7 +214,8 @@ class Encoder(nn.Module):
         )
         reference = torch.cat([centres(*shape, tokens) for shape in shapes])  # sum(H W) 2
         reference = reference[None, :, None].expand(len(tokens), -1, len(shapes), -1)
-        for layer in self.encoder.layers:
+        layers: Any = self.encoder["layers"]
+        for layer in layers:
             tokens = layer(tokens, position, reference, shapes)
         parts = tokens.split([height * width for height, width in shapes], 1)
         return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -334,7 +336,7 @@ class QueryDecoder(nn.Module):
 
     def forward(self, features: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
         """features: B M h w, what mask kernels are multiplied with; levels: B C H W, coarsest first."""
-        sizes = [m.shape[-2:] for m in levels]
+        sizes = [(m.shape[2], m.shape[3]) for m in levels]
         levels = [project(m) for project, m in zip(self.input_proj, levels, strict=True)]
         positions = [sine_position(*size, m.shape[1], m).flatten(1).T for size, m in zip(sizes, levels, strict=True)]
         memories = [m.flatten(2).mT + embed for m, embed in zip(levels, self.level_embed.weight, strict=True)]

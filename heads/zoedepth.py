@@ -8,7 +8,7 @@ Shapes: B batch, C channels, K bins, E channels of an embedding.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -251,7 +251,8 @@ class LogBinomial(nn.Module):
         p = raw[:, :1] / (raw[:, :1] + raw[:, 1:2])
         low, high = self.range
         temperature = raw[:, 2:3] / (raw[:, 2:3] + raw[:, 3:4]) * (high - low) + low
-        k, n = self.log_binomial_transform.k_idx, self.log_binomial_transform.K_minus_1
+        constants: Any = self.log_binomial_transform
+        k, n = constants.k_idx, constants.K_minus_1
         choose = self.log_choose(n, k.to(p.dtype))
         logits = choose + k * p.clamp(1e-4, 1).log() + (n - k) * (1 - p).clamp(1e-4, 1).log()
         return (logits / temperature).softmax(1)

@@ -62,7 +62,7 @@ class MaskClassification(Segmentation):
         predictor = heads.DensePredictor(
             model.backbone, model.head, self.num_classes, head_args=model.head_args, **backbone_arguments(model)
         )
-        head = predictor.head
+        head: Any = predictor.head
         if not hasattr(head, "queries"):
             raise ValueError(
                 f"task mask_classification trains heads with queries (mask2former, kmax), got model.head {model.head!r}"
