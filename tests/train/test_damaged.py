@@ -95,5 +95,5 @@ def test_too_many_end_with_their_names(folder):
     message = r"(?s)2 of 20 train files cannot be read, more than data.skip_unreadable=0.05 allows.*06.jpg"
     with pytest.raises(RunError, match=message):
         engine.fit(make(folder, "run", skip_unreadable=0.05))
-    with pytest.raises(ValueError, match=r"skip_unreadable is a share .* got 1.5"):
+    with pytest.raises(ValueError, match=r"skip_unreadable must be a share .* got 1.5"):
         make(folder, "run", skip_unreadable=1.5)
