@@ -420,8 +420,23 @@ def test_training_on_the_validation_images_is_refused_unless_asked_for(tmp_path)
     for split in ("train", "val"):
         pairs(tmp_path, noise(16, 16, 3), np.eye(16, dtype=np.uint8), count=10, split=split)
     splits = [DATASETS["folder"](tmp_path, split, ("mask",), classes=2) for split in ("train", "val")]
-    with pytest.raises(ValueError, match=r"training and validation are the same 10 images.*data.val_is_train=true"):
+    with pytest.raises(ValueError, match=r"all 10 validation images are training images.*data.val_is_train=true"):
         refuse(splits)
     assert "learnt by heart" in refuse(splits, val_is_train=True)[0]
     save(tmp_path / "images/val/9.png", noise(16, 16, 3, seed=5))
     assert refuse([DATASETS["folder"](tmp_path, split, ("mask",), classes=2) for split in ("train", "val")], 10) == []
+
+
+def test_validation_on_a_part_of_the_training_files_is_refused_and_a_few_shared_ones_are_said(tmp_path):
+    pairs(tmp_path, noise(16, 16, 3), np.eye(16, dtype=np.uint8), count=6)
+    pairs(tmp_path, noise(16, 16, 3, seed=1), np.eye(16, dtype=np.uint8), count=3, split="val")
+    (tmp_path / "val.txt").write_text("1\n2\n")
+    train = DATASETS["folder"](tmp_path, "train", ("mask",), classes=2)
+    part = DATASETS["folder"](
+        tmp_path, "val", ("mask",), classes=2, images="images/train", masks="masks/train", lists="val.txt"
+    )
+    with pytest.raises(ValueError, match=r"all 2 validation images are training images, e.g. .*1.png"):
+        refuse([train, part])
+    assert refuse([train, DATASETS["folder"](tmp_path, "val", ("mask",), classes=2)]) == []
+    part.images[1] = tmp_path / "images/val/0.png"
+    assert refuse([train, part]) == [f"1 of 2 validation images are training images too, e.g. {tmp_path}/images/train/1.png"]

@@ -63,6 +63,9 @@ class ADE20K(FileDataset):
         if (base / "objectInfo150.txt").exists():
             self.classes = read_names(base / "objectInfo150.txt")
 
+    def image_files(self) -> list[Path]:
+        return self.images
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -96,6 +96,10 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     def read(self, index: int) -> dict[str, Any]:
         """The sample before checks and transform: image and maps as arrays or tensors, any targets the files have."""
 
+    def image_files(self) -> list[Path]:
+        """The image file of every sample, in order; empty where an image has no file of its own."""
+        return []
+
     def image(self, source: Source, place: str | None = None) -> np.ndarray:
         """The pixels of an image file, uint8 C H W, upright; place: what errors call it where it has no path."""
         return read_image(source, place, self.pixels, self.notes)

@@ -44,6 +44,9 @@ class CamVid(FileDataset):
             self.pairs = [(path, self.root / f"{name}annot" / path.name) for path in images]
             need(self.root / f"{name}annot", f"the {name} masks", "CamVid")
 
+    def image_files(self) -> list[Path]:
+        return [image for image, _ in self.pairs]
+
     def __len__(self) -> int:
         return len(self.pairs)
 

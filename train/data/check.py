@@ -198,16 +198,23 @@ def refuse(datasets: list[ImageDataset], count: int = 8, val_is_train: bool = Fa
 
 
 def same_images(datasets: list[ImageDataset], few: list[SplitFacts], val_is_train: bool) -> list[str]:
-    """A sentence if validation shows the training images, which without `val_is_train` is a ValueError.
+    """A sentence if validation shows training images. Without `val_is_train` it is a ValueError if all of them are.
 
-    Splits count as the same if they have as many samples and the few that were read, evenly spread, are the same pixels.
+    Images are the same if they are one file or, where they have no files, if the splits have as many samples and the few that
+    were read, evenly spread, are the same pixels.
     """
-    if len(few) != 2 or few[0].samples != few[1].samples:
+    if len(few) != 2:
         return []
-    train, val = (set(facts.prints) for facts in few)
-    if train != val or not len(val) == few[1].read > 0:  # of copies among themselves nothing is known
+    train, val = (dataset.image_files() for dataset in datasets)
+    shared = sorted(set(train) & set(val))
+    pixels = [set(facts.prints) for facts in few]
+    copied = few[0].samples == few[1].samples and pixels[0] == pixels[1] and len(pixels[1]) == few[1].read > 0
+    if not shared and not copied:
         return []
-    text = f"training and validation are the same {few[0].samples} images, e.g. {next(iter(few[1].prints.values()))}"
+    example = shared[0] if shared else next(iter(few[1].prints.values()))
+    if not copied and len(shared) < len(set(val)):
+        return [f"{len(shared)} of {len(set(val))} validation images are training images too, e.g. {example}"]
+    text = f"all {few[1].samples} validation images are training images, e.g. {example}"
     if not val_is_train:
         raise ValueError(
             f"{type(datasets[0]).__name__}: {text}: no number would say how the model does on new images. Name another "

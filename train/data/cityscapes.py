@@ -42,6 +42,9 @@ class Cityscapes(FileDataset):
         name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
         return self.root / "gtFine" / self.split / image.parent.name / name
 
+    def image_files(self) -> list[Path]:
+        return self.images
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -71,6 +71,9 @@ class Folder(DescribedDataset, FileDataset):
                 )
             self.partners[target] = [others[name] for name in names]
 
+    def image_files(self) -> list[Path]:
+        return self.images
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -54,6 +54,9 @@ class ClassFolder(FileDataset):
             self.notices += (f"{len(empty)} class folders of {base} hold no image, and are classes all the same: {few}",)
         return found
 
+    def image_files(self) -> list[Path]:
+        return [path for path, _ in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -44,6 +44,9 @@ class Kitti(FileDataset):
     def frame(cls, args: Mapping[str, Any]) -> str:
         return f"frames: benchmark crop {CROP[0]}x{CROP[1]}" if args.get("benchmark_crop", True) else "frames: full"
 
+    def image_files(self) -> list[Path]:
+        return [image for image, _ in self.pairs]
+
     def __len__(self) -> int:
         return len(self.pairs)
 

@@ -2,6 +2,7 @@
 
 import re
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,9 @@ class NYUv2(FileDataset):
         self.labels = self.root / labels
         if "mask" in self.targets:
             need(self.labels, "the 40-class labels", "NYUv2")
+
+    def image_files(self) -> list[Path]:
+        return [image for image, _ in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)

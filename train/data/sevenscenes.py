@@ -1,5 +1,6 @@
 """7-Scenes RGB-D frames (Shotton et al. 2013): 16-bit depth in millimetres, 0 and 65535 both mean "no reading"."""
 
+from pathlib import Path
 from typing import Any
 
 from train.data.base import FileDataset
@@ -35,6 +36,9 @@ class SevenScenes(FileDataset):
             if not self.pairs:
                 raise FileNotFoundError(f"SevenScenes: no frame-*.color.png in the sequences of {official}")
         need(self.pairs[0][0], "the first image", "SevenScenes")
+
+    def image_files(self) -> list[Path]:
+        return [image for image, _ in self.pairs]
 
     def __len__(self) -> int:
         return len(self.pairs)
