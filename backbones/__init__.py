@@ -2,6 +2,7 @@
 
 import timm
 
+import backbones.own_weights  # noqa: F401  (first: it names a file that stands in for ours)
 from backbones import (  # noqa: F401
     cvt,
     fan,

@@ -107,14 +107,14 @@ def checked_arguments(cls: Callable, values: Mapping[str, Any], where: str, skip
             checked = parser.parse_object(dict(given))
         except Exception as error:  # jsonargparse raises several kinds, all of them meaning: wrong type
             match = re.search(r'key "([^"]+)"', str(error))
-            name = match[1].split(".")[0] if match else None
-            if name is None or name not in given:
+            bad = match[1].split(".")[0] if match else None
+            if bad is None or bad not in given:
                 if not found:  # else it is what is missing
                     found.append(f"{where}: {' '.join(str(error).split())}")
                 break
-            wanted = _annotation(cls, name) if name in present else "another type"
-            found.append(f"{where}.{name}: {given.pop(name)!r} is not {spelled(wanted)}")
-    if found:
+            wanted = _annotation(cls, bad) if bad in present else "another type"
+            found.append(f"{where}.{bad}: {given.pop(bad)!r} is not {spelled(wanted)}")
+    if found or checked is None:
         raise Mistakes(found)
     return {key: checked[key] for key in valid}
 

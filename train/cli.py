@@ -246,7 +246,7 @@ def list_models(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> None:
     from train import describe
 
-    size = {"size": tuple(args.size)} if args.size else {}
+    size: dict[str, Any] = {"size": tuple(args.size)} if args.size else {}
     print_pairs(describe.info(args.model, **size))
     if args.heads:
         from heads import matrix
@@ -313,6 +313,8 @@ def export(args: argparse.Namespace) -> None:
     from train.export import export
     from train.plugins import is_model
 
+    model: Any
+    size: Sequence[int]
     if Path(args.source).is_dir():
         config, _, model, _ = open_run(args.source)
         size, in_chans = tuple(config.data.size), config.model.in_chans

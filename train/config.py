@@ -122,7 +122,7 @@ def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> 
     with found.check():
         check_section(config.data, config.model.in_chans)
     with found.check():
-        check_augment(config.augment, dense, config.data.size, config.data.mean, config.data.std)
+        check_augment(config.augment, dense, config.data.size, config.data.mean or (), config.data.std or ())
     with found.check():
         check_eval_resize(config.data.eval_resize, dense)
     if isinstance(config.data.eval_resize, tuple) and config.data.eval_batch > 1:
@@ -226,7 +226,7 @@ def _check_names(config: Config, found: Collected) -> None:
     if model.aux_head is None and model.aux_args:
         found.sentences.append("model.aux_args is set but model.aux_head is not")
     with found.check():
-        require_known("optim.name", optim.name, timm.optim.list_optimizers())
+        require_known("optim.name", optim.name, map(str, timm.optim.list_optimizers()))
 
 
 def _checked_edit(edit: Mapping[str, Any], where: str) -> dict[str, Any]:

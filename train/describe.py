@@ -80,7 +80,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
     size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one.
     """
     require_model("", name)
-    model = timm.create_model(name, **(args or {})).eval()
+    model: Any = timm.create_model(name, **(args or {})).eval()
     cfg = model.pretrained_cfg
     size = size or tuple(cfg["input_size"][1:])
     image = torch.zeros(1, cfg["input_size"][0], *size)
@@ -94,7 +94,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
         "smallest image side": getattr(model, "min_size", "not stated"),
     }
     try:
-        features = timm.create_model(name, features_only=True, feature_cls="getter", **(args or {})).eval()
+        features: Any = timm.create_model(name, features_only=True, feature_cls="getter", **(args or {})).eval()
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         result["feature maps"] = f"none ({' '.join(str(error).split())[:80]})"
     else:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -78,7 +80,7 @@ def system() -> list[dict[str, str]]:
 
 def calls_of(name: str, size: tuple[int, int] | None, device: str) -> dict[tuple, int]:
     """Every neighbourhood attention in one forward of a model: (shape, kernel, dilation, has bias) -> how often."""
-    model = timm.create_model(name).eval().to(device)
+    model: Any = timm.create_model(name).eval().to(device)
     channels, *own = model.pretrained_cfg["input_size"]
     with neighborhood.recording() as found, torch.no_grad():
         model(torch.zeros(1, channels, *(size or own), device=device))
@@ -99,7 +101,7 @@ def examine(
     with torch.no_grad():
         reasons = neighborhood.explain(q, k, v, kernel, dilation, bias)
         able = [name for name, reason in reasons.items() if reason is None]
-        times = measure({name: (lambda name=name: attend(name)) for name in able}, rounds, device)
+        times = measure({name: partial(attend, name) for name in able}, rounds, device)
         definition = attend("reference")
         errors = {name: (attend(name) - definition).abs().max().item() for name in able}
         chosen = neighborhood.choose(neighborhood.check(q, k, v, kernel, dilation, bias))

@@ -259,4 +259,4 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SECTIONS = {f.name: f.default_factory for f in fields(Config) if f.name != "task"}
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config) if f.name != "task"}

@@ -142,6 +142,15 @@ def test_a_file_of_the_users_in_place_of_a_package_is_named(name, tmp_path):
     assert done.returncode == 2 and f"is imported from {place}" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_importing_backbones_names_a_file_of_the_users_in_place_of_weights(tmp_path):
+    (tmp_path / "weights.py").write_text("")
+    root = Path(cli.__file__).resolve().parents[1]
+    code = f"import sys; sys.path[:0] = {[str(tmp_path), str(root)]}; import backbones"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert "ImportError: backbones needs the package weights beside it" in last and str(tmp_path / "weights.py") in last
+
+
 def test_without_the_training_packages_a_command_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
