@@ -111,6 +111,7 @@ class DPT(Head):
         self.project = Project(width, norm) if project else nn.Identity()
         self.stem = nn.Sequential(*(Up(a, b) for a, b in zip([width, *stem], stem)))
         width = stem[-1] if stem else width
+        self.predictor: nn.Module
         if predictor == "depth":
             first, second = predictor_widths or (width // 2, 32)
             self.predictor = DepthPredictor(width, out_channels, first, second, double=patch_size is None)
@@ -186,17 +187,17 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, norm: bool, bias: bool, skip: bool, double: bool):
         super().__init__()
-        self.double = double
+        self.doubles = double
         self.unit1 = ResidualUnit(width, norm, bias) if skip else None
         self.unit2 = ResidualUnit(width, norm, bias)
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, path: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
         """like: the next finer map, whose size the result takes unless it is doubled exactly; None doubles."""
-        if skip is not None:
+        if skip is not None and self.unit1 is not None:
             path = path + self.unit1(resize(skip, like=path))
         path = self.out(self.unit2(path))  # published code resizes first: the same map from four times the work
-        return resize_double(path) if self.double or like is None else resize(path, like=like, align_corners=True)
+        return resize_double(path) if self.doubles or like is None else resize(path, like=like, align_corners=True)
 
 
 class ResidualUnit(nn.Module):
@@ -243,7 +244,7 @@ class DepthPredictor(nn.Module):
 
     def __init__(self, width: int, out_channels: int, first: int, second: int, double: bool):
         super().__init__()
-        self.double = double
+        self.doubles = double
         self.conv1 = nn.Conv2d(width, first, 3, padding=1)
         self.conv2 = nn.Conv2d(first, second, 3, padding=1)
         self.conv3 = nn.Conv2d(second, out_channels, 1)
@@ -256,7 +257,7 @@ class DepthPredictor(nn.Module):
         x = self.conv1(x)
         if size is not None:
             x = resize(x, like=size, align_corners=True)
-        elif self.double:
+        elif self.doubles:
             x = resize_double(x)
         return F.relu(self.conv2(x))
 

@@ -8,6 +8,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -44,6 +45,8 @@ class FeatureBackbone(nn.Module):
         multiple: images are padded to a multiple of it (known in full after the first image that the model refused).
         fixed_size: (H, W) or None (known in full likewise).
     """
+
+    model: Any  # a timm model: what it has beyond a module differs from one to the next
 
     def __init__(
         self,
@@ -86,7 +89,8 @@ class FeatureBackbone(nn.Module):
         self.one_scale = not taps and len(set(self.strides)) == 1 and len(set(reductions)) == 1
         if not isinstance(backbone, nn.Module) and hasattr(model, "prune_intermediate_layers"):
             # what no map needs is cut, so that every parameter left gets a gradient (DDP insists)
-            self.out_indices = list(model.prune_intermediate_layers(self.out_indices, prune_norm=not norm))
+            prune: Any = model.prune_intermediate_layers
+            self.out_indices = list(prune(self.out_indices, prune_norm=not norm))
         count = getattr(model, "num_prefix_tokens", 0)
         counts = [entries[i].get("prefix_tokens", count) for i in self.out_indices]
         self.prefix_counts: list[int] | None = None if taps else counts
@@ -102,7 +106,8 @@ class FeatureBackbone(nn.Module):
         if prefix_tokens:
             self.return_prefix_tokens()
         self._in_chans, self._built_size = in_chans, built_size
-        self._measured, self._taken = False, set()
+        self._measured = False
+        self._taken: set[tuple[int, ...]] = set()
         self.multiple, self.fixed_size = self._stated_size()
         if self.taps:
             self._describe_taps()
@@ -128,7 +133,7 @@ class FeatureBackbone(nn.Module):
         return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
 
     def forward(self, images: Tensor) -> list[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
-        size = tuple(images.shape[-2:])
+        size = (images.shape[-2], images.shape[-1])
         if images.ndim != 4 or images.shape[1] != self._in_chans:
             raise ValueError(f"{self.name} takes images B {self._in_chans} H W, got shape {tuple(images.shape)}")
         if torch.compiler.is_compiling() or size in self._taken:
@@ -207,11 +212,11 @@ class FeatureBackbone(nn.Module):
 
     def _stated_size(self) -> tuple[int, tuple[int, int] | None]:
         """(multiple, fixed size) as timm's patch embedding states them, else (1, None)."""
-        embed = getattr(self.model, "patch_embed", None)
+        embed: Any = getattr(self.model, "patch_embed", None)
         strict = getattr(embed, "strict_img_size", None)
         if strict and as_pair(getattr(embed, "img_size", None)):
             return 1, as_pair(embed.img_size)
-        return (1 if strict is None else max(as_pair(embed.patch_size))), None
+        return (1 if strict is None else max(as_pair(embed.patch_size) or (1,))), None
 
     def _native_size(self) -> tuple[int, int] | None:
         """(H, W) the model was built for, or was trained at."""
@@ -242,7 +247,8 @@ class FeatureBackbone(nn.Module):
     def _on_meta(self, height: int, width: int) -> list:
         """What _intermediates returns for one image, on the meta device: shapes without arithmetic."""
         with torch.no_grad():
-            return on_meta(self)._intermediates(meta_image(self.model, self._in_chans, height, width))
+            copied: Any = on_meta(self)
+            return copied._intermediates(meta_image(self.model, self._in_chans, height, width))
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -307,7 +313,7 @@ def runs_at(model: nn.Module, in_chans: int, size: tuple[int, int]) -> bool:
     return True
 
 
-def _create(name: str, args: dict, shared: dict) -> nn.Module:
+def _create(name: str, args: dict, shared: dict) -> Any:
     """The model with run-time image sizes, by whichever name its architecture has for them."""
     for option in ({"dynamic_img_size": True}, {"strict_img_size": False}):
         try:
@@ -326,7 +332,7 @@ def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
 
-def feature_entries(model: nn.Module) -> list[dict]:
+def feature_entries(model: Any) -> list[dict]:
     """feature_info as a list of dicts, whichever of timm's two forms the model has."""
     info = model.feature_info
     return list(info.info if hasattr(info, "info") else info)

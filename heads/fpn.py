@@ -52,7 +52,7 @@ class FPN(Head):
         total = self.scale_heads[0](maps[0])
         for level in range(1, len(maps)):
             x = maps[level]
-            convs = [step for step in self.scale_heads[level] if isinstance(step, ConvNormAct)]
+            convs = [step for step in self.scale_heads[level].children() if isinstance(step, ConvNormAct)]
             for finer, conv in zip(reversed(maps[:level]), convs, strict=True):  # one level at a time, as sizes really are
                 x = resize(conv(x), like=finer)
             total = total + x

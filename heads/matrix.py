@@ -35,9 +35,9 @@ def row(
     """
     heads = list(heads)
     try:
-        features = backbone
-        if not isinstance(backbone, FeatureBackbone):
-            own_size = {} if isinstance(backbone, nn.Module) else {"img_size": tuple(size)}
+        features = backbone if isinstance(backbone, FeatureBackbone) else None
+        if features is None:
+            own_size: dict[str, Any] = {} if isinstance(backbone, nn.Module) else {"img_size": tuple(size)}
             features = FeatureBackbone(backbone, **own_size, **backbone_args)
         images = torch.randn(2, 3, *size)
         maps = features.train()(images)
@@ -60,7 +60,7 @@ def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tenso
         out = at_image_size(module.scores(output), size, images)
         if out.shape != (2, channels, *images.shape[-2:]):
             return f"gives {tuple(out.shape)} for images of {tuple(images.shape)}"
-        sum(part.square().mean() for part in [out, *tensors(output)] if part.requires_grad).backward()
+        torch.stack([part.square().mean() for part in [out, *tensors(output)] if part.requires_grad]).sum().backward()
     except Exception as error:
         return sentence(error)
     if not out.isfinite().all():

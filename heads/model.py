@@ -164,10 +164,12 @@ class MultiPredictor(nn.Module):
             raise ValueError("MultiPredictor needs a head, e.g. heads={'mask': ('fpn', 19, {}), 'depth': ('dpt', 1, {})}")
         self.backbone = as_features(backbone, pretrained, backbone_args, in_chans, img_size)
         self.heads, self.necks = nn.ModuleDict(), nn.ModuleDict()
+        built: list[Head] = []
         for name, (head, out_channels, args) in heads.items():
-            neck, self.heads[name] = build_head(head, self.backbone, out_channels, args)
-            self.necks[name] = neck or nn.Identity()
-        want_prefix_tokens(self.backbone, self.heads.values())
+            neck, module = build_head(head, self.backbone, out_channels, args)
+            self.heads[name], self.necks[name] = module, neck or nn.Identity()
+            built.append(module)
+        want_prefix_tokens(self.backbone, built)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         maps = self.backbone(images)
@@ -214,13 +216,13 @@ def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]
     return output if isinstance(output, Tensor) else {**output, "size": tuple(size)}
 
 
-def scores(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> Tensor:
+def scores(backbone: FeatureBackbone, neck: nn.Module | None, head: Any, maps: Maps, images: Tensor) -> Tensor:
     """Maps -> B K H W at the size of the images."""
     size = backbone.padded_size(*images.shape[-2:])
     return at_image_size(head.scores(run_head(neck, head, maps, size)), size, images)
 
 
-def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Head, maps: Maps, images: Tensor) -> dict[str, Any]:
+def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Any, maps: Maps, images: Tensor) -> dict[str, Any]:
     """Maps -> {"main": ..}, as `DensePredictor.outputs` describes it."""
     size = backbone.padded_size(*images.shape[-2:])
     output = run_head(neck, head, maps, size)
@@ -234,7 +236,7 @@ def at_image_size(x: Tensor, padded_size: Sequence[int], images: Tensor) -> Tens
 
 
 def no_weight_decay(backbone: FeatureBackbone) -> set[str]:
-    names = getattr(backbone.model, "no_weight_decay", set)()
+    names: set[str] = getattr(backbone.model, "no_weight_decay", set)()
     return {f"backbone.model.{name}" for name in names}
 
 

@@ -4,6 +4,7 @@ Its up-sampling is DySample (Liu et al. 2023, https://arxiv.org/abs/2308.15085):
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class WeightedFusion(nn.Module):
     def forward(self, maps: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
         pairs = [(m, None) if isinstance(m, Tensor) else m for m in maps]
         size = pairs[-2 if len(pairs) > 1 else -1][0].shape[-2:]
-        total: Tensor | float = 0.0
+        total: Any = 0.0
         for i, (weight, (x, prefix)) in enumerate(zip(self.layer_weights.softmax(0), pairs, strict=True)):
             tokens = x.flatten(2).mT  # B N C
             if self.readout_projects:
@@ -130,7 +131,7 @@ class DySample(nn.Module):
         self.offset = nn.Conv2d(inputs, outputs, 1)
         self.scope = nn.Conv2d(inputs, outputs, 1, bias=False) if dynamic_scope else None
         nn.init.normal_(self.offset.weight, std=0.001)  # starts as plain bilinear up-sampling
-        nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it has one
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
         centre = (torch.arange(scale) - (scale - 1) / 2) / scale  # of each sub-pixel, from the pixel's centre

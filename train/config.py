@@ -124,14 +124,14 @@ def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> 
     with found.check():
         check_augment(config.augment, dense, config.data.size, config.data.mean or (), config.data.std or ())
     with found.check():
-        check_eval_resize(config.data.eval_resize, dense)
+        check_eval_resize(config.data.eval_resize, is_dense(task.targets("val")))
     if isinstance(config.data.eval_resize, tuple) and config.data.eval_batch > 1:
         rule = list(config.data.eval_resize)
         found.sentences.append(f"data.eval_batch must be 1 with eval_resize {rule}: images then differ in size")
     with found.check():
         _check_infer(config, task)
     with found.check():
-        check_applies(config, dense, _given(values) if given is None else given)
+        check_applies(config, dense or task.takes_heads, _given(values) if given is None else given)
     found.done()
     return config
 

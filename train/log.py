@@ -5,6 +5,7 @@ process has a Log, because averaging a loss over processes needs all of them; on
 """
 
 import csv
+import functools
 import io
 import math
 import resource
@@ -95,7 +96,8 @@ class Log:
         terms = tuple(terms)
         if taken := [name for name in terms if name in COLUMNS]:
             raise ValueError(f"a term of the loss is called {taken[0]!r}, which is another column of log.csv: rename it")
-        loss = torch.stack([sum(part.sum() for part, _ in parts), *sum(part for part, _ in parts)])  # the total, then each term
+        shares = [torch.cat([part.sum()[None], part]) for part, _ in parts]  # the total, then each term
+        loss = functools.reduce(torch.add, shares)
         self.pending.append({"step": step, "terms": terms, "loss": loss, "grad_norm": grad_norm, "lr": lr, "parts": parts})
         self.waited += waited
         if self.bar is not None:
@@ -146,7 +148,7 @@ class Log:
 
     def write(self, name: str, values: Mapping[str, float], prefix: str) -> None:
         """One row in a CSV file of the run, and the same numbers to TensorBoard and the trackers."""
-        if not self.main:
+        if self.board is None:
             return
         path = self.folder / name
         if name not in self.headers:
@@ -156,9 +158,9 @@ class Log:
             csv.DictWriter(file, self.headers[name]).writerow(row)
         numbers = {f"{prefix}/{key}": value for key, value in values.items() if key != "step"}
         for key, value in numbers.items():
-            self.board.add_scalar(key, value, values["step"])
+            self.board.add_scalar(key, value, int(values["step"]))
         if self.tracker is not None:
-            self.tracker(numbers, values["step"])
+            self.tracker(numbers, int(values["step"]))
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Two columns at the end of a run."""
@@ -240,29 +242,44 @@ def memory_mb() -> float:
 
 
 def curves(folder: Path) -> None:
-    """RUN/curves.png: loss and learning rate, and every metric, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    """RUN/curves.png: the loss with its terms, the learning rate, and the metrics over the steps, in at most six panels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     training, metrics = read(folder / "log.csv"), read(folder / "metrics.csv")
     names = [name for name in metrics if name != "step"]
-    panels = ["loss", "lr", *names]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.7 * rows), squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, panels, strict=False):
-        source = metrics if name in names else training
-        axis.plot(source.get("step", []), source.get(name, []), marker="." if name in names else None)
-        axis.set_title(name)
-        axis.set_xlabel("step")
+    terms = [name for name in training if name not in COLUMNS]
+    last = [names[3:]] if len(names) > 3 else []  # the first three have a panel each, the others share one
+    groups = [["loss", *(terms if len(terms) > 1 else [])], ["lr"], *([name] for name in names[:3]), *last]
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(folder.name, fontsize=12)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    for place, (axis, group) in enumerate(zip(axes.flat, groups, strict=False)):
+        source, marker = (training, None) if place < 2 else (metrics, ".")
+        for name in group:
+            width = 2.0 if name == "loss" else 1.2
+            axis.plot(source.get("step", []), source.get(name, []), marker=marker, linewidth=width, label=name)
+        title = "learning rate" if group[0] == "lr" else group[0]
+        axis.set_title("other metrics" if group in last else title)
+        if len(group) > 1:
+            axis.legend(fontsize=7)
+        shown = [value for name in group for value in source.get(name, []) if math.isfinite(value)]
+        if place == 0 and shown and min(shown) > 0 and max(shown) > 10 * min(shown):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        elif place == 1:
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
-    if len(training.get("loss", [])) and min(training["loss"]) > 0:
-        axes.flat[0].set_yscale("log")
-    for axis in axes.flat[len(panels) :]:
+        if place + columns >= len(groups):  # the lowest of its column
+            axis.set_xlabel("step")
+            axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(groups) :]:
         axis.axis("off")
-    checkpoint.write(folder / "curves.png", lambda temporary: figure.savefig(temporary, format="png", dpi=100))
-    plt.close(figure)
+    checkpoint.write(folder / "curves.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -6,6 +6,7 @@ sums, so a number never depends on how the data were split. All results are frac
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class Metric(abc.ABC):
         total += value.to(total.device, total.dtype)
 
     @abc.abstractmethod
-    def update(self, prediction: Tensor, batch: dict) -> None:
-        """Count one batch."""
+    def update(self, prediction: Any, batch: dict[str, Any]) -> None:
+        """Count one batch. prediction: as the task's `predict` gives it."""
 
     @abc.abstractmethod
     def compute(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 
+import backbones  # noqa: F401  (registers our models with timm)
 import weights
 from heads import HEADS, DensePredictor, Head, MultiPredictor, matrix
 from heads.base import tensors

@@ -93,6 +93,7 @@ class Inpainting(Task):
     """Guess the image behind a random mask: nothing is read in training, depth at evaluation, masks come from `sample`."""
 
     best = ("mse", "min")
+    takes_heads = True
     seen: list = []
 
     def targets(self, split):
@@ -159,3 +160,27 @@ def test_what_a_task_draws_depends_on_the_seed_and_the_place_alone(tmp_path, inp
     one, workers, cut, other = drawn
     assert one == workers == cut and len(one) > 4
     assert any(other[path] != one[path] for path in one.keys() & other.keys())
+
+
+def test_curves_have_at_most_six_panels_with_terms_by_name_on_one_axis(tmp_path, monkeypatch):
+    """A term and a metric of one name (silog) stay apart; the run's name is on top."""
+    from matplotlib.figure import Figure
+
+    folder, seen = tmp_path / "my_run", []
+    folder.mkdir()
+    (folder / "log.csv").write_text("step,epoch,loss,silog,dice,lr\n1,0.1,9.0,8.5,0.5,0.1\n2,0.2,0.5,0.3,0.2,0.05\n")
+    names = ["abs_rel", "sq_rel", "rmse", "rmse_log", "silog", "d1", "d2"]
+    (folder / "metrics.csv").write_text(",".join(["step", *names]) + "\n2" + ",0.5" * len(names) + "\n")
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: seen.append(figure) or save(figure, *args, **options)
+    )
+    log.curves(folder)
+    (figure,) = seen
+    panels = [axis for axis in figure.axes if axis.lines]
+    assert len(panels) == 6 and figure._suptitle.get_text() == "my_run"
+    lines = [[line.get_label() for line in axis.lines] for axis in panels]
+    assert lines == [["loss", "silog", "dice"], ["lr"], ["abs_rel"], ["sq_rel"], ["rmse"], ["rmse_log", "silog", "d1", "d2"]]
+    assert list(panels[0].lines[1].get_ydata()) == [8.5, 0.3] and list(panels[5].lines[1].get_ydata()) == [0.5]
+    assert len({axis.get_xlim() for axis in panels}) == 1 and panels[0].get_yscale() == "log"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

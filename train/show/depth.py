@@ -27,7 +27,7 @@ class DepthMaps(Show):
         """
         values = prediction[0][0].float().cpu()
         values = values[0] if values.ndim == 3 else values
-        panels, title = [Panel(resize_rgb(image, tuple(values.shape)), "image")], "prediction"
+        panels, title = [Panel(resize_rgb(image, (values.shape[0], values.shape[1])), "image")], "prediction"
         truth = torch.as_tensor(batch["depth"][0]).float().cpu().reshape(values.shape) if "depth" in batch else None
         if truth is not None:
             panels.append(metric_panel(truth, "truth"))

@@ -24,7 +24,7 @@ class Masks(Show):
     def panels(self, image: np.ndarray, batch: dict[str, Any], prediction: Sequence[Tensor], names: Names) -> list[Panel]:
         """Image, truth and prediction at the size of the prediction; the title has the share of right pixels."""
         ids, palette = prediction[0][0].cpu(), self.palette(names)
-        panels, title = [Panel(resize_rgb(image, tuple(ids.shape[-2:])), "image")], "prediction"
+        panels, title = [Panel(resize_rgb(image, (ids.shape[0], ids.shape[1])), "image")], "prediction"
         if "mask" in batch:
             truth = torch.as_tensor(batch["mask"][0]).cpu()
             panels.append(Panel(color_mask(truth, palette), "truth", legend=class_legend(names.classes, palette, truth)))

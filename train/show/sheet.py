@@ -53,10 +53,11 @@ def to_rgb(image: Tensor | np.ndarray, mean: Sequence[float] | None = None, std:
 
 def make_palette(count: int) -> list[Color]:
     """Distinct colours for `count` classes: hues a golden angle apart, in three lightnesses; always the same."""
-    colors = []
+    colors: list[Color] = []
     for i in range(count):
         hue, light, strength = (0.58 + i * 0.6180339887) % 1, (0.50, 0.36, 0.66)[i % 3], (0.75, 0.6)[i % 2]
-        colors.append(tuple(round(255 * value) for value in colorsys.hls_to_rgb(hue, light, strength)))
+        red, green, blue = (round(255 * value) for value in colorsys.hls_to_rgb(hue, light, strength))
+        colors.append((red, green, blue))
     return colors
 
 
@@ -161,7 +162,10 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Panel]], title: str = "
             )
         y += top + tall + GAP
     if names:
-        patches = [Patch(facecolor=[c / 255 for c in color], edgecolor="gray", label=name) for name, color in legend.values()]
+        patches = [
+            Patch(facecolor=f"#{red:02x}{green:02x}{blue:02x}", edgecolor="gray", label=name)
+            for name, (red, green, blue) in legend.values()
+        ]
         low = (MARGIN / 2 + (0.55 if depths else 0.0)) / height
         figure.legend(
             handles=patches, loc="lower center", bbox_to_anchor=(0.5, low), ncols=entries, fontsize=SMALL, frameon=False

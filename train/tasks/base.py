@@ -29,6 +29,7 @@ class Task(abc.ABC):
         the place of each one's partner, so that pairs do not depend on how the total batch is cut.
     average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
         possible.
+    takes_heads: whether `build` reads model.head and what belongs to it; otherwise setting those keys is an error.
     show:    draws and writes predictions (train/show); None: there is nothing to see.
 
     One training step calls, in this order: `sample` for every sample as it is loaded, `augment` for every micro-batch, `counts`
@@ -39,6 +40,7 @@ class Task(abc.ABC):
     mixes: bool = False
     average: str | dict[str, str] | None = None
     show: Show | None = None
+    takes_heads: bool = False
 
     @abc.abstractmethod
     def targets(self, split: str) -> tuple[str, ...]:

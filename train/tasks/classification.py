@@ -64,13 +64,13 @@ class Classification(Task):
             raise ValueError(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
         self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
         self.term = "binary_cross_entropy" if binary else "cross_entropy"
-        self.mix = None
+        self.mix: Any = None  # timm's Mixup
         self.mixes = bool(mixup or cutmix)
         if self.mixes:
             self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
         self.teacher_name, self.teacher_pretrained, self.teacher_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
         self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
-        self.teacher: nn.Module | None = None
+        self.teacher: Any = None
 
     def targets(self, split: str) -> tuple[str, ...]:
         return ("label",)
@@ -78,9 +78,9 @@ class Classification(Task):
     def build(self, model: ModelConfig) -> nn.Module:
         """The timm model with `num_classes` outputs; builds the teacher too."""
         args = dict(model.backbone_args)
-        if "img_size" not in args and fixed_size(model.backbone):
+        if model.img_size and "img_size" not in args and fixed_size(model.backbone):
             args["img_size"] = tuple(model.img_size)
-        built = timm.create_model(
+        built: Any = timm.create_model(
             model.backbone, pretrained=model.pretrained, num_classes=self.num_classes, in_chans=model.in_chans, **args
         )
         if self.teacher_name is not None:

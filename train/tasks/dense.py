@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import heads
 from train.checks import arguments, hint, known
+from train.show import Show
 from train.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -27,7 +28,10 @@ class DenseTask(Task):
     A subclass sets `target`, the key it reads, `out_channels` and `aux_weight`, and says what a head's output costs.
     """
 
+    takes_heads = True
     target: str
+    average: str
+    show: Show
     out_channels: int
     aux_weight: float
     auxiliary: bool = False  # whether the model that was built has an auxiliary head

@@ -62,7 +62,8 @@ class Depth(DenseTask):
         self.over, self.aux_weight = over, aux_weight
         count = images_with_readings if over == "image" else readings
         self.terms = Losses(losses or {"silog": {}}, DEPTH_LOSSES, {}, {None: count})
-        self.protocol = {"crop": crop, "align": align, "average": average, "clamp": clamp}
+        self.crop = crop
+        self.protocol: dict[str, Any] = {"crop": crop, "align": align, "average": average, "clamp": clamp}
         self.metric()  # raises now for settings that contradict each other
 
     def check(self, dataset: Any) -> None:
@@ -74,9 +75,9 @@ class Depth(DenseTask):
                 f"{type(dataset).__name__} has depth from {spec.min_depth:g} to {spec.max_depth:g} m, the task asks for "
                 f"{self.spec.min_depth:g} to {self.spec.max_depth:g} m: set task.min_depth and task.max_depth inside that range"
             )
-        if self.protocol["crop"] is not None and dataset.split == "val" and len(dataset):
+        if self.crop is not None and dataset.split == "val" and len(dataset):
             with contextlib.suppress(Unreadable):  # counted and reported elsewhere
-                crop_rows_columns(self.protocol["crop"], *dataset.read(0)["depth"].shape[-2:])  # raises now, not after an epoch
+                crop_rows_columns(self.crop, *dataset.read(0)["depth"].shape[-2:])  # raises now, not after an epoch
 
     def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         prediction, target = self.rule(output.float()), self.spec.target(batch["depth"])

@@ -30,6 +30,8 @@ class MultiTask(Task):
         part's metric names the best checkpoint. Auxiliary heads are not for several tasks.
     """
 
+    takes_heads = True
+
     def __init__(self, parts: dict[str, dict[str, Any]]):
         if not parts:
             raise ValueError("task.parts is empty: name at least one of segmentation and depth")
@@ -80,7 +82,7 @@ class MultiTask(Task):
     def metric(self) -> Metric:
         return Together({name: part.metric() for name, part in self.parts.items()})
 
-    def measure(self, metric: Metric, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, metric: Any, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.measure(metric.metrics[name], output[name], batch) for name, part in self.parts.items()}
 
 

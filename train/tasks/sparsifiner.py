@@ -63,7 +63,7 @@ class SparsifinerPhase(Classification):
         student = super().build(model)
         if not isinstance(student, Sparsifiner):
             raise ValueError(f"task sparsifiner trains sparsifiner_* models, got model.backbone {model.backbone!r}")
-        shape = {"num_classes": self.num_classes, "in_chans": model.in_chans}
+        shape: dict[str, Any] = {"num_classes": self.num_classes, "in_chans": model.in_chans}
         self.teacher = timm.create_model(
             model.backbone, **shape, **model.backbone_args | {"dense": True, "token_keep_rate": 1.0}
         )
@@ -106,7 +106,8 @@ def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict
     """
 
     def reconstruction(maps: list[Tensor]) -> Tensor:
-        losses = [(block.approx_attn - attention[:, :, 1:]).square().sum() for block, attention in zip(student.blocks, maps)]
+        predicted: list[Any] = [block.approx_attn for block in student.blocks]  # every block has it in this phase
+        losses = [(ours - attention[:, :, 1:]).square().sum() for ours, attention in zip(predicted, maps)]
         return torch.stack(losses).mean()
 
     def tokens() -> Tensor:
