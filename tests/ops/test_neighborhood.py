@@ -1,5 +1,6 @@
 """Neighbourhood attention: every backend that can run here against the authors' kernels and against the definition."""
 
+import hashlib
 import itertools
 import logging
 import os
@@ -436,6 +437,59 @@ def test_without_a_compiler_there_is_one_log_line_and_the_tiled_path(tmp_path):
     chosen, refusal = out.strip().splitlines()
     assert chosen == "tiled" and "could not be built" in refusal
     assert not list(tmp_path.glob("*.so")) and not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+ATTEND = """
+    import logging, torch
+    from backbones.ops.neighborhood import check, choose, neighborhood_attention
+    logging.basicConfig()
+    x = torch.ones(1, 9, 9, 1, 4)
+    assert torch.equal(neighborhood_attention(x, x, x, 3), x)
+    print(choose(check(x, x, x, 3)))
+"""
+
+
+@COMPILED
+@pytest.mark.parametrize("damage", ["none", "cut", "one byte", "garbage", "a folder", "cache is a file"])
+def test_a_damaged_library_is_compiled_again_or_left_with_a_sentence(damage, tmp_path):
+    """No compiler here, so that a second compilation is seen: it fails, and the tiled path runs."""
+    built = cpp_backend.library()
+    path, cache = tmp_path / built.name, tmp_path
+    content = bytearray(built.read_bytes())
+    path.with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "one byte":
+        content[len(content) // 2] ^= 1
+    elif damage == "garbage":
+        content = bytearray(b"no library")
+        path.with_suffix(".sha256").unlink()
+    if damage == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    if damage == "cache is a file":
+        cache = path
+    out, log = python(ATTEND, CXX=tmp_path / "no-compiler-here", TORCH_EXTENSIONS_DIR=cache)
+    assert out.split() == ["cpp" if damage == "none" else "tiled"]
+    assert log.count("runs without its C++ kernel") == (damage != "none"), log
+
+
+@COMPILED
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_after_the_first_call_computes_the_same():
+    out, log = python(
+        ATTEND
+        + """
+    import os
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(neighborhood_attention(x, x, x, 3, backend="cpp"), x) else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """,
+        OMP_NUM_THREADS=1,
+    )
+    assert out.split() == ["cpp", "0"], log
 
 
 @COMPILED

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-SOURCES = [Path(__file__).with_name("kernels.cpp"), Path(__file__).with_name("tiles.cpp")]  # the first includes the second
+MAIN = Path(__file__).with_name("kernels.cpp")  # includes the others
+SOURCES = sorted(path for path in MAIN.parent.iterdir() if path.suffix in (".cpp", ".h"))
 # No -march=native: the file is cached where another machine may find it; kernels.cpp dispatches at run time. -fopenmp makes
 # at::parallel_for parallel; Apple's compiler has none.
 FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else [])]
@@ -64,7 +65,12 @@ def unavailable() -> str | None:
 @functools.cache
 def _load() -> str | None:
     try:
-        torch.ops.load_library(library())
+        path = library()
+        try:
+            torch.ops.load_library(path)
+        except OSError:  # no library, whatever its mark says: once more from the sources
+            path.unlink()
+            torch.ops.load_library(library())
     except Exception as error:
         reason = f"its C++ library could not be built or loaded ({_first_line(error)})"
         _logger.warning("neighbourhood attention runs without its C++ kernel: %s", reason)
@@ -82,12 +88,26 @@ def library() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     path = root / f"backbones_neighborhood_{digest.hexdigest()[:16]}.so"
-    if not path.exists():
+    if not _intact(path):
         root.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
-            if not path.exists():
+            if not _intact(path):
                 _compile(path)
+                _mark(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
     return path
+
+
+def _intact(path: Path) -> bool:
+    """Whether the library is there as it was compiled: loading a damaged one can kill the process."""
+    if not path.is_file():
+        return False
+    mark = _mark(path)
+    return not mark.is_file() or mark.read_text(encoding="utf-8") == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _mark(path: Path) -> Path:
+    """The file with the library's SHA-256."""
+    return path.with_suffix(".sha256")
 
 
 def _compile(path: Path) -> None:
@@ -103,7 +123,7 @@ def _compile(path: Path) -> None:
         os.environ["PATH"] = os.pathsep.join([search, str(Path(sys.executable).parent)])
         cpp_extension.load(
             name="neighborhood",
-            sources=[str(SOURCES[0])],
+            sources=[str(MAIN)],
             extra_cflags=FLAGS,
             build_directory=folder,
             is_python_module=False,
