@@ -3,8 +3,8 @@
 Paper:  Guo et al. 2024, "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch
         Normalization", https://arxiv.org/abs/2405.11582
 Source: github.com/xinghaochen/SLAB @ f58db00 (no licence file). Released weights load through weights/convert/slab.py.
-Its networks are FLatten's Swin, PVT and CSwin with a plain ReLU in the linear attention and another norm; its DeiT forms are
-not here. Differs from the source: the schedule of the norm goes on once a training forward of the whole model, also under
+Its networks are FLatten's Swin, PVT and CSwin with a plain ReLU in the linear attention and another norm, and DeiT.
+Differs from the source: the schedule of the norm goes on once a training forward of the whole model, also under
 gradient checkpointing, where the authors' counts twice.
 
 Shapes: B batch, H W map height and width, C channels.
@@ -15,11 +15,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from backbones.base import register_variants
-from backbones.flatten import FlattenCSwin, FlattenPVT, FlattenSwin, is_linear
+from backbones.base import Stage, StagedBackbone, State, TokenStage, check_img_size, check_size, init_linear, register_variants
+from backbones.flatten import Block, FlattenCSwin, FlattenPVT, FlattenSwin, LinearAttention, is_linear
+from backbones.layers import drop_path_rates, pad_to_multiple
+from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import resample_position_embedding
 
 default_cfgs = _default_cfgs("slab")
 
@@ -216,6 +221,139 @@ class SlabCSwin(Norms, FlattenCSwin):
         return self.new_norm(dim, 1e-5)
 
 
+class MapLinearAttention(LinearAttention):
+    """Simplified linear attention over a whole map."""
+
+    def __init__(self, dim: int, num_heads: int, keys: tuple[int, int], qkv_bias: bool):
+        super().__init__(dim, num_heads, keys, focusing=None)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
+        q, k, v = self.qkv(x.flatten(1, 2)).chunk(3, -1)
+        return self.proj(self.mix(q, k, v, x, x)).view_as(x)
+
+
+class PassingStage(TokenStage):
+    """A stage to which the class token comes from the stage before."""
+
+    def start(self, x: Tensor, tokens: Tensor | None) -> State:
+        return x, tokens
+
+
+@leaf
+def positions(embedding: Tensor, like: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """The position embedding 1 prefix+n C of a grid as a map 1 H W C of the size of `like`, B H W C, resized (bicubic)."""
+    resized = resample_position_embedding(embedding, tuple(like.shape[1:3]), prefix, old_grid=grid)
+    return resized[:, prefix:].unflatten(1, like.shape[1:3])
+
+
+class SlabDeiT(Norms, StagedBackbone):
+    """DeiT with PRepBN, in four runs of blocks, after each of which a map of stride `patch_size` is returned.
+
+    Args:
+        img_size: side, or (height, width), for which positions and encodings are made; other sizes run too.
+        linear: simplified linear attention, no class token, the mean of the tokens is classified; else DeiT's softmax attention
+            and class token.
+        patch_size, embed_dim, num_heads, mlp_ratio, qkv_bias: of the transformer.
+        depths: blocks of the four runs.
+        norm, norm_steps, norm_warm: as SlabSwin's.
+        in_chans, num_classes, global_pool, drop_rate: as timm's.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+    """
+
+    family = "slab"
+    host = "deit"
+    nhwc = True
+    min_size = 1
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        linear: bool = True,
+        patch_size: int = 16,
+        embed_dim: int = 192,
+        depths: Sequence[int] = (3, 3, 3, 3),
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm: str = "prepbn",
+        norm_steps: int = 60_000,
+        norm_warm: int = 0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ):
+        self.set_schedule(norm, norm_steps, norm_warm)
+        super().__init__()
+        self.patch_size, self.prefix = patch_size, 0 if linear else 1
+        self.img_size = check_img_size(img_size, self.min_size)
+        rates = drop_path_rates(drop_path_rate, depths)
+
+        def block(rate: float) -> nn.Module:
+            attn: nn.Module = (
+                MapLinearAttention(embed_dim, num_heads, self.grid(), qkv_bias)
+                if linear
+                else Attention(embed_dim, num_heads, qkv_bias=qkv_bias)
+            )
+            norm1, norm2 = self.new_norm(embed_dim, 1e-6), self.new_norm(embed_dim, 1e-6)
+            return Block(norm1, attn, norm2, Mlp(embed_dim, int(embed_dim * mlp_ratio)), rate)
+
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        count = self.prefix + self.grid()[0] * self.grid()[1]
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, count, embed_dim), std=0.02))
+        if linear:  # the authors' files hold one, which their sequence lacks; kept to be written back
+            self.register_buffer("unused_cls_token", torch.zeros(1, 1, embed_dim))
+        else:
+            self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
+        self.stages = nn.ModuleList()
+        for run in rates:
+            blocks = [block(rate) for rate in run]
+            self.stages.append(Stage(nn.Identity(), blocks) if linear else PassingStage(nn.Identity(), blocks, nhwc=True))
+        self.norm = self.new_norm(embed_dim, 1e-6)
+        runs = len(depths)
+        tokens = [self.prefix] * runs
+        self.finish([embed_dim] * runs, [patch_size] * runs, num_classes, global_pool, drop_rate, tokens=tokens)
+        self.apply(init_linear)
+        self.drive()
+
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of img_size."""
+        return -(-self.img_size[0] // self.patch_size), -(-self.img_size[1] // self.patch_size)
+
+    def embed(self, x: Tensor) -> Tensor | State:
+        x = super().embed(pad_to_multiple(check_size(x, self.min_size), self.patch_size)).permute(0, 2, 3, 1)
+        x = x + positions(self.pos_embed, x, self.grid(), self.prefix)
+        if not self.prefix:
+            return x
+        return x, (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+
+    def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
+        """Over map and class token together: its statistics are of all tokens."""
+        if tokens is None:
+            return self.norm(x), None
+        normed = self.norm(torch.cat([tokens, x.flatten(1, 2)], 1))
+        return normed[:, 1:].view_as(x), normed[:, :1]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Resize positions and encodings for images of this size, in place."""
+        old, self.img_size = self.grid(), check_img_size(img_size, self.min_size)
+        resized = resample_position_embedding(self.pos_embed.detach(), self.grid(), self.prefix, old_grid=old)
+        self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        for module in self.modules():
+            if isinstance(module, MapLinearAttention):
+                module.set_keys(self.grid())
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return super().group_matcher(coarse) | {"stem": r"^(?:patch_embed|pos_embed|cls_token)"}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"} | ({"cls_token"} if self.prefix else set())
+
+
 @torch.no_grad()
 def merge(model: SlabSwin, authors: bool = False) -> SlabSwin:
     """A copy of a SlabSwin with its norms folded into its linear layers, for evaluation; outputs equal up to rounding.
@@ -279,6 +417,13 @@ CSWIN_VARIANTS = {
     "slab_cswin_t": {"depths": (2, 4, 18, 1)},
     "slab_cswin_s": {"depths": (2, 4, 32, 2)},
 }
+DEIT_VARIANTS = {
+    "slab_deit_t": {"embed_dim": 192, "num_heads": 3},
+    "slab_deit_s": {"embed_dim": 384, "num_heads": 6},
+    "slab_deit_t_prepbn": {"embed_dim": 192, "num_heads": 3, "linear": False, "norm": "repbn"},
+    "slab_deit_s_prepbn": {"embed_dim": 384, "num_heads": 6, "linear": False, "norm_steps": 300_000},
+}
+register_variants(SlabDeiT, DEIT_VARIANTS)
 register_variants(SlabSwin, SWIN_VARIANTS)
 register_variants(SlabPVT, PVT_VARIANTS)
 register_variants(SlabCSwin, CSWIN_VARIANTS)

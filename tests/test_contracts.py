@@ -46,6 +46,8 @@ KINDS = [
     "slab_cswin_t",
     "slab_pvt_t",
     "slab_swin_t",
+    "slab_deit_t",
+    "slab_deit_t_prepbn",
     "flatten_cswin_t",
     "flatten_pvt_v2_b0",
     "flatten_pvt_t",

@@ -60,7 +60,8 @@ def test_names_are_the_papers():
         "tap": "fan_base_16_p4_hybrid",
         "flatten": "swin_t swin_s swin_b swin_b_384 pvt_t pvt_s pvt_m pvt_b pvt_v2_b0 pvt_v2_b1 pvt_v2_b2 pvt_v2_b3 pvt_v2_b4 "
         "pvt_v2_b5 cswin_t cswin_s cswin_b cswin_b_384",
-        "slab": "swin_t swin_s swin_b swin_t_prepbn pvt_t pvt_s pvt_m pvt_l pvt_t_prepbn pvt_s_prepbn pvt_m_prepbn cswin_t "
+        "slab": "deit_t deit_s deit_t_prepbn deit_s_prepbn "
+        "swin_t swin_s swin_b swin_t_prepbn pvt_t pvt_s pvt_m pvt_l pvt_t_prepbn pvt_s_prepbn pvt_m_prepbn cswin_t "
         "cswin_s",
         "stvit": "small base large",
         "vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2",

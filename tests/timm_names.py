@@ -12,7 +12,7 @@ from timm.models import _registry
 import backbones
 
 # timm's file separates, by name, the models that give tokens (B N C) from those that give maps; these of ours give tokens.
-TOKENS = ["sparsifiner_*", "vit_*", "lit_ti*", "cvt_*", "hvt_*", "fan_*", "tap_fan_*"]
+TOKENS = ["sparsifiner_*", "vit_*", "lit_ti*", "cvt_*", "hvt_*", "fan_*", "tap_fan_*", "slab_deit_*_prepbn"]
 NO_MAPS = ["hvt_*"]
 OURS = set(backbones.list_models())
 _list_models = _registry.list_models

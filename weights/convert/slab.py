@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from weights.convert import flatten
+from weights.resample import resample_position_embedding
 
 COUNTERS = ("warm", "iter", "total_step")
 
 
 def source_format(keys) -> str:
     """Which program wrote a state dict with these keys."""
-    return flatten.source_format(keys)
+    keys = list(keys)
+    return "official" if any(key.startswith("blocks.") for key in keys) else flatten.source_format(keys)
 
 
 def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -21,7 +23,7 @@ def to_native(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     A bare RepBN in the file fills the norm2 of a PRepBN, whose LayerNorm and counters stay as they are: evaluation does not use
     them. Detection files lack `warm`, which is 0.
     """
-    native = flatten.to_native(state_dict, model)
+    native = deit_names(state_dict, model) if model.host == "deit" else flatten.to_native(state_dict, model)
     own = model.state_dict()
     result = {}
     for key, value in native.items():
@@ -52,11 +54,50 @@ def bare_norm(key: str, own: dict[str, Tensor]) -> bool:
 
 
 def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    if model.host == "deit":
+        return deit_official(state_dict, model)
     official = flatten.to_official(state_dict, model)
     if getattr(model, "dense", False):
         official = {key: value for key, value in official.items() if not key.endswith(".warm")}
     return official
 
 
+def deit_places(model: nn.Module) -> list[str]:
+    """Where block 0, 1, ... of the authors' DeiT stands."""
+    return [f"stages.{i}.blocks.{j}." for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
+
+
+def deit_names(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    places = deit_places(model)
+    native = {}
+    for key, value in state_dict.items():
+        if found := re.match(r"blocks\.(\d+)\.(.*)", key):
+            if int(found[1]) >= len(places):
+                raise ValueError(f"the file has a block {found[1]}, the model {len(places)}: it is of another size")
+            key = places[int(found[1])] + found[2]
+        elif key == "cls_token" and not model.prefix:
+            key = "unused_cls_token"
+        elif key.startswith("patch_embed.proj."):
+            key = key.replace(".proj", "")
+        elif re.match(r"head\.(weight|bias)$", key):
+            key = key.replace("head.", "head.fc.")
+        native[key] = value
+    return native
+
+
+def deit_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    places = {place: f"blocks.{i}." for i, place in enumerate(deit_places(model))}
+    official = {}
+    for key, value in state_dict.items():
+        if found := re.match(r"(stages\.\d+\.blocks\.\d+\.)(.*)", key):
+            key = places[found[1]] + found[2]
+        elif key.startswith("patch_embed."):
+            key = key.replace("patch_embed.", "patch_embed.proj.")
+        official[key.replace("unused_cls_token", "cls_token").replace("head.fc.", "head.")] = value
+    return official
+
+
 def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+    if name == "pos_embed":
+        return resample_position_embedding(value, model.grid(), model.prefix)
     return flatten.resize(name, value, model)
