@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,12 @@ def circle(found: dict[str, set[str]]) -> list[str]:
         return []
 
     return next((around for name in sorted(found) if (around := walk(name, []))), [])
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """Without packages, pytest cannot collect two files of one name."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_modules_import_each_other_in_a_circle():
