@@ -18,6 +18,7 @@ Shapes: B batch, H W map height and width, N = H * W tokens, C channels, h heads
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +264,7 @@ class ClassStage(FANStage):
         self.class_blocks = nn.Sequential(*class_blocks)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
 
-    def forward(self, x: Tensor) -> State:  # B C H W -> B C H W, B 1 C
+    def forward(self, x: Tensor) -> State:  # type: ignore[override]  # B C H W -> B C H W, B 1 C
         x = super().forward(x)
         size = x.shape[-2:]
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)
@@ -331,7 +332,7 @@ class FAN(StagedBackbone):
         """
         super().__init__()
         wide, wide_heads = late or (embed_dim, num_heads)
-        rest = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias}
+        rest: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias}
         fan = rest | {"scales": scales, "attn_drop": attn_drop_rate, "drop_path": drop_path_rate}
         first = 0 if conv_dims is None else 2  # the stage where the tokens begin
         norm = UnbiasedNorm2d if unbiased_stem_norm else LayerNorm2d
@@ -361,7 +362,7 @@ class FAN(StagedBackbone):
         self.finish(dims, strides, num_classes, global_pool, drop_rate, tokens=(0, 0, 0, 1))
         self.apply(init_linear)
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor | State:
         return super().embed(pad_to_multiple(x, 16) if self.hybrid else x)
 
     def final_norm(self, x: Tensor, tokens: Tensor | None) -> State:
@@ -392,7 +393,7 @@ class FAN(StagedBackbone):
 
 BASE_HYBRID = {"embed_dim": 448, "depths": (3, 3, 16, 0), "num_heads": 8, "conv_dims": (128, 256)}
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "fan_tiny_12_p16_224": {"embed_dim": 192, "depths": (5, 3, 4, 0), "num_heads": 4},
     "fan_small_12_p16_224": {"embed_dim": 384, "depths": (5, 3, 4, 0), "num_heads": 8},
     "fan_base_18_p16_224": {"embed_dim": 448, "depths": (5, 3, 4, 6), "num_heads": 8},

@@ -16,6 +16,7 @@ Shapes: B batch (windows count as images), H W map height and width, C channels,
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -312,7 +313,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "fcaformer_l1": {"dims": (64, 128, 192, 320), "depths": (2, 2, 6, 2), "heads": (0, 0, 6, 10)},
     "fcaformer_l2": {"dims": (96, 192, 320, 480), "depths": (2, 2, 7, 2), "heads": (0, 0, 10, 15)},
     "fcaformer_l3": {"dims": (96, 192, 320, 512), "depths": (3, 6, 12, 3), "heads": (0, 0, 10, 16)},

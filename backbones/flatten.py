@@ -99,7 +99,7 @@ def mixed(
         heads: attention heads.
         weight, bias: of the depth-wise convolution that all heads share.
     """
-    size, keys = tuple(like.shape[1:3]), tuple(keys_like.shape[1:3])
+    size, keys = (like.shape[1], like.shape[2]), (keys_like.shape[1], keys_like.shape[2])
     k = k + fitted(encoding, grid, keys)
     q, k = (split(activated(x, scale, power), heads) for x in (q, k))
     # FLatten divides the sums of the weights by the number of keys before it adds 1e-6, SLAB does not.
@@ -189,9 +189,9 @@ class WindowLinearAttention(LinearAttention):
     def mask(self, height: int, width: int) -> Tensor | None:
         """The mask that the authors' files hold for a map of this size though they do not use it, or None."""
         shift = shift_of(height, width, self.window, self.shifted, self.unshifted)
-        windows = (-(-side // self.window) for side in (height, width))
+        rows, columns = -(-height // self.window), -(-width // self.window)
         like = self.positional_encoding
-        return shift_mask(*windows, self.window, shift, like.device, like.dtype) if shift else None
+        return shift_mask(rows, columns, self.window, shift, like.device, like.dtype) if shift else None
 
     def set_window(self, window: int, unshifted: Size | None) -> None:
         """Another window, with the encoding resized for it, in place."""
@@ -220,7 +220,7 @@ class FlattenSwin(Swin):
         **kwargs: Any,
     ):
         self.attn_type, self.count = attn_type, len(depths)
-        self.linear = {"kernel_size": kernel_size, "focusing": focusing_factor}
+        self.linear: dict[str, Any] = {"kernel_size": kernel_size, "focusing": focusing_factor}
         super().__init__(img_size=img_size, window_size=window_size, depths=depths, **kwargs)
 
     def window_side(self, stage: int, block: int) -> int:
@@ -362,7 +362,7 @@ class PVTStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 D
         x = self.downsample(x)
-        if self.pos_embed is not None:
+        if self.pos_embed is not None and self.grid is not None:
             x = with_encoding(x, self.pos_embed, self.grid)
         x = self.run_blocks(x)
         return x if self.norm is None else self.norm(x)
@@ -421,7 +421,7 @@ class FlattenPVT(StagedBackbone):
         self.version, self.patch_size = version, patch_size
         self.img_size = check_img_size(img_size, self.min_size)
         count, rates = len(dims), drop_path_rates(drop_path_rate, depths)
-        linear = {"kernel_size": kernel_size, "focusing": focusing_factor}
+        linear: dict[str, Any] = {"kernel_size": kernel_size, "focusing": focusing_factor}
         self.strides = [patch_size * 2**i for i in range(count)]
         eps = 1e-6
 
@@ -614,7 +614,7 @@ class FlattenCSwin(StagedBackbone):
         self.img_size = check_img_size(img_size, self.min_size)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates, count = drop_path_rates(drop_path_rate, depths), len(depths)
-        linear = {"kernel_size": kernel_size, "focusing": focusing_factor}
+        linear: dict[str, Any] = {"kernel_size": kernel_size, "focusing": focusing_factor}
 
         def block(i: int, j: int) -> nn.Module:
             lines, grid = is_linear(attn_type, count, i, j), self.grid(i)
@@ -667,14 +667,14 @@ PVT = {"attn_type": "LLLL", "la_sr_ratios": (1, 1, 1, 1)}
 PVT_V2 = PVT | {"version": 2}
 CSWIN = {"attn_type": "LLSS"}
 
-SWIN_VARIANTS = {
+SWIN_VARIANTS: dict[str, dict[str, Any]] = {
     "flatten_swin_t": SWIN | {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "flatten_swin_s": SWIN | {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
     "flatten_swin_b": SWIN | {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
     "flatten_swin_b_384": SWIN
     | {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "img_size": 384, "window_size": 96},
 }
-PVT_VARIANTS = {
+PVT_VARIANTS: dict[str, dict[str, Any]] = {
     "flatten_pvt_t": PVT | {"depths": (2, 2, 2, 2)},
     "flatten_pvt_s": PVT | {"depths": (3, 4, 6, 3)},
     "flatten_pvt_m": PVT | {"depths": (3, 4, 18, 3)},
@@ -686,7 +686,7 @@ PVT_VARIANTS = {
     "flatten_pvt_v2_b4": PVT_V2 | {"depths": (3, 8, 27, 3)},
     "flatten_pvt_v2_b5": PVT_V2 | {"depths": (3, 6, 40, 3), "mlp_ratios": (4, 4, 4, 4)},
 }
-CSWIN_VARIANTS = {
+CSWIN_VARIANTS: dict[str, dict[str, Any]] = {
     "flatten_cswin_t": CSWIN | {"depths": (2, 4, 18, 1)},
     "flatten_cswin_s": CSWIN | {"depths": (2, 4, 32, 2)},
     "flatten_cswin_b": CSWIN | {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)},

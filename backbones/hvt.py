@@ -15,6 +15,7 @@ Shapes: B batch, N tokens (row-major patches, then what pooling leaves of them),
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +202,7 @@ class HVT(VisionTransformer):
         return {name for name, _ in self.named_parameters() if name.endswith("pos_embed")}
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "hvt_ti_1": {"embed_dim": 192, "num_heads": 3, "pool_every": 12},
     "hvt_s_0": {"embed_dim": 384, "num_heads": 6, "pool_every": None},
     "hvt_s_1": {"embed_dim": 384, "num_heads": 6, "pool_every": 12},

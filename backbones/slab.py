@@ -398,13 +398,13 @@ def _into_next(norm: nn.Module, layer: nn.Linear) -> nn.Module:
 
 
 S_SWIN = {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}
-SWIN_VARIANTS = {
+SWIN_VARIANTS: dict[str, dict[str, Any]] = {
     "slab_swin_t": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "slab_swin_s": S_SWIN,
     "slab_swin_b": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
     "slab_swin_t_prepbn": {"depths": (2, 2, 6, 2), "attn_type": "SSSS", "norm": "repbn"},
 }
-PVT_VARIANTS = {
+PVT_VARIANTS: dict[str, dict[str, Any]] = {
     "slab_pvt_t": {"depths": (2, 2, 2, 2)},
     "slab_pvt_s": {"depths": (3, 4, 6, 3)},
     "slab_pvt_m": {"depths": (3, 4, 18, 3)},
@@ -413,11 +413,11 @@ PVT_VARIANTS = {
     "slab_pvt_s_prepbn": {"depths": (3, 4, 6, 3), "attn_type": "SSSS"},
     "slab_pvt_m_prepbn": {"depths": (3, 4, 18, 3), "attn_type": "SSSS"},
 }
-CSWIN_VARIANTS = {
+CSWIN_VARIANTS: dict[str, dict[str, Any]] = {
     "slab_cswin_t": {"depths": (2, 4, 18, 1)},
     "slab_cswin_s": {"depths": (2, 4, 32, 2)},
 }
-DEIT_VARIANTS = {
+DEIT_VARIANTS: dict[str, dict[str, Any]] = {
     "slab_deit_t": {"embed_dim": 192, "num_heads": 3},
     "slab_deit_s": {"embed_dim": 384, "num_heads": 6},
     "slab_deit_t_prepbn": {"embed_dim": 192, "num_heads": 3, "linear": False, "norm": "repbn"},

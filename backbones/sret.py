@@ -13,6 +13,7 @@ Shapes: B batch, H W map height and width, N = H * W tokens (row-major), C chann
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -313,7 +314,7 @@ WHOLE = {"groups": (1, 1, 1), "recursive_groups": (1, 1, 1)}
 S = {"base_dims": (42, 42, 42), "heads": (3, 6, 12), "mlp_ratio": 3.0, "np_mlp_ratio": 2.0}
 T, LT = {"mlp_ratio": 3.6}, {"mlp_ratio": 4.0}
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "sret_t": T,
     "sret_t_distill": T,
     "sret_t_wo_slice": T | WHOLE,

@@ -11,6 +11,7 @@ super token's cell.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,7 @@ class STViT(StagedBackbone):
 
 SCALED = (False, False, True, True)
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "stvit_small": {"dims": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "heads": (1, 2, 5, 8)},
     "stvit_base": {"dims": (96, 192, 384, 512), "depths": (4, 6, 14, 6), "heads": (2, 3, 6, 8), "layer_scale": SCALED},
     "stvit_large": {"dims": (96, 192, 448, 640), "depths": (4, 7, 19, 8), "heads": (2, 3, 7, 10), "layer_scale": SCALED},

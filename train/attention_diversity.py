@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ def attention_diversification(attentions: Sequence[Tensor], threshold: float = 2
     """
     if not len(attentions):
         raise ValueError("no attention was read: attention diversification needs a model with softmax attention")
-    total = 0.0
+    total = attentions[0].new_zeros((), dtype=torch.float32)
     for attention in attentions:
         maps = attention.float().mean(1)  # B N N
         average = maps.mean(1, keepdim=True)
@@ -33,7 +35,7 @@ def reading_attention(model: nn.Module) -> Iterator[list[Tensor]]:
     Read where timm's attentions, and those written like them, pass it through `attn_drop`; they compute it unfused meanwhile,
     which costs the memory of the attention matrices. ValueError if the model has no such module.
     """
-    found = [m for m in model.modules() if hasattr(m, "fused_attn") and isinstance(getattr(m, "attn_drop", None), nn.Module)]
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that can be read (no fused_attn and attn_drop as timm's)")
     read: list[Tensor] = []

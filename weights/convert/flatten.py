@@ -1,13 +1,16 @@
 """FLatten checkpoints: the authors', by host network."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
-from weights.convert import rename, swin
+from weights.convert import swin
 from weights.resample import resample_position_embedding
+from weights.rules import Rules, rename
 
-PVT = [  # authors' name -> ours, as regular expressions
+PVT: Rules = [  # authors' name -> ours, as regular expressions
     (r"^patch_embed1\.", "patch_embed."),
     (r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
     (r"^block(\d)\.(\d+)\.mlp\.dwconv\.dwconv\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.mlp.dwconv."),
@@ -17,7 +20,7 @@ PVT = [  # authors' name -> ours, as regular expressions
     (r"^norm\.(weight|bias)$", r"unused_norm_\1"),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-FROM_PVT = [  # ours -> the authors'
+FROM_PVT: Rules = [  # ours -> the authors'
     (r"^patch_embed\.", "patch_embed1."),
     (r"^stages\.(\d)\.downsample\.", lambda m: f"patch_embed{int(m[1]) + 1}."),
     (r"^stages\.(\d)\.blocks\.(\d+)\.mlp\.dwconv\.", lambda m: f"block{int(m[1]) + 1}.{m[2]}.mlp.dwconv.dwconv."),
@@ -27,7 +30,7 @@ FROM_PVT = [  # ours -> the authors'
     (r"^unused_norm_", "norm."),
     (r"^head\.fc\.", "head."),
 ]
-CSWIN = [
+CSWIN: Rules = [
     (r"^stage1_conv_embed\.0\.", "patch_embed.proj."),
     (r"^stage1_conv_embed\.2\.", "patch_embed.norm."),
     (r"^merge(\d)\.conv\.", r"stages.\1.downsample.proj."),
@@ -36,7 +39,7 @@ CSWIN = [
     (r"^stage(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
-FROM_CSWIN = [
+FROM_CSWIN: Rules = [
     (r"^patch_embed\.proj\.", "stage1_conv_embed.0."),
     (r"^patch_embed\.norm\.", "stage1_conv_embed.2."),
     (r"^stages\.(\d)\.downsample\.proj\.", r"merge\1.conv."),
@@ -48,7 +51,7 @@ FROM_CSWIN = [
 ENCODING = ".positional_encoding"
 
 
-def source_format(keys) -> str:
+def source_format(keys: Iterable[str]) -> str:
     """Which program wrote a state dict with these keys."""
     keys = list(keys)
     if any(re.match(r"block\d\.|stage1_conv_embed\.|stage\d\.\d", key) for key in keys):
@@ -72,7 +75,7 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return {rename(key, rules): value for key, value in state_dict.items()}
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     """Encodings for the model's maps, square in the file (bicubic, as the authors' at 384); the rest as Swin's."""
     if name.endswith(ENCODING):
         return resample_position_embedding(value, model.get_submodule(name.removesuffix(ENCODING)).keys)

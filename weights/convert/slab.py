@@ -1,6 +1,8 @@
 """SLAB checkpoints: the authors', whose norms stand in the files in one of two forms."""
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from weights.resample import resample_position_embedding
 COUNTERS = ("warm", "iter", "total_step")
 
 
-def source_format(keys) -> str:
+def source_format(keys: Iterable[str]) -> str:
     """Which program wrote a state dict with these keys."""
     keys = list(keys)
     return "official" if any(key.startswith("blocks.") for key in keys) else flatten.source_format(keys)
@@ -62,7 +64,7 @@ def to_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Te
     return official
 
 
-def deit_places(model: nn.Module) -> list[str]:
+def deit_places(model: Any) -> list[str]:
     """Where block 0, 1, ... of the authors' DeiT stands."""
     return [f"stages.{i}.blocks.{j}." for i, stage in enumerate(model.stages) for j in range(len(stage.blocks))]
 
@@ -97,7 +99,7 @@ def deit_official(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, 
     return official
 
 
-def resize(name: str, value: Tensor, model: nn.Module) -> Tensor:
+def resize(name: str, value: Tensor, model: Any) -> Tensor:
     if name == "pos_embed":
         return resample_position_embedding(value, model.grid(), model.prefix)
     return flatten.resize(name, value, model)
