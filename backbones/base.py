@@ -58,7 +58,7 @@ class Stage(nn.Module):
             x = checkpoint(block, x, *others, use_reentrant=False) if self.grad_checkpointing else block(x, *others)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:  # of the map, with class tokens of the State
         return self.run_blocks(self.downsample(x))
 
 
@@ -93,18 +93,18 @@ class TokenStage(Stage):
         return x, None if self.cls_token is None else self.cls_token.expand(x.shape[0], -1, -1)
 
     def forward(self, x: Tensor | State) -> State:
-        x, tokens = self.start(*(x if isinstance(x, tuple) else (x, None)))
-        x = x if self.nhwc else x.permute(0, 2, 3, 1)
-        height, width = x.shape[1:3]
-        x = x.flatten(1, 2)
+        image, tokens = self.start(*(x if isinstance(x, tuple) else (x, None)))
+        image = image if self.nhwc else image.permute(0, 2, 3, 1)
+        height, width = image.shape[1:3]
+        image = image.flatten(1, 2)
         if tokens is not None:
             count = tokens.shape[1]
-            x = torch.cat([tokens, x], 1)
-        x = self.run_blocks(x, *((height, width) if self.blocks_take_size else ()))
+            image = torch.cat([tokens, image], 1)
+        image = self.run_blocks(image, *((height, width) if self.blocks_take_size else ()))
         if tokens is not None:
-            x, tokens = x[:, count:], x[:, :count]
-        x = x.unflatten(1, (height, width))
-        return x if self.nhwc else x.permute(0, 3, 1, 2), tokens
+            image, tokens = image[:, count:], image[:, :count]
+        image = image.unflatten(1, (height, width))
+        return image if self.nhwc else image.permute(0, 3, 1, 2), tokens
 
 
 class TokenHead(nn.Module):
@@ -132,7 +132,7 @@ class TokenHead(nn.Module):
         self.pool_type = pool
         self.fc = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # B T+N C -> B num_classes
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Any:  # B T+N C -> B num_classes
         if self.pool_type == "token":
             x = x[:, 0]
         elif self.pool_type == "avg":
@@ -149,8 +149,8 @@ class OpenNames(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         converter = weights.convert.converter(self)
-        foreign = converter is not None and not state_dict.keys() <= self.state_dict().keys()
-        if foreign and converter.source_format(state_dict) != "native":
+        foreign = not state_dict.keys() <= self.state_dict().keys()
+        if converter is not None and foreign and converter.source_format(state_dict) != "native":
             state_dict = weights.convert_state_dict(dict(state_dict), self)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -173,6 +173,7 @@ class StagedBackbone(OpenNames):
     patch_embed: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
+    head: Any  # with the fc, reset and pool_type of timm's ClassifierHead
 
     def finish(
         self,
@@ -272,7 +273,7 @@ class StagedBackbone(OpenNames):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = take_indices(len(self.stages), indices)
         state, found = self.embed(x), {}
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             state = stage(state)
@@ -297,7 +298,7 @@ class StagedBackbone(OpenNames):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the features `indices` do not need, in place; returns their absolute numbers."""
-        take, last = feature_take_indices(len(self.stages), indices)
+        take, last = take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if self.feature_norms is not None:
             self.feature_norms = nn.ModuleDict({str(i): self.feature_norms[str(i)] for i in sorted(take)})
@@ -325,6 +326,7 @@ class StagedBackbone(OpenNames):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
+            assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -342,6 +344,11 @@ class StagedBackbone(OpenNames):
         return set()
 
 
+def take_indices(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """(numbers of the features that are taken, the last of them) of `count`; timm's rule, for any sequence."""
+    return feature_take_indices(count, indices if indices is None or isinstance(indices, int) else list(indices))
+
+
 def as_state(x: Tensor | State) -> State:
     """(map, class tokens or None) of what a stage leaves."""
     return x if isinstance(x, tuple) else (x, None)
@@ -353,7 +360,7 @@ def check_pool(pool: str) -> None:
         raise ValueError(f"global_pool must be one of {', '.join(map(repr, MAP_POOLS))} for this model, got {pool!r}")
 
 
-def register_variants(cls: type[nn.Module], rows: dict[str, dict[str, Any]]) -> None:
+def register_variants(cls: type[nn.Module], rows: Mapping[str, dict[str, Any]]) -> None:
     """Register models with timm: name -> the arguments of `cls` that make it, which those of `timm.create_model` override.
 
     The names also become functions `name(pretrained=False, **kwargs)` of the module of `cls`, which holds its `default_cfgs`.
@@ -374,21 +381,29 @@ def _entry_point(cls: type[nn.Module], name: str, row: dict[str, Any]) -> Callab
     return entry
 
 
-def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None, dtype=None, **kwargs) -> nn.Module:
+def build(
+    cls: type[nn.Module],
+    name: str,
+    pretrained: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """Model `name` of class `cls` as timm builds it: pretrained cfg, weights in any known format, features_only.
 
     device, dtype: where and in which type parameters are made ("meta" makes none). With pretrained, the file is the manifest's,
     fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
     img_size: side or (height, width); a family that builds no size in runs any, so there it is only checked.
     """
+    family: Any = cls  # has the min_size and default_out_indices of StagedBackbone, though timm's ViT may be its base
     if kwargs.get("features_only") and (reason := getattr(cls, "no_maps", None)):
         raise ValueError(f"{name} gives no feature maps: {reason}")
     check_arguments(name, kwargs, getattr(cls, "zeros", ()))
     if (img_size := kwargs.get("img_size")) is not None:
-        check_img_size(img_size, cls.min_size)
+        check_img_size(img_size, family.min_size)
     if "img_size" not in inspect.signature(cls).parameters:
         kwargs.pop("img_size", None)
-    indices = cls.default_out_indices
+    indices = family.default_out_indices
     feature_cfg = {"out_indices": indices(**kwargs) if callable(indices) else indices, "feature_cls": "getter"}
     file = None
     if pretrained:
@@ -400,7 +415,8 @@ def build(cls: type[nn.Module], name: str, pretrained: bool = False, device=None
     with torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
         model = build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs)
     if file:  # the model remembers where its weights came from, not a second copy of them
-        weights.convert.backbone(model).pretrained_cfg |= {"state_dict": None, "file": file}
+        source: Any = weights.convert.backbone(model)
+        source.pretrained_cfg |= {"state_dict": None, "file": file}
     return model
 
 

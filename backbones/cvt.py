@@ -76,7 +76,9 @@ class Attention(nn.Module):
             raise ValueError(f"{dim} channels cannot be split over {heads} heads")
         self.heads, self.class_token, self.attn_drop = heads, class_token, attn_drop
         self.scale = dim**-0.5  # of the whole width, as the released weights were trained; not of a head
-        self.conv_proj_v = None
+        self.conv_proj_q: nn.Module
+        self.conv_proj_k: nn.Module
+        self.conv_proj_v: nn.Module | None = None
         if convolution == "dw_bn":
             self.conv_proj_q = ConvNorm(dim, kernel, 1, kernel // 2)
             self.conv_proj_k = ConvNorm(dim, kernel, stride, padding)
@@ -118,6 +120,7 @@ class QuickGeluMlp(Mlp):
     def fused(self) -> Mlp:
         """The same with SiLU, one pass over the hidden map instead of three: quick_gelu(x) = silu(1.702 x) / 1.702."""
         self.fc1.weight.mul_(1.702)
+        assert self.fc1.bias is not None
         self.fc1.bias.mul_(1.702)
         self.fc2.weight.div_(1.702)
         self.act = nn.SiLU()

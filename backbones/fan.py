@@ -264,7 +264,7 @@ class ClassStage(FANStage):
         self.class_blocks = nn.Sequential(*class_blocks)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
 
-    def forward(self, x: Tensor) -> State:  # type: ignore[override]  # B C H W -> B C H W, B 1 C
+    def forward(self, x: Tensor) -> State:  # B C H W -> B C H W, B 1 C
         x = super().forward(x)
         size = x.shape[-2:]
         tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).mT], 1)

@@ -193,6 +193,7 @@ class FcaStage(Stage):
                 if (old := getattr(block, name, None)) is not None:
                     new = resize_positions(name, old.detach(), self.size, (rows, columns))
                     setattr(block, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            assert isinstance(block, FcaBlock)
             block.size = (rows, columns)
         self.size = (rows, columns)
 
@@ -298,7 +299,8 @@ class FcaFormer(StagedBackbone):
         self.img_size = check_img_size(img_size, self.min_size)
         for stage, entry in zip(self.stages, self.feature_info):
             if isinstance(stage, FcaStage):
-                stage.set_window(*(-(-side // entry["reduction"]) for side in self.img_size))
+                stride = int(str(entry["reduction"]))
+                stage.set_window(-(-self.img_size[0] // stride), -(-self.img_size[1] // stride))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -132,8 +132,10 @@ class LinearAttention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, like: Tensor, keys_like: Tensor) -> Tensor:
         """B N C and twice B n C -> B N C; like, keys_like: maps of their sizes, . H W ."""
-        own = self.positional_encoding, self.keys, self.scale, self.focusing, self.num_heads, self.dwc.weight, self.dwc.bias
-        return mixed(q, k, v, like, keys_like, *own)
+        weight, bias = self.dwc.weight, self.dwc.bias
+        assert bias is not None
+        encoding, keys, scale, power = self.positional_encoding, self.keys, self.scale, self.focusing
+        return mixed(q, k, v, like, keys_like, encoding, keys, scale, power, self.num_heads, weight, bias)
 
     @torch.no_grad()
     def set_keys(self, keys: Size) -> None:
@@ -356,7 +358,7 @@ class PVTStage(Stage):
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, grid: Size | None, norm: nn.Module | None):
         super().__init__(downsample, blocks)
         self.grid, self.norm = grid, norm
-        self.pos_embed = None
+        self.pos_embed: nn.Parameter | None = None
         if grid is not None:
             self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, grid[0] * grid[1], dim), std=0.02))
 
@@ -432,6 +434,7 @@ class FlattenPVT(StagedBackbone):
 
         def block(i: int, j: int) -> nn.Module:
             norm = self.make_norm if version == 1 else plain_norm  # of the reduced map; SLAB's PVTv2 keeps LayerNorms there
+            attn: nn.Module
             if is_linear(attn_type, count, i, j):
                 attn = ReducedLinearAttention(dims[i], num_heads[i], self.grid(i), qkv_bias, la_sr_ratios[i], norm, **linear)
             else:
@@ -472,6 +475,7 @@ class FlattenPVT(StagedBackbone):
         """Resize the encodings for images of this size, in place."""
         self.img_size = check_img_size(to_2tuple(img_size), self.min_size)
         for i, stage in enumerate(self.stages):
+            assert isinstance(stage, PVTStage)
             grid = self.grid(i)
             if stage.pos_embed is not None:
                 resized = resample_position_embedding(stage.pos_embed.detach(), grid, old_grid=stage.grid, mode="bilinear")
@@ -655,15 +659,17 @@ class FlattenCSwin(StagedBackbone):
         """Resize the encodings for images of this size, in place."""
         self.img_size = check_img_size(to_2tuple(img_size), self.min_size)
         for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
-                for attn in block.attn.attns:
+                branches: Any = block.attn
+                for attn in branches.attns:
                     if isinstance(attn, StripeLinearAttention):
                         grid = self.grid(i)
                         attn.set_keys((attn.size[0] or grid[0], attn.size[1] or grid[1]))
 
 
 SWIN = {"attn_type": "LLSS", "window_size": 56}
-PVT = {"attn_type": "LLLL", "la_sr_ratios": (1, 1, 1, 1)}
+PVT: dict[str, Any] = {"attn_type": "LLLL", "la_sr_ratios": (1, 1, 1, 1)}
 PVT_V2 = PVT | {"version": 2}
 CSWIN = {"attn_type": "LLSS"}
 

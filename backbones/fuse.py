@@ -5,9 +5,12 @@ change and return itself; what it returns takes its place and is not searched fu
 """
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -19,7 +22,7 @@ def fuse(model: nn.Module) -> nn.Module:
     return _fused(copy.deepcopy(model).eval())
 
 
-def fold_batch_norm(layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Conv2d | nn.Linear:
+def fold_batch_norm(layer: Layer, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Layer:
     """`layer` with the BatchNorm that follows it folded in, changed in place: norm(layer(x)) in evaluation, one pass less."""
     bias = torch.zeros(norm.num_features, device=layer.weight.device) if layer.bias is None else layer.bias
     weight, bias = folded(layer.weight, bias, norm)
@@ -35,7 +38,7 @@ def folded(weight: Tensor, bias: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) 
     In float64, so that the only rounding is the one back to the weight's type. Raises ValueError if the BatchNorm has no
     running statistics: what it does then depends on the batch.
     """
-    if norm.running_var is None:
+    if norm.running_var is None or norm.running_mean is None:
         raise ValueError("this BatchNorm has no running statistics (track_running_stats=False) and cannot be folded")
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.affine:
@@ -49,8 +52,9 @@ def folded(weight: Tensor, bias: Tensor, norm: nn.BatchNorm1d | nn.BatchNorm2d) 
 
 def _fused(module: nn.Module) -> nn.Module:
     """`module` with everything in it replaced that can be."""
-    if hasattr(module, "fused"):
-        return module.fused()
+    fused = getattr(module, "fused", None)
+    if fused is not None:
+        return fused()
     for name, child in module.named_children():
         setattr(module, name, _fused(child))
     return _fold_sequence(module) if type(module) is nn.Sequential else module
@@ -63,5 +67,6 @@ def _fold_sequence(sequence: nn.Sequential) -> nn.Sequential:
         pairs = ((nn.Conv2d, nn.BatchNorm2d), (nn.Linear, nn.BatchNorm1d))
         # exact types: a transposed convolution has its output channels elsewhere, timm's BatchNorms add an activation
         if (type(layer), type(norm)) in pairs and norm.running_var is not None:
+            assert isinstance(layer, (nn.Conv2d, nn.Linear)) and isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
             sequence[i - 1], sequence[i] = fold_batch_norm(layer, norm), nn.Identity()
     return sequence

@@ -15,17 +15,16 @@ Shapes: B batch, N tokens (row-major patches, then what pooling leaves of them),
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, to_2tuple
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import check_img_size, check_size, register_variants
+from backbones.base import check_img_size, check_size, register_variants, take_indices
 from backbones.layers import drop_path_rates
 from backbones.tracing import leaf
 from weights.convert.hvt import resample_sequence
@@ -56,12 +55,13 @@ def with_positions(x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tenso
 class PoolBlock(Block):
     """A transformer block, then MaxPool1d (stride 2) along the sequence, then the pooled tokens' own position embedding."""
 
-    def __init__(self, tokens: int, dim: int, num_heads: int, pool_kernel: int, **kwargs):
+    def __init__(self, tokens: int, dim: int, num_heads: int, pool_kernel: int, **kwargs: Any):
         super().__init__(dim, num_heads, **kwargs)
         self.pool_kernel = pool_kernel
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, pooled(tokens, pool_kernel), dim), std=0.02))
 
-    def forward(self, x: Tensor) -> Tensor:  # B N C -> B (N - kernel) // 2 + 1 C
+    # A mask, which timm's block and model take, has no meaning for pooled tokens.
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # B N C -> B (N - kernel) // 2 + 1 C
         x = F.max_pool1d(super().forward(x).mT, self.pool_kernel, stride=2).mT
         return x + fitted(self.pos_embed, x)
 
@@ -123,7 +123,7 @@ class HVT(VisionTransformer):
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,
+            global_pool=cast(Literal["avg", ""], global_pool),
             embed_dim=embed_dim,
             depth=0,
             num_heads=num_heads,
@@ -136,8 +136,13 @@ class HVT(VisionTransformer):
             norm_layer=LayerNorm,
         )
         self.min_size = min_size
-        tokens, blocks = self.patch_embed.num_patches, []
-        shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, "attn_drop": attn_drop_rate}
+        tokens, blocks = self.patch_embed.num_patches, list[Block]()
+        shared: dict[str, Any] = {
+            "mlp_ratio": mlp_ratio,
+            "qkv_bias": qkv_bias,
+            "proj_drop": proj_drop_rate,
+            "attn_drop": attn_drop_rate,
+        }
         for pools_here, rate in zip(pools, drop_path_rates(drop_path_rate, [depth])[0]):
             args = shared | {"drop_path": rate, "norm_layer": LayerNorm}
             if pools_here:
@@ -150,12 +155,13 @@ class HVT(VisionTransformer):
         self.init_weights()
 
     def _pos_embed(self, x: Tensor) -> Tensor:  # B H W C -> B N C
+        assert self.pos_embed is not None
         return self.pos_drop(with_positions(x, self.pos_embed, self.patch_embed.grid_size))
 
-    def forward(self, x: Tensor) -> Tensor:  # B 3 H W -> B num_classes
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # B 3 H W -> B num_classes
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B N C
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # B 3 H W -> B N C
         """The normalised tokens that the last pooling leaves."""
         return super().forward_features(check_size(x, self.min_size))
 
@@ -177,7 +183,7 @@ class HVT(VisionTransformer):
         """
         if output_fmt != "NLC":
             raise ValueError(f"HVT gives no feature maps ({output_fmt}): {self.no_maps}; output_fmt='NLC' gives its tokens")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = take_indices(len(self.blocks), indices)
         x, found = self._pos_embed(self.patch_embed(check_size(x, self.min_size))), {}
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)

@@ -61,14 +61,14 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module | None, mlp: nn.Module, drop_path: float, make_norm: MakeNorm = layer_norm):
         super().__init__()
-        self.norm1 = None if attn is None else make_norm(dim)
+        self.norm1: nn.Module | None = None if attn is None else make_norm(dim)
         self.attn = attn
         self.norm2 = make_norm(dim)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.attn is not None:
+        if self.attn is not None and self.norm1 is not None:
             x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -161,15 +161,15 @@ def gathered_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> T
     moved = offset.reshape(batch, 4, 2, rows * columns)
     y = moved[:, :, 0] + (2 * (cell // columns) + tap // 2)  # B 4 N
     x_ = moved[:, :, 1] + (2 * (cell % columns) + tap % 2)
-    pixels, sampled = x.flatten(2), None
+    pixels, parts = x.flatten(2), []
     for down in (0, 1):  # the four pixels around each place, weighted bilinearly; those outside the map count nothing
         for right in (0, 1):
             row, column = y.floor() + down, x_.floor() + right
             share = (1 - (y - row).abs()) * (1 - (x_ - column).abs())
             share = share * ((row >= 0) & (row < height) & (column >= 0) & (column < width))
             index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long().flatten(1)[:, None]
-            part = pixels.gather(2, index.expand(-1, x.shape[1], -1)) * share.flatten(1)[:, None]
-            sampled = part if sampled is None else sampled + part
+            parts.append(pixels.gather(2, index.expand(-1, x.shape[1], -1)) * share.flatten(1)[:, None])
+    sampled = parts[0] + parts[1] + parts[2] + parts[3]
     taps = sampled.unflatten(2, (4, -1)).flatten(1, 2)  # B 4C N, tap fastest, as the weights have it
     merged = weight.flatten(1) @ taps + bias[:, None]
     return merged.reshape(batch, -1, rows, columns)
@@ -187,12 +187,14 @@ class DeformableMerge(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(dim, out_dim, 2, stride=2)  # never called: holds the weights of the deformable convolution
         self.offset = nn.Conv2d(dim, 8, 2, stride=2)
-        self.norm = nn.BatchNorm2d(out_dim)
+        self.norm: nn.Module = nn.BatchNorm2d(out_dim)
         nn.init.zeros_(self.offset.weight)
+        assert self.offset.bias is not None
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H/2 W/2 D
         x = x.permute(0, 3, 1, 2)
+        assert self.conv.bias is not None
         merged = deformable_merge(x, self.offset(x), self.conv.weight, self.conv.bias).to(x.dtype)
         # One copy here, else the blocks' residual sums keep the convolution's layout and each of their norms copies.
         merged = merged.contiguous(memory_format=torch.channels_last)
@@ -200,5 +202,6 @@ class DeformableMerge(nn.Module):
 
     def fused(self) -> "DeformableMerge":
         """With the BatchNorm folded in; it follows the sampling, so the offsets do not change."""
+        assert isinstance(self.norm, nn.BatchNorm2d)
         self.conv, self.norm = fold_batch_norm(self.conv, self.norm), nn.Identity()
         return self

@@ -14,6 +14,7 @@ Shapes: B batch, H W map height and width, N = H * W, C channels, h heads, d = C
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,7 @@ class Attention(nn.Module):
 
     def resize(self, size: tuple[int, int]) -> None:
         """Make `size` the native map of the bias table."""
+        assert self.size is not None
         shape, old = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (size, self.size))
         table = resample_bias_table(self.bias_table.detach(), shape, old)
         self.bias_table, self.size = nn.Parameter(table, self.bias_table.requires_grad), size
@@ -137,9 +139,11 @@ class LIT(StagedBackbone):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the bias tables for images of this size, so that no forward has to."""
         for stage, size in zip(self.stages, self.sizes(img_size)):
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
-                if block.attn is not None:
-                    block.attn.resize(size)
+                attn: Any = block.attn  # None in the first two stages
+                if attn is not None:
+                    attn.resize(size)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -272,6 +276,7 @@ class LITTi(StagedBackbone):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the position embeddings for images of this size, so that no forward has to."""
         for stage, size in zip(self.stages, self.sizes(img_size)):
+            assert isinstance(stage, TiStage)
             stage.resize(size)
 
     @torch.jit.ignore

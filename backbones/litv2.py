@@ -151,6 +151,7 @@ def init_weights(module: nn.Module) -> None:
     init_linear(module)
     if isinstance(module, ConvMlp):
         nn.init.normal_(module.dwconv.weight, std=(2 / 9) ** 0.5)
+        assert module.dwconv.bias is not None
         nn.init.zeros_(module.dwconv.bias)
 
 

@@ -226,7 +226,12 @@ class NAT(StagedBackbone):
             if dim % heads:
                 raise ValueError(f"num_heads must divide the channels of their stage, got {heads} heads for {dim} channels")
         rates = drop_path_rates(drop_path_rate, depths)
-        attn_args = {"qkv_bias": qkv_bias, "qk_scale": qk_scale, "proj_drop": proj_drop_rate, "backend": backend}
+        attn_args: dict[str, Any] = {
+            "qkv_bias": qkv_bias,
+            "qk_scale": qk_scale,
+            "proj_drop": proj_drop_rate,
+            "backend": backend,
+        }
         self.layout = "dinat" if overlap else "dinat_s"  # of the authors' state dict
         self.patch_embed = ConvStem(in_chans, embed_dim) if overlap else PatchEmbed(in_chans, embed_dim, 4)
         self.stages = nn.ModuleList()
@@ -339,8 +344,11 @@ class ViTRPB(Isotropic):
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Resample the bias tables for images of this size (side, or height and width), in place."""
+        assert isinstance(self.patch_embed, PatchEmbed)
         for stage in self.stages:
-            stage.blocks[0].attn.set_grid(patch_grid(img_size, self.patch_embed.patch_size))
+            assert isinstance(stage, Stage)
+            attn: Any = stage.blocks[0].attn
+            attn.set_grid(patch_grid(img_size, self.patch_embed.patch_size))
 
 
 def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

@@ -11,13 +11,14 @@ pad: n pixels give (n - patch) // stride + 1 positions, so a 224 image has maps 
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from backbones.base import StagedBackbone, State, TokenHead, TokenStage, check_img_size, register_variants
+from backbones.base import StagedBackbone, State, TokenHead, TokenStage, check_img_size, check_size, register_variants
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -66,13 +67,14 @@ class PiTHead(TokenHead):
     Distilled, the result is the mean of both; with `separate`, while training, the pair (for a loss on each).
     """
 
+    fc_dist: nn.Module | None
     pools = ("token", "")  # the map has no norm to be pooled after
     separate = False
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """New classifiers; 0 classes give the pooled token (distilled: their mean), pool "" all tokens."""
         super().reset(num_classes, pool_type)
-        self.fc_dist: nn.Module | None = None
+        self.fc_dist = None
         if self.tokens == 2:
             self.fc_dist = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
 
@@ -138,7 +140,7 @@ class PiT(StagedBackbone):
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
                 drop_path=drop_path_rate * (first[i] + b) / sum(depths),
-                norm_layer=LayerNorm,
+                norm_layer=cast(type[nn.Module], LayerNorm),
             )
 
         self.stages = nn.ModuleList(
@@ -151,7 +153,8 @@ class PiT(StagedBackbone):
 
     def grid(self, img_size: int | tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the first stage's map for images of this size, pixels."""
-        return tuple((side - self.patch_size) // self.stride + 1 for side in check_img_size(img_size, self.min_size))
+        height, width = check_img_size(img_size, self.min_size)
+        return (height - self.patch_size) // self.stride + 1, (width - self.patch_size) // self.stride + 1
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the position embedding itself to images of this size, so that no resize is left for run time."""
@@ -159,7 +162,7 @@ class PiT(StagedBackbone):
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def embed(self, x: Tensor) -> State:
-        x = super().embed(x)
+        x = self.patch_embed(check_size(x, self.min_size))
         x = self.pos_drop(x + resize_to(self.pos_embed, x))
         return x, self.cls_token.expand(x.shape[0], -1, -1)
 
@@ -169,6 +172,7 @@ class PiT(StagedBackbone):
 
     def output(self, x: Tensor, tokens: Tensor | None) -> Tensor:
         """The class tokens alone, B T C, as the authors and timm return them: the map beside them is not normalised."""
+        assert tokens is not None
         return tokens
 
     @torch.jit.ignore

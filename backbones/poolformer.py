@@ -111,6 +111,7 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, Mlp):
         for layer in (module.fc1, module.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
 

@@ -11,6 +11,7 @@ are importable from here.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -86,8 +87,9 @@ class RegisterViT(OpenNames, VisionTransformer):
         return dino_positions(table, old, new, self.antialias, self.offset)
 
     def _pos_embed(self, x: Tensor) -> Tensor:  # B h w C -> B P+hw C
-        grid = (x.shape[1], x.shape[2])
-        x = x.flatten(1, 2) + dino_positions(self.pos_embed, self.patch_embed.grid_size, grid, self.antialias, self.offset)
+        grid, table = (x.shape[1], x.shape[2]), self.pos_embed
+        assert table is not None
+        x = x.flatten(1, 2) + dino_positions(table, self.patch_embed.grid_size, grid, self.antialias, self.offset)
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         return self.pos_drop(torch.cat([*prefix, x], 1))
 
@@ -95,10 +97,13 @@ class RegisterViT(OpenNames, VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         return {name for name in ("pos_embed", "cls_token", "reg_token") if getattr(self, name) is not None}
 
-    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
         """Resize the position embedding itself to images of this size, so that no resize is left for run time."""
         old, table = self.patch_embed.grid_size, self.pos_embed
-        super().set_input_size(img_size, patch_size)
+        assert table is not None
+        super().set_input_size(cast(Any, img_size), cast(Any, patch_size))  # timm takes a side too
         table = nn.Parameter(self.resize_positions(table.detach(), old, self.patch_embed.grid_size), table.requires_grad)
         self.pos_embed = table
 
@@ -117,7 +122,7 @@ SMALL = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 384, "depth": 12, "
 BASE = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 768, "depth": 12, "num_heads": 12}
 LARGE = {"patch_size": 14, "init_values": 1e-5, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "vit_small_patch14_ttreg_dinov2": SMALL,
     "vit_base_patch14_ttreg_dinov2": BASE,
     "vit_large_patch14_ttreg_dinov2": LARGE | {"register_neurons": LARGE_NEURONS},

@@ -19,9 +19,19 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, State, TokenStage, check_img_size, check_size, init_linear, register_variants
+from backbones.base import (
+    Stage,
+    StagedBackbone,
+    State,
+    TokenStage,
+    as_state,
+    check_img_size,
+    check_size,
+    init_linear,
+    register_variants,
+)
 from backbones.flatten import Block, FlattenCSwin, FlattenPVT, FlattenSwin, LinearAttention, is_linear
-from backbones.layers import drop_path_rates, pad_to_multiple
+from backbones.layers import PatchMerging, drop_path_rates, pad_to_multiple
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_position_embedding
@@ -42,6 +52,7 @@ class RepBN(nn.Module):
     def affine(self) -> tuple[Tensor, Tensor]:
         """(a, b) of the equal a * x + b in evaluation, float64."""
         bn = self.bn
+        assert bn.running_mean is not None and bn.running_var is not None
         scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
         return scale + self.alpha.double(), bn.bias.double() - scale * bn.running_mean.double()
 
@@ -57,12 +68,17 @@ class PRepBN(nn.Module):
     are buffers, so that a resumed run goes on. A model calls `begin` once a step; used alone, the norm does so itself.
     """
 
+    warm: Tensor
+    iter: Tensor
+    total_step: Tensor
+    share: Tensor  # of the LayerNorm, set by `begin`
+
     def __init__(self, dim: int, eps: float, steps: int, warm: int = 0):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), RepBN(dim)
         for name, value in (("warm", warm), ("iter", steps), ("total_step", steps)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64))
-        self.driven, self.warming, self.share = False, False, None
+        self.driven, self.warming = False, False
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -102,7 +118,7 @@ class Affine(nn.Module):
         return torch.addcmul(self.shift, self.scale, x)
 
 
-class Norms:
+class Norms(StagedBackbone):
     """What the three hosts share: which norm they have, and its schedule. Stands before the host among the bases."""
 
     norm_kind: str
@@ -129,7 +145,7 @@ class Norms:
     def scheduled(self) -> list[PRepBN]:
         return [module for module in self.modules() if isinstance(module, PRepBN)]
 
-    def embed(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor | State:
         if self.training:
             for module in self.scheduled():
                 module.begin()
@@ -323,7 +339,8 @@ class SlabDeiT(Norms, StagedBackbone):
         return -(-self.img_size[0] // self.patch_size), -(-self.img_size[1] // self.patch_size)
 
     def embed(self, x: Tensor) -> Tensor | State:
-        x = super().embed(pad_to_multiple(check_size(x, self.min_size), self.patch_size)).permute(0, 2, 3, 1)
+        x, _ = as_state(super().embed(pad_to_multiple(check_size(x, self.min_size), self.patch_size)))
+        x = x.permute(0, 2, 3, 1)
         x = x + positions(self.pos_embed, x, self.grid(), self.prefix)
         if not self.prefix:
             return x
@@ -367,17 +384,20 @@ def merge(model: SlabSwin, authors: bool = False) -> SlabSwin:
         raise ValueError(f"merge folds the norms of SlabSwin, got {type(model).__name__}: use backbones.fuse")
     model = copy.deepcopy(model).eval()
     for stage in model.stages:
-        if hasattr(stage.downsample, "reduction"):
+        assert isinstance(stage, Stage)
+        if isinstance(stage.downsample, PatchMerging):
             stage.downsample.norm = _into_next(stage.downsample.norm, stage.downsample.reduction)
+        block: Any
         for block in stage.blocks:
             block.norm1 = _into_next(block.norm1, block.attn.qkv)
             block.norm2 = _into_next(block.norm2, block.mlp.fc1)
-    conv, (a, b) = model.patch_embed.proj, model.patch_embed.norm.affine()
-    alpha = getattr(model.patch_embed.norm, "norm2", model.patch_embed.norm).alpha.double()
+    embed: Any = model.patch_embed
+    conv, (a, b) = embed.proj, embed.norm.affine()
+    alpha = getattr(embed.norm, "norm2", embed.norm).alpha.double()
     bias = (a - alpha if authors else a) * conv.bias.double() + b
     conv.weight.copy_(a[:, None, None, None] * conv.weight.double())
     conv.bias.copy_(bias)
-    model.patch_embed.norm = nn.Identity()
+    embed.norm = nn.Identity()
     if isinstance(model.head.fc, nn.Linear):
         model.norm = _into_next(model.norm, model.head.fc)  # the mean over the tokens between them is linear
     return model
@@ -385,6 +405,7 @@ def merge(model: SlabSwin, authors: bool = False) -> SlabSwin:
 
 def _into_next(norm: nn.Module, layer: nn.Linear) -> nn.Module:
     """Fold a norm into the linear layer that follows it, in place; returns what takes the norm's place."""
+    assert isinstance(norm, (RepBN, PRepBN))
     a, b = norm.affine()
     weight = layer.weight.double()
     shift = weight @ b

@@ -19,17 +19,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones.base import OpenNames, check_size, init_linear, register_variants
+from backbones.base import OpenNames, check_size, init_linear, register_variants, take_indices
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates, sdpa
 from backbones.tracing import leaf
@@ -52,6 +51,13 @@ class BlockDetails:
     token_mask: Tensor | None = None  # B N-1 bool, patch tokens that go on to the next block
 
 
+def there(value: Tensor | None) -> Tensor:
+    """A detail of a block that has a predictor; ValueError if it has none."""
+    if value is None:
+        raise ValueError("this block has no mask predictor: the model is dense")
+    return value
+
+
 @dataclass
 class Details:
     """Everything that the losses and statistics need of one forward pass."""
@@ -63,9 +69,9 @@ class Details:
     def sparsity(self) -> dict[str, Tensor]:
         """Shares of exact zeros in basis, coefficients and mask, means over the blocks, 0-d each."""
         zeros = {
-            "basis": [block.basis_zeros for block in self.blocks],
-            "basis_coef": [(block.basis_coef == 0).float().mean() for block in self.blocks],
-            "attn_mask": [(~block.attn_mask).float().mean() for block in self.blocks],
+            "basis": [there(block.basis_zeros) for block in self.blocks],
+            "basis_coef": [(there(block.basis_coef) == 0).float().mean() for block in self.blocks],
+            "attn_mask": [(~there(block.attn_mask)).float().mean() for block in self.blocks],
         }
         return {name: torch.stack(values).mean() for name, values in zeros.items()}
 
@@ -482,7 +488,7 @@ class Sparsifiner(OpenNames, VisionTransformer):
             patch_size,
             in_chans,
             num_classes,
-            global_pool,
+            cast(Literal["token", "avg", ""], global_pool),
             embed_dim,
             depth=0,  # its blocks are ours
             num_heads=heads,
@@ -535,20 +541,22 @@ class Sparsifiner(OpenNames, VisionTransformer):
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images B 3 H W -> tokens B N C with positions, and (rows, columns) of the patches."""
         x = self.patch_embed(check_size(x, self.min_size))
+        assert self.cls_token is not None and self.pos_embed is not None
         return with_positions(x, self.cls_token, self.pos_embed, self.patch_embed.grid_size), (x.shape[1], x.shape[2])
 
-    def step(self, block: Block, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def step(self, block: nn.Module, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, grid, kept, use_reentrant=False)
         return block(x, grid, kept)
 
-    def forward(self, x: Tensor) -> Tensor | Details:  # B 3 H W -> B num_classes
+    # The masks that timm's forwards take are predicted here.
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]  # B 3 H W -> B num_classes, or Details
         """Logits; during `set_training_phase`, while training, the details that its losses need."""
         if self.training and self.training_phase is not None:
             return self.details(x, reconstruct=self.training_phase == "attn_recon")
         return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Tensor) -> Tensor:  # B 3 H W -> B N C
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # B 3 H W -> B N C
         """Normalised tokens, the class token first; dropped tokens are zero before the norm."""
         (x, grid), kept = self.embed(x), None
         for block in self.blocks:
@@ -581,18 +589,18 @@ class Sparsifiner(OpenNames, VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        take_indices, last = feature_take_indices(len(self.blocks), indices)
+        take, last = take_indices(len(self.blocks), indices)
         (x, grid), kept, found = self.embed(x), None, {}
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x, kept = self.step(block, x, grid, kept)
-            if i in take_indices:
+            if i in take:
                 out = restore(x, kept, grid)
                 out = self.norm(out) if norm else out
                 patches = out[:, 1:]
                 if output_fmt == "NCHW":
                     patches = patches.mT.unflatten(2, grid).contiguous()
                 found[i] = (patches, out[:, :1]) if return_prefix_tokens else patches
-        outputs = [found[i] for i in take_indices]
+        outputs = [found[i] for i in take]
         return outputs if intermediates_only else (self.norm(restore(x, kept, grid)), outputs)
 
     @torch.jit.ignore
@@ -603,6 +611,7 @@ class Sparsifiner(OpenNames, VisionTransformer):
         maps of a dense model are a teacher's.
         """
         (x, grid), alive, blocks = self.embed(x), None, []
+        block: Any
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x, details, alive = checkpoint(block.detailed, x, grid, alive, reconstruct, use_reentrant=False)
@@ -634,13 +643,15 @@ class Sparsifiner(OpenNames, VisionTransformer):
         super().reset_classifier(num_classes, global_pool)
         if self.aux_head is not None:
             like = self.cls_token
-            place = {"device": like.device, "dtype": like.dtype}
-            self.aux_head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes else nn.Identity()
+            assert like is not None
+            linear = partial(nn.Linear, device=like.device, dtype=like.dtype)
+            self.aux_head = linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resample positions and predictors for images of this size, so that no forward has to."""
-        super().set_input_size(img_size=img_size)
+        super().set_input_size(img_size=cast(Any, img_size))  # timm takes a side too
+        block: Any
         for block in self.blocks:
             if block.attn.mask_predictor is not None:
                 block.attn.mask_predictor.resize(self.patch_embed.grid_size)

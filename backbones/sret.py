@@ -21,7 +21,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
+from backbones.base import Stage, StagedBackbone, check_img_size, check_size, register_variants
 from backbones.layers import PooledNormHead
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
@@ -174,6 +174,13 @@ class Recursion(nn.Module):
 class Stem(nn.Module):
     """Three 3x3 convolutions of stride 2, each followed by BatchNorm and ReLU."""
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    bn2: nn.BatchNorm2d
+    bn3: nn.BatchNorm2d
+
     def __init__(self, in_chans: int, dim: int):
         super().__init__()
         for i, (inputs, outputs) in enumerate(((in_chans, dim // 2), (dim // 2, dim), (dim, dim)), 1):
@@ -298,7 +305,7 @@ class SReT(StagedBackbone):
         self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def embed(self, x: Tensor) -> Tensor:
-        x = super().embed(x)
+        x = self.patch_embed(check_size(x, self.min_size))
         return x + resize_to(self.pos_embed, x)
 
     @torch.jit.ignore

@@ -142,8 +142,8 @@ class WindowAttention(nn.Module):
     def mask(self, height: int, width: int) -> Tensor | None:
         """The mask for a map of this size, n L L, or None where nothing is shifted."""
         shift, table = self.shift(height, width), self.relative_position_bias_table
-        windows = (-(-side // self.window) for side in (height, width))
-        return shift_mask(*windows, self.window, shift, table.device, table.dtype) if shift else None
+        rows, columns = -(-height // self.window), -(-width // self.window)
+        return shift_mask(rows, columns, self.window, shift, table.device, table.dtype) if shift else None
 
     @torch.no_grad()
     def set_window(self, window: int, unshifted: tuple[int, int] | None) -> None:
@@ -318,8 +318,10 @@ class Swin(StagedBackbone):
         if isinstance(self.patch_embed, PositionedPatchEmbed):
             self.patch_embed.set_grid(self.grid(0))
         for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
             for j, block in enumerate(stage.blocks):
-                block.attn.set_window(*self.window(i, j))
+                attn: Any = block.attn  # has set_window, whoever made it
+                attn.set_window(*self.window(i, j))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

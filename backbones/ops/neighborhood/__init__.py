@@ -81,7 +81,8 @@ def using(backend: str) -> Iterator[None]:
 @contextlib.contextmanager
 def recording() -> Iterator[Counter]:
     """Inside, counts the calls by (shape of q, kernel, dilation, whether there is a bias)."""
-    token = _record.set(counter := Counter())
+    counter: Counter = Counter()
+    token = _record.set(counter)
     try:
         yield counter
     finally:

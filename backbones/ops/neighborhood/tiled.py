@@ -139,15 +139,15 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
     images = 1 if torch.compiler.is_compiling() else max(batch, 1)
     row_bytes = images * columns.tiles * rows.window * columns.window * heads * dim * q.element_size()
     step = max(1, min(rows.tiles, CHUNK_BYTES // row_bytes))
-    out = []
+    parts = []
     for first in range(0, rows.tiles, step):
         part = slice(first, min(first + step, rows.tiles))
         qt = _select(q, cut.queries[1][part], 1).reshape(batch, -1, rows.tile * columns.tile, dim)
         kt, vt = (_select(t, cut.keys[1][part], 1).reshape(batch, -1, rows.window * columns.window, dim) for t in (k, v))
         tile = _attend(qt, kt, vt, _select(mask, cut.patterns[part], 1), call.scale)
         tile = tile.unflatten(2, (rows.tile, columns.tile)).unflatten(1, (heads, -1, columns.tiles))
-        out.append(tile.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2))
-    out = out[0] if len(out) == 1 else torch.cat(out, 1)  # B tiles*T tiles*T' heads dim
+        parts.append(tile.permute(0, 2, 4, 3, 5, 1, 6).flatten(3, 4).flatten(1, 2))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # B tiles*T tiles*T' heads dim
     # without dilation the outputs are in order, repeats at the end
     out = out[:, :height] if call.dilation[0] == 1 else _select(out, cut.outputs[0], 1)
     return out[:, :, :width] if call.dilation[1] == 1 else _select(out, cut.outputs[1], 2)
