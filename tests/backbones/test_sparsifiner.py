@@ -260,6 +260,8 @@ def test_keeping_everything_is_the_dense_network():
     assert not missing and all("mask_predictor" in key for key in unexpected)
     torch.testing.assert_close(sparse(x), dense(x), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(tiny()(x), dense(x), atol=1e-3)
+    with pytest.raises(ValueError, match="the model is dense"):
+        dense.details(x).sparsity()
 
 
 # ---------------------------------------------------------------- token pruning

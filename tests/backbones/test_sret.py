@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import weights
+import weights.convert.sret
 from backbones.sret import Block, GroupAttention, NonProjection, SReT, seeded_permutation, slices
 
 # Training only, or read by nothing (the stem has three convolutions of stride 2 whatever patch_size and stride say).
