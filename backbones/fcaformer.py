@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
-from backbones.layers import PooledNormHead, channels_last_on_cpu, drop_path_rates, relative_bias
+from backbones.layers import PooledNormHead, channels_last_on_cpu, drop_path_rates, relative_bias, sdpa
+from backbones.tracing import leaf
 from weights.convert.fcaformer import resize_positions
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -94,6 +94,47 @@ class NormMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(self.norm(x))))
 
 
+def split(x: Tensor, heads: int) -> Tensor:  # B n heads*d -> B heads n d
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def offset_bias(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """Attention bias by unsigned offset, heads x queries x keys of a map of this size; table: heads x offsets."""
+    table = table.unflatten(1, size)
+    for axis in (1, 2):  # the signed offsets' table, in which both signs share their entries
+        table = torch.cat([table.flip(axis).narrow(axis, 0, table.shape[axis] - 1), table], axis)
+    return relative_bias(table, *size)
+
+
+@leaf
+def attend(
+    qkv: Tensor, left: Tensor | None, table: Tensor, left_bias: Tensor | None, size: tuple[int, int], heads: int
+) -> Tensor:  # B N 3C -> B N C
+    """Attention of the tokens of a map to each other and to those left behind.
+
+    Args:
+        qkv: queries, keys and values of the map's tokens, B N 3C.
+        left: keys and values of the tokens left behind, B S 2C, or None.
+        table: bias of the map's keys by unsigned offset, heads x N.
+        left_bias: of the keys left behind, 1 heads 1 S, or None.
+        size: rows and columns of the map.
+        heads: attention heads.
+    """
+    q, k, v = (split(part, heads) for part in qkv.chunk(3, -1))
+    bias = offset_bias(table, size)[None]
+    if left is not None and left_bias is not None:
+        k, v = (torch.cat([own, split(other, heads)], 2) for own, other in zip((k, v), left.chunk(2, -1)))
+        bias = torch.cat([bias, left_bias.expand(-1, -1, q.shape[2], -1)], -1)
+    return sdpa(q, k, v, bias.to(q.dtype)).transpose(1, 2).flatten(2)
+
+
+@leaf
+def keys_and_values(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # B S C -> B S 2C
+    """The last two thirds of a linear layer that gives queries, keys and values."""
+    dim = x.shape[-1]
+    return F.linear(x, weight[dim:], bias[dim:])
+
+
 class FcaBlock(nn.Module):
     """Attention to the map and to tokens left behind, a 3x3 depth-wise convolution without residual, MLP (paper, sec. 3)."""
 
@@ -133,28 +174,13 @@ class FcaBlock(nn.Module):
         self.mlp = NormMlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 
-    def bias(self) -> Tensor:
-        """Attention bias by unsigned offset, heads x queries x keys of the map."""
-        table = self.attention_biases.unflatten(1, self.size)
-        for axis in (1, 2):  # the signed offsets' table, in which both signs share their entries
-            table = torch.cat([table.flip(axis).narrow(axis, 0, table.shape[axis] - 1), table], axis)
-        return relative_bias(table, *self.size)
-
-    def split(self, x: Tensor) -> Tensor:  # B n heads*d -> B heads n d
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def attention(self, x: Tensor, left: Tensor | None) -> Tensor:
         """Normalised tokens B N C, and those left behind B S C or None -> B N C."""
-        q, k, v = (self.split(part) for part in self.qkv(x).chunk(3, -1))
-        bias = self.bias()[None]
+        left_bias = None
         if left is not None:
-            dim = x.shape[-1]
-            left = self.s_norm(left * self.s_scale_factors)
-            more = F.linear(left, self.qkv.weight[dim:], self.qkv.bias[dim:])
-            k, v = (torch.cat([own, self.split(other)], 2) for own, other in zip((k, v), more.chunk(2, -1)))
-            bias = torch.cat([bias, self.s_token_bias.expand(-1, -1, x.shape[1], -1)], -1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.proj(out.transpose(1, 2).flatten(2))
+            left = keys_and_values(self.s_norm(left * self.s_scale_factors), self.qkv.weight, self.qkv.bias)
+            left_bias = self.s_token_bias
+        return self.proj(attend(self.qkv(x), left, self.attention_biases, left_bias, self.size, self.heads))
 
     def forward(self, x: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Map B C H W and tokens left behind B S C or None -> map, and the B n C tokens that this block leaves (or None)."""
@@ -167,18 +193,31 @@ class FcaBlock(nn.Module):
         return tokens.mT.unflatten(2, size), leaves
 
 
-def windows(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """B C H W, sides multiples of the window's -> B*n C h w."""
-    x = x.unflatten(3, (-1, size[1])).unflatten(2, (-1, size[0]))
+def placed(like: Tensor, size: tuple[int, int], front: bool) -> tuple[int, int, int, int, int, int]:
+    """How windows cover a map B C H W: rows and columns of windows; padding at the top, bottom, left and right."""
+    (height, width), (h, w) = like.shape[-2:], size
+    rows, columns = -(-height // h), -(-width // w)
+    down, right = rows * h - height, columns * w - width
+    return (rows, columns, down, 0, right, 0) if front else (rows, columns, 0, down, 0, right)
+
+
+@leaf
+def to_windows(x: Tensor, size: tuple[int, int], front: bool) -> Tensor:  # B C H W -> B*n C h w
+    """The windows of a map padded with zeros, in front (top and left) or behind."""
+    rows, columns, top, bottom, left, right = placed(x, size, front)
+    x = F.pad(x, (left, right, top, bottom))
+    x = x.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0]))
     return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
-def unwindow(x: Tensor, batch: int, rows: int) -> Tensor:
-    """B*n C h w -> B C H W, for `rows` windows above each other."""
-    return x.unflatten(0, (batch, rows, -1)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+@leaf
+def from_windows(x: Tensor, like: Tensor, size: tuple[int, int], front: bool) -> Tensor:  # B*n C h w -> B C H W
+    """The inverse of `to_windows` for the map `like`, B C H W."""
+    rows, columns, top, _, left, _ = placed(like, size, front)
+    x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]
 
 
-@register_notrace_module  # the map's size decides the padding
 class FcaStage(Stage):
     """Blocks in windows of `size` tokens, each given what the last `memory` blocks (None: all) left behind, oldest first."""
 
@@ -198,13 +237,9 @@ class FcaStage(Stage):
         self.size = (rows, columns)
 
     def run_blocks(self, x: Tensor) -> Tensor:  # B C H W -> B C H W
-        batch, _, height, width = x.shape
-        rows, columns = -(-height // self.size[0]), -(-width // self.size[1])
-        down, right = rows * self.size[0] - height, columns * self.size[1] - width
         left: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            top, start = (down, right) if i % 2 == 0 else (0, 0)
-            tiles = windows(F.pad(x, (start, right - start, top, down - top)), self.size)
+            tiles = to_windows(x, self.size, i % 2 == 0)
             recent = left if self.memory is None else left[max(0, i - self.memory) :]
             given = torch.cat(recent, 1) if recent else None
             if self.grad_checkpointing and self.training:
@@ -213,7 +248,7 @@ class FcaStage(Stage):
                 tiles, leaves = block(tiles, given)
             if leaves is not None:
                 left.append(leaves)
-            x = unwindow(tiles, batch, rows)[:, :, top : top + height, start : start + width]
+            x = from_windows(tiles, x, self.size, i % 2 == 0)
         return x
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
-from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, check_img_size, check_size, register_variants
-from backbones.layers import PooledNormHead
+from backbones.layers import PooledNormHead, sdpa
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_position_embedding
@@ -65,6 +64,35 @@ def slices(count: int, groups: int, device: torch.device) -> tuple[Tensor, Tenso
     return index.clamp(max=count - 1), exists, group * length + tokens - starts[group]
 
 
+@leaf
+def attend(qkv: Tensor, groups: int, heads: int) -> Tensor:  # B N 3C -> B N C
+    """Attention inside `groups` consecutive runs of the tokens."""
+    batch, count, _ = qkv.shape
+    if count % groups == 0:
+        return attend_inside(qkv.unflatten(1, (groups, -1)), heads).flatten(1, 2)
+    index, exists, places = slices(count, groups, qkv.device)
+    mask = exists[:, None, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    return attend_inside(qkv[:, index], heads, mask).flatten(1, 2)[:, places]
+
+
+def attend_inside(qkv: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:  # B g L 3C, B*g 1 1 L -> B g L C
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)  # each B*g h L d
+    return sdpa(q, k, v, mask).transpose(1, 2).flatten(2).unflatten(0, qkv.shape[:2])
+
+
+@leaf
+def order(x: Tensor, number: int, seed: int, given: Tensor | None, drawn: bool) -> Tensor:
+    """The order of the tokens x, B N C, at permuted pass `number`: the given one, else drawn, else that of the seed."""
+    count = x.shape[1]
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(f"permutation {number} is of {len(given)} tokens, the map here has {count}")
+        return given.to(x.device)
+    if drawn:
+        return torch.randperm(count, device=x.device)
+    return seeded_permutation(count, seed, number, x.device)
+
+
 class GroupAttention(nn.Module):
     """Attention inside `groups` consecutive runs of the tokens, taken in the order of `permutation` if there is one."""
 
@@ -76,20 +104,10 @@ class GroupAttention(nn.Module):
     def forward(self, x: Tensor, groups: int = 1, permutation: Tensor | None = None) -> Tensor:  # B N C -> B N C
         if permutation is not None:
             x = x[:, permutation]
-        qkv = self.qkv(x)
-        count = x.shape[1]
-        if count % groups == 0:
-            out = self.attend(qkv.unflatten(1, (groups, -1))).flatten(1, 2)
-        else:
-            index, exists, places = slices(count, groups, x.device)
-            out = self.attend(qkv[:, index], exists[None, :, None, None]).flatten(1, 2)[:, places]
+        out = attend(self.qkv(x), groups, self.heads)
         if permutation is not None:
             out = torch.empty_like(out).index_copy(1, permutation, out)
         return self.proj(out)
-
-    def attend(self, qkv: Tensor, mask: Tensor | None = None) -> Tensor:  # B g L 3C -> B g L C
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each B g h L d
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(2, 3).flatten(3)
 
 
 class Coefficient(nn.Module):
@@ -131,7 +149,6 @@ class NonProjection(nn.Module):
         return self.coefficient1(x) + self.coefficient2(self.mlp(self.norm1(x)))
 
 
-@register_notrace_module  # the number of tokens decides the slices
 class Recursion(nn.Module):
     """One block run once for each of its non-projections, which follow its passes."""
 
@@ -152,21 +169,10 @@ class Recursion(nn.Module):
         self.seed = 0
         self.given: dict[int, Tensor] = {}
 
-    def permutation(self, number: int, x: Tensor) -> Tensor:
-        """The order of the tokens x, B N C, at permuted pass `number`."""
-        count = x.shape[1]
-        if number in self.given:
-            given = self.given[number]
-            if len(given) != count:
-                raise ValueError(f"permutation {number} is of {len(given)} tokens, the map here has {count}")
-            return given.to(x.device)
-        if self.training:
-            return torch.randperm(count, device=x.device)
-        return seeded_permutation(count, self.seed, number, x.device)
-
     def forward(self, x: Tensor) -> Tensor:  # B N C -> B N C
         for groups, number, projection in zip(self.groups, self.numbers, self.projections):
-            x = self.block(x, groups, None if number is None else self.permutation(number, x))
+            permutation = None if number is None else order(x, number, self.seed, self.given.get(number), self.training)
+            x = self.block(x, groups, permutation)
             x = projection(x)
         return x
 
