@@ -59,7 +59,7 @@ class FeatureBackbone(nn.Module):
         norm: bool = False,
         taps: Sequence[str] | None = None,
         positions: str | None = None,
-        **backbone_args,
+        **backbone_args: Any,
     ):
         super().__init__()
         if isinstance(backbone, nn.Module):
@@ -132,7 +132,7 @@ class FeatureBackbone(nn.Module):
             return self.fixed_size
         return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
 
-    def forward(self, images: Tensor) -> list[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
+    def forward(self, images: Tensor) -> Sequence[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
         size = (images.shape[-2], images.shape[-1])
         if images.ndim != 4 or images.shape[1] != self._in_chans:
             raise ValueError(f"{self.name} takes images B {self._in_chans} H W, got shape {tuple(images.shape)}")

@@ -26,7 +26,7 @@ NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only 
 
 
 def row(
-    backbone: str | nn.Module, size: Sequence[int] = (128, 160), heads: Iterable[str] = tuple(HEADS), **backbone_args
+    backbone: str | nn.Module, size: Sequence[int] = (128, 160), heads: Iterable[str] = tuple(HEADS), **backbone_args: Any
 ) -> dict[str, str]:
     """head -> "ok", or the sentence why not: one step forward and backward on two images of `size`, not square on purpose.
 
@@ -49,7 +49,7 @@ def row(
     return results
 
 
-def step(features: FeatureBackbone, maps: list[Tensor], head: str, images: Tensor) -> str:
+def step(features: FeatureBackbone, maps: Sequence[Tensor], head: str, images: Tensor) -> str:
     """ "ok", or why this head does not train on these maps."""
     leaves = [m.detach().requires_grad_() for m in maps]
     try:

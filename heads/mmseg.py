@@ -111,7 +111,7 @@ class ZooBackbone(FeatureBackbone):
     stretch the padded prediction over it.
     """
 
-    def forward(self, images: Tensor) -> tuple:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = super().forward(images)
         size = tuple(images.shape[-2:])
         if (padded := self.padded_size(*size)) != size:

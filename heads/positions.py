@@ -82,7 +82,7 @@ class AnySizeBeit(Beit):
         return super().forward_features(x)
 
     @functools.wraps(Beit.forward_intermediates)  # its signature says that it can return prefix tokens
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # timm's arguments, all passed on
         self.set_grid(x)
         return super().forward_intermediates(x, *args, **kwargs)
 

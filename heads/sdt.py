@@ -4,7 +4,6 @@ Its up-sampling is DySample (Liu et al. 2023, https://arxiv.org/abs/2308.15085):
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ class WeightedFusion(nn.Module):
     def forward(self, maps: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
         pairs = [(m, None) if isinstance(m, Tensor) else m for m in maps]
         size = pairs[-2 if len(pairs) > 1 else -1][0].shape[-2:]
-        total: Any = 0.0
+        total: Tensor | float = 0.0
         for i, (weight, (x, prefix)) in enumerate(zip(self.layer_weights.softmax(0), pairs, strict=True)):
             tokens = x.flatten(2).mT  # B N C
             if self.readout_projects:
@@ -73,6 +72,7 @@ class WeightedFusion(nn.Module):
                 tokens = self.readout_projects[i](torch.cat([tokens, prefix[:, :1].expand_as(tokens)], dim=2))
             tokens = self.projections[i](tokens)
             total = total + weight * resize(tokens.mT.unflatten(2, x.shape[-2:]), like=size)
+        assert isinstance(total, Tensor)
         return total
 
 
@@ -129,9 +129,10 @@ class DySample(nn.Module):
         inputs = channels if style == "lp" else channels // scale**2
         outputs = 2 * groups * (scale**2 if style == "lp" else 1)
         self.offset = nn.Conv2d(inputs, outputs, 1)
+        assert self.offset.bias is not None
         self.scope = nn.Conv2d(inputs, outputs, 1, bias=False) if dynamic_scope else None
         nn.init.normal_(self.offset.weight, std=0.001)  # starts as plain bilinear up-sampling
-        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]  # it has one
+        nn.init.zeros_(self.offset.bias)
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
         centre = (torch.arange(scale) - (scale - 1) / 2) / scale  # of each sub-pixel, from the pixel's centre
