@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=_Version, help="the zoo's version and those of torch and timm")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, text: str, keys: bool = False, **options: Any) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, text: str, keys: bool = False, **options: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         sub.set_defaults(run=run, takes_overrides=keys)

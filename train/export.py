@@ -54,6 +54,7 @@ def _onnx(program: torch.export.ExportedProgram, path: Path, example: Tensor, pr
         onnx = torch.onnx.export(
             program, (example,), dynamo=True, input_names=["image"], output_names=["output"], verbose=False
         )
+    assert onnx is not None  # with dynamo it is a program
     onnx.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: probe.numpy()})[0])

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def stop_signal() -> Iterator[Stop]:
     stop = Stop()
     before: dict[int, Any] = {}
 
-    def ask(number: int, frame: Any) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         stop.asked = True
         if number == signal.SIGINT:
             signal.signal(number, before[number])

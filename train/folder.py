@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -29,7 +30,7 @@ from train.schema import Config
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module or nothing
 
 RUN_FILES = (
     "log.csv",
@@ -270,7 +271,7 @@ def repair_rows(folder: Path, step: int, due: Mapping[str, int], say: Callable[[
         if path.is_file():
             text = io.StringIO(newline="")
             csv.writer(text).writerows([header, *kept] if kept else [])
-            checkpoint.write(path, lambda file, text=text: file.write_text(text.getvalue(), encoding="utf-8", newline=""))  # type: ignore[misc]
+            checkpoint.write(path, partial(Path.write_text, data=text.getvalue(), encoding="utf-8", newline=""))
 
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:

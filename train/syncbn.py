@@ -16,13 +16,13 @@ class _Total(torch.autograd.Function):
     """Sum over processes, whose gradient is the sum of the gradients."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Total.apply(gradient.contiguous())
 
 

@@ -377,15 +377,15 @@ def seeded(*numbers: int) -> Iterator[None]:
 
     Blocks do not nest.
     """
-    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]
+    states = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()  # type: ignore[attr-defined]  # not in numpy's stubs
     words = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(3)
     random.seed(int(words[0]))
-    np.random.set_bit_generator(_DRAWS)  # type: ignore[attr-defined]
+    np.random.set_bit_generator(_DRAWS)  # type: ignore[attr-defined]  # likewise
     np.random.seed(int(words[1]))
     torch.default_generator.manual_seed(int(words[2]))
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_bit_generator(states[1])  # type: ignore[attr-defined]
+        np.random.set_bit_generator(states[1])  # type: ignore[attr-defined]  # likewise
         torch.set_rng_state(states[2])

@@ -71,7 +71,7 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         configuration.
         """
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = inspect.Signature(list(parameters(cls, cls.__init__)))  # type: ignore[attr-defined]
+        cls.__signature__ = inspect.Signature(list(parameters(cls, cls.__init__)))  # type: ignore[attr-defined]  # inspect's own hook
 
     def __init__(self, split: str, targets: Sequence[str], transform: Transform | None = None):
         if split not in SPLITS:

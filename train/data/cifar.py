@@ -36,7 +36,7 @@ _DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeErr
 class ArrayUnpickler(pickle.Unpickler):
     """Arrays, lists, dicts, text and numbers; anything else in the file is refused before it is looked up."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _SAFE:
             raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; only arrays and lists are read")
         return _SAFE[module, name]

@@ -8,8 +8,8 @@ World axes: x right, y up, z forward; metres. The camera stands at the origin, `
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,18 @@ PALETTE = [(148, 163, 184), (101, 82, 66), (239, 68, 68), (59, 130, 246), (250, 
 BODIES = CLASSES[2:]
 FOCAL = 0.9  # in image heights: a vertical field of view of 58 degrees
 FAR = np.float32(np.inf)
+
+Vector = tuple[float, float, float]
+
+
+class Solid(Protocol):
+    """What every solid answers."""
+
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """The smallest positive t with origin + t * ray on the surface, or infinity; origin 3 or P 3, rays P 3 or 1 3 -> P."""
+
+    def normal(self, points: np.ndarray) -> np.ndarray:
+        """Outward unit normals of surface points P 3."""
 
 
 class Scenes(ImageDataset):
@@ -104,9 +116,9 @@ def camera_rays(height: int, width: int, pitch: float) -> np.ndarray:
     return np.stack([x, y * cos - sin, y * sin + cos], -1).reshape(-1, 3).astype(np.float32)
 
 
-def place_bodies(rng: np.random.Generator, ground: float) -> list:
+def place_bodies(rng: np.random.Generator, ground: float) -> list[Solid]:
     """Three to seven bodies that stand on the floor inside the view and do not intersect."""
-    bodies: list[Any] = []
+    bodies: list[Solid] = []
     taken: list[tuple[float, float, float]] = []
     for _ in range(rng.integers(3, 8)):
         kind = BODIES[rng.integers(len(BODIES))]
@@ -152,7 +164,14 @@ def paint(rng: np.random.Generator, points: np.ndarray, plain: bool) -> np.ndarr
     return (first * (1 - mix) + second * mix).astype(np.float32)
 
 
-def shade(rng, rays, points, normals, colours, bodies) -> np.ndarray:
+def shade(
+    rng: np.random.Generator,
+    rays: np.ndarray,
+    points: np.ndarray,
+    normals: np.ndarray,
+    colours: np.ndarray,
+    bodies: Sequence[Solid],
+) -> np.ndarray:
     """Diffuse light from one lamp with cast shadows, a highlight, and sky light from above; P 3 in 0..1."""
     light = np.array([rng.uniform(-0.9, 0.9), 1.0, rng.uniform(-1.0, -0.1)], np.float32)
     light /= np.linalg.norm(light)
@@ -168,10 +187,6 @@ def shade(rng, rays, points, normals, colours, bodies) -> np.ndarray:
     tint = rng.uniform(0.9, 1.0, 3).astype(np.float32)
     strength = rng.uniform(0.6, 0.85)
     return (colours * (ambient + strength * lit)[:, None] * tint + gloss[:, None]).astype(np.float32)
-
-
-# Every solid answers two questions. hit(origin, rays): the smallest positive t with origin + t * ray on the surface, or
-# infinity; origin is 3 or P 3, rays P 3 or 1 3, the answer P. normal(points): outward unit normals of surface points P 3.
 
 
 def smallest_root(a: np.ndarray, b: np.ndarray, c: np.ndarray, accept: Callable | None = None) -> np.ndarray:
@@ -192,46 +207,46 @@ def smallest_root(a: np.ndarray, b: np.ndarray, c: np.ndarray, accept: Callable 
 class Plane:
     """normal . p = offset."""
 
-    def __init__(self, normal, offset: float):
+    def __init__(self, normal: Vector, offset: float):
         self.n, self.offset = np.array(normal, np.float32), np.float32(offset)
 
-    def hit(self, origin, rays):
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
             t = (self.offset - origin @ self.n) / (rays @ self.n)
         return np.where(t > 1e-4, t, FAR)
 
-    def normal(self, points):
+    def normal(self, points: np.ndarray) -> np.ndarray:
         return np.broadcast_to(self.n, points.shape)
 
 
 class Sphere:
-    def __init__(self, centre, radius: float):
+    def __init__(self, centre: Vector, radius: float):
         self.centre, self.radius = np.array(centre, np.float32), np.float32(radius)
 
-    def hit(self, origin, rays):
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         o = origin - self.centre
         return smallest_root((rays * rays).sum(-1), (rays * o).sum(-1), (o * o).sum(-1) - self.radius**2)
 
-    def normal(self, points):
+    def normal(self, points: np.ndarray) -> np.ndarray:
         return (points - self.centre) / self.radius
 
 
 class Box:
     """Half sizes along its own axes, turned by `angle` about the vertical."""
 
-    def __init__(self, centre, half, angle: float):
+    def __init__(self, centre: Vector, half: Vector, angle: float):
         self.centre, self.half = np.array(centre, np.float32), np.array(half, np.float32)
         cos, sin = math.cos(angle), math.sin(angle)
         self.axes = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)  # rows: the box's axes in the world
 
-    def hit(self, origin, rays):
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         o, d = (origin - self.centre) @ self.axes.T, rays @ self.axes.T
         with np.errstate(divide="ignore", invalid="ignore"):
             one, two = (-self.half - o) / d, (self.half - o) / d
         enter, leave = np.minimum(one, two).max(-1), np.maximum(one, two).min(-1)
         return np.where((enter <= leave) & (enter > 1e-4), enter, FAR)
 
-    def normal(self, points):
+    def normal(self, points: np.ndarray) -> np.ndarray:
         local = (points - self.centre) @ self.axes.T / self.half
         face = np.abs(local).argmax(-1)
         sign = np.sign(np.take_along_axis(local, face[:, None], -1))
@@ -241,14 +256,14 @@ class Box:
 class Cylinder:
     """Upright, closed on top; `base` is the centre of its bottom."""
 
-    def __init__(self, base, radius: float, height: float):
+    def __init__(self, base: Vector, radius: float, height: float):
         self.base, self.radius, self.height = np.array(base, np.float32), np.float32(radius), np.float32(height)
 
-    def hit(self, origin, rays):
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         o = origin - self.base
         ox, oz, dx, dz = o[..., 0], o[..., 2], rays[..., 0], rays[..., 2]
 
-        def on_side(t):
+        def on_side(t: np.ndarray) -> np.ndarray:
             y = o[..., 1] + t * rays[..., 1]
             return (y >= 0) & (y <= self.height)
 
@@ -258,7 +273,7 @@ class Cylinder:
             on_top = (t > 1e-4) & ((ox + t * dx) ** 2 + (oz + t * dz) ** 2 <= self.radius**2)
         return np.minimum(side, np.where(on_top, t, FAR))
 
-    def normal(self, points):
+    def normal(self, points: np.ndarray) -> np.ndarray:
         local = points - self.base
         out = local * np.array([1, 0, 1], np.float32) / self.radius
         out[local[:, 1] > self.height * 0.9999] = (0, 1, 0)
@@ -268,17 +283,17 @@ class Cylinder:
 class Cone:
     """Upright, apex on top; `base` is the centre of its bottom."""
 
-    def __init__(self, base, radius: float, height: float):
+    def __init__(self, base: Vector, radius: float, height: float):
         self.base, self.radius, self.height = np.array(base, np.float32), np.float32(radius), np.float32(height)
         self.slope = self.radius / self.height
 
-    def hit(self, origin, rays):
+    def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         o = origin - self.base
         ox, oz, dx, dz = o[..., 0], o[..., 2], rays[..., 0], rays[..., 2]
         k = self.slope**2
         down, dy = self.height - o[..., 1], rays[..., 1]  # x^2 + z^2 = k (height - y)^2
 
-        def below_apex(t):
+        def below_apex(t: np.ndarray) -> np.ndarray:
             y = o[..., 1] + t * dy
             return (y >= 0) & (y <= self.height)
 
@@ -286,7 +301,7 @@ class Cone:
             dx * dx + dz * dz - k * dy * dy, dx * ox + dz * oz + k * down * dy, ox * ox + oz * oz - k * down * down, below_apex
         )
 
-    def normal(self, points):
+    def normal(self, points: np.ndarray) -> np.ndarray:
         local = points - self.base
         out = np.stack([local[:, 0], self.slope**2 * (self.height - local[:, 1]), local[:, 2]], -1)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)

@@ -17,6 +17,7 @@ from train.show import Labels
 from train.tasks.base import Task
 
 if TYPE_CHECKING:
+    from train.data import ImageDataset
     from train.schema import ModelConfig
 
 
@@ -94,7 +95,7 @@ class Classification(Task):
                 built.set_distilled_training(True)
         return built
 
-    def check(self, dataset: Any) -> None:
+    def check(self, dataset: ImageDataset) -> None:
         if "label" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no labels; it provides {', '.join(dataset.provides)}")
         if dataset.classes is not None and len(dataset.classes) != self.num_classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from train.losses import DEPTH_LOSSES
 from train.metrics import DepthMetric, crop_rows_columns
 from train.show import DepthMaps
 from train.tasks.dense import DenseTask, Losses, resized
+
+if TYPE_CHECKING:
+    from train.data import ImageDataset
 
 
 class Depth(DenseTask):
@@ -66,7 +69,7 @@ class Depth(DenseTask):
         self.protocol: dict[str, Any] = {"crop": crop, "align": align, "average": average, "clamp": clamp}
         self.metric()  # raises now for settings that contradict each other
 
-    def check(self, dataset: Any) -> None:
+    def check(self, dataset: ImageDataset) -> None:
         if "depth" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no depth; it provides {', '.join(dataset.provides)}")
         spec = dataset.depth

@@ -17,6 +17,7 @@ from train.tasks.depth import Depth
 from train.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
+    from train.data import ImageDataset
     from train.schema import ModelConfig
 
 PARTS: dict[str, type[DenseTask]] = {"segmentation": Segmentation, "depth": Depth}
@@ -59,7 +60,7 @@ class MultiTask(Task):
             chosen[name] = (head, part.out_channels, args) if head else (model.head, part.out_channels, args or model.head_args)
         return one_map(heads.MultiPredictor(model.backbone, chosen, **backbone_arguments(model)), "multitask")
 
-    def check(self, dataset: Any) -> None:
+    def check(self, dataset: ImageDataset) -> None:
         for part in self.parts.values():
             part.check(dataset)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from train.losses import SEGMENTATION_LOSSES, cross_entropy_divisor, valid_pixel
 from train.metrics import SegmentationMetric
 from train.show import Masks
 from train.tasks.dense import DenseTask, Losses, resized
+
+if TYPE_CHECKING:
+    from train.data import ImageDataset
 
 
 class Segmentation(DenseTask):
@@ -45,7 +48,7 @@ class Segmentation(DenseTask):
         counts = {"cross_entropy": cross_entropy_divisor, None: valid_pixels}
         self.terms = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared, counts)
 
-    def check(self, dataset: Any) -> None:
+    def check(self, dataset: ImageDataset) -> None:
         if "mask" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no masks; it provides {', '.join(dataset.provides)}")
         if dataset.classes is not None and len(dataset.classes) != self.num_classes:
