@@ -9,6 +9,7 @@ from backbones import (  # noqa: F401
     fcaformer,
     flatten,
     hvt,
+    irpe,
     lit,
     litv2,
     nat,

@@ -57,6 +57,9 @@ def test_names_are_the_papers():
         "lt_wo_slice_distill s s_wo_slice s_wo_slice_384 s_wo_slice_512",
         "fan": "tiny_12_p16_224 small_12_p16_224 base_18_p16_224 large_24_p16_224 tiny_8_p4_hybrid small_12_p4_hybrid "
         "base_16_p4_hybrid large_16_p4_hybrid xlarge_16_p4_hybrid",
+        "deit": "tiny_irpe_ctx_product_50_shared_k small_irpe_ctx_product_50_shared_k small_irpe_ctx_product_50_shared_qk "
+        "small_irpe_ctx_product_50_shared_qkv base_irpe_ctx_product_50_shared_k base_irpe_ctx_product_50_shared_qkv "
+        "small_irpe_ctx_euc_20_shared_k small_irpe_ctx_quant_51_shared_k small_irpe_ctx_cross_56_shared_k",
         "tap": "fan_base_16_p4_hybrid",
         "flatten": "swin_t swin_s swin_b swin_b_384 pvt_t pvt_s pvt_m pvt_b pvt_v2_b0 pvt_v2_b1 pvt_v2_b2 pvt_v2_b3 pvt_v2_b4 "
         "pvt_v2_b5 cswin_t cswin_s cswin_b cswin_b_384",

@@ -11,11 +11,13 @@ Shapes: B batch, N tokens, h heads, d channels of a head, P prefix tokens, R buc
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
+from backbones.tracing import leaf
 from backbones.vit import Part, TokenStream, blocks_of, finish, position_bias, project, rotate
 
 METHODS = ("product", "euc", "quant", "cross")
@@ -35,7 +37,8 @@ def buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tu
     """Bucket of every pair (query, key), N N; two tables for "cross", rows and columns. skip: prefix tokens."""
     if torch.compiler.is_compiling():  # tensors of a trace must not stay in the cache
         return _buckets.__wrapped__(method, height, width, skip, ratio)
-    return _buckets(method, height, width, skip, ratio)
+    with torch.inference_mode(False), torch.device("cpu"):  # nor those of a mode or a default device that ends
+        return _buckets(method, height, width, skip, ratio)
 
 
 @functools.lru_cache(maxsize=64)
@@ -90,11 +93,11 @@ class Table(nn.Module):
         """x: queries or keys B h N d -> scores B h N N; with `values`: attention B h N N -> what to add, B h N d."""
         if self.values:
             table = self.lookup_table_weight
-            sums = x.new_zeros(*x.shape[:3], table.shape[1]).scatter_add(3, ids.expand_as(x), x)
+            sums = x.new_zeros(x.shape[0], x.shape[1], x.shape[2], table.shape[1]).scatter_add(3, ids.expand_as(x), x)
             return sums @ table
         if not hasattr(self, "lookup_table_weight"):
             return self.lookup_table_bias[:, ids][None]
-        return (x @ self.lookup_table_weight).gather(3, ids.expand(*x.shape[:2], -1, -1))
+        return (x @ self.lookup_table_weight).gather(3, ids.expand(x.shape[0], x.shape[1], -1, -1))
 
 
 class Cross(nn.Module):
@@ -125,38 +128,55 @@ class RelativeAttention(nn.Module):
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
         attn: Part = self
-        if is_causal:
-            raise ValueError("attention with relative positions takes a mask, not is_causal")
         q, k, v = rotate(attn, *project(attn, x), rope)
-        grid = grid_for(self.grid_source[0], x.shape[1] - self.rpe_skip)
-        ids = [table.to(x.device) for table in buckets(self.rpe[0], *grid, self.rpe_skip, self.rpe[1])]
+        method, ratio = self.rpe
+        height, width = grid_of(self.grid_source[0])
+        tables = tables_for(method, ratio, self.rpe_skip, height, width, x.shape[1] - self.rpe_skip, x)
+        ids = [tables[i] for i in range(2 if method == "cross" else 1)]
         q = q * attn.scale
         scores = q @ k.mT
         if attn.rpe_k is not None:
             scores = scores + attn.rpe_k(q, *ids)
         if attn.rpe_q is not None:
             scores = scores + attn.rpe_q(k * attn.scale, *ids).mT
-        for mask in (position_bias(attn, shared_rel_pos_bias), attn_mask):
-            scores = scores if mask is None else scores + mask
-        attention = attn.attn_drop(scores.softmax(-1))
+        if (bias := position_bias(attn, shared_rel_pos_bias)) is not None:
+            scores = scores + bias
+        attention = attn.attn_drop(masked(scores, attn_mask, is_causal).softmax(-1))
         mixed = attention @ v
         if attn.rpe_v is not None:
             mixed = mixed + attn.rpe_v(attention, *ids)
         return finish(attn, x, mixed)
 
 
-def grid_for(embed: Part, patches: int) -> tuple[int, int]:
+def grid_of(embed: Part) -> tuple[int, int]:
     """Height and width of the grid at hand: that of the last image where sizes change, else the one it was built for."""
-    grid = getattr(embed, "last_grid", None) or tuple(embed.grid_size)
-    if math.prod(grid) != patches:
-        raise ValueError(f"{patches} patches do not lie on a grid of {grid[0]} x {grid[1]}: relative positions are not known")
-    return grid
+    rows, columns = getattr(embed, "last_grid", None) or embed.grid_size
+    return rows, columns
+
+
+@leaf
+def tables_for(method: str, ratio: float, skip: int, height: int, width: int, patches: int, x: Tensor) -> tuple[Tensor, ...]:
+    """The buckets of a grid where `x` is. ValueError if the patches do not lie on it."""
+    if height * width != patches:
+        raise ValueError(f"{patches} patches do not lie on a grid of {height} x {width}: relative positions are not known")
+    return tuple(table.to(x.device) for table in buckets(method, height, width, skip, ratio))
+
+
+@leaf  # a tracer has stand-ins for the mask and for is_causal too
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores B h N N under a mask, additive or True for the pairs that count, or causal: as timm's attention reads them."""
+    bias = resolve_self_attn_mask(scores.shape[-1], scores, mask, is_causal)
+    return scores if bias is None else scores + bias
 
 
 class NotedGrid(nn.Module):
     """A mixin over a patch embedding that notes the grid of the image it has just embedded."""
 
     last_grid: tuple[int, int]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the grid: it belongs to a call, and after a trace it is a stand-in that holds the whole graph."""
+        return {name: value for name, value in vars(self).items() if name != "last_grid"}
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vits import small
 
+import backbones  # noqa: F401
 import heads
 from backbones import edits
 from backbones.analysis.heads import head_importance
@@ -259,6 +260,38 @@ def test_relative_positions_work_at_any_size_and_on_every_kind():
         plain, x = small(vit)
         with torch.no_grad():
             close(edited(copy.deepcopy(plain), "irpe")(x), plain(x), 1e-5)
+
+
+def test_relative_positions_read_masks_as_timm_does():
+    plain, x = small("vit_tiny_patch16_224")
+    model = edited(copy.deepcopy(plain), "irpe")
+    with torch.no_grad():
+        count = plain.forward_features(x).shape[1]
+        pairs = torch.arange(count)[None] % 3 != 1
+        for how in ({"attn_mask": pairs}, {"attn_mask": 0.5 * torch.randn(count, count)}, {"is_causal": True}):
+            expected = plain(x, **how)
+            close(model(x, **how), expected, 1e-5)
+            assert not torch.allclose(expected, plain(x), atol=1e-3)
+
+
+def test_relative_positions_first_seen_in_inference_mode_train_afterwards():
+    model = timm.create_model("deit_tiny_irpe_ctx_product_50_shared_k", depth=1, num_classes=2)
+    x = torch.randn(1, 3, 48, 112)  # a grid that no other test has
+    with torch.inference_mode(), torch.device("meta"):
+        model(x)
+    model(x).sum().backward()
+    assert model.blocks[0].attn.rpe_k.lookup_table_weight.grad.isfinite().all()
+
+
+def test_a_copy_of_a_traced_model_of_relative_positions_holds_no_graph():
+    model = timm.create_model("deit_tiny_irpe_ctx_product_50_shared_k", depth=1, num_classes=2).eval()
+    traced = torch.fx.symbolic_trace(model)
+    other = copy.deepcopy(model)
+    assert not hasattr(other.patch_embed, "last_grid")
+    with torch.no_grad():
+        for size in ((64, 96), (40, 33)):
+            x = torch.randn(2, 3, *size)
+            assert torch.equal(traced(x), model(x)) and torch.equal(other(x), model(x))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import backbones  # noqa: F401
 import weights
 
-FAMILIES = ("nat", "swin", "pit", "cvt", "lit", "litv2", "poolformer", "sparsifiner", "registers")
+FAMILIES = ("nat", "swin", "pit", "cvt", "lit", "litv2", "poolformer", "sparsifiner", "registers", "irpe")
 REBUILT = ("relative_position_index", "attn_mask", "num_batches_tracked", "mask_token")  # made again, or used by nothing
 SWIN_C24 = {"window_size": 8, "num_heads": (4, 8, 16, 32), "img_size": 256}  # published, without a name in the paper
 
@@ -32,6 +32,8 @@ def ours(family: str, variant: str) -> tuple[str, dict]:
         return {"deit": "sparsifiner_deit_s", "lvvit": "sparsifiner_lvvit_s"}[variant.split("_")[1]], {}
     if family == "registers":
         return {"vits14": "vit_small", "vitb14": "vit_base"}[variant.split("_")[1]] + "_patch14_ttreg_dinov2", {}
+    if family == "irpe":
+        return variant.replace("_patch16_224_", "_irpe_"), {}
     return variant, {}
 
 
