@@ -18,7 +18,7 @@ warnings.simplefilter("error")
 import backbones
 print(json.dumps({
     "lost": [name for name in before if not timm.is_model(name) or timm.model_entrypoint(name).__module__ != owner[name]],
-    "added": sorted(set(timm.list_models()) - set(before)),
+    "added": [name for name in timm.list_models() if name not in owner],
     "ours": backbones.list_models(),
     "merged": sorted(groups & {timm.model_entrypoint(name).__module__.split(".")[-1] for name in backbones.list_models()}),
 }))
