@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -515,6 +516,22 @@ def test_every_instruction_set_agrees(capability):
         ATEN_CPU_CAPABILITY=capability,
     )
     assert out.strip().lower() == capability or out.strip() in ("NO AVX", "DEFAULT")
+
+
+def test_every_source_is_in_the_digest(tmp_path, monkeypatch):
+    sources = [tmp_path / path.name for path in cpp_backend.SOURCES]
+    for source, path in zip(sources, cpp_backend.SOURCES, strict=True):
+        source.write_bytes(path.read_bytes())
+    included = {name for source in sources for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)}
+    assert {source.name for source in sources} == included | {cpp_backend.MAIN.name}
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp_backend, "SOURCES", sources)
+    monkeypatch.setattr(cpp_backend, "_compile", lambda path: path.write_bytes(b"library"))
+    libraries = {cpp_backend.library()}
+    for source in sources:
+        source.write_text(source.read_text() + "\n")
+        libraries.add(cpp_backend.library())
+    assert len(libraries) == 1 + len(sources)
 
 
 def test_a_second_process_waits_for_the_first_to_compile(tmp_path, monkeypatch, caplog):

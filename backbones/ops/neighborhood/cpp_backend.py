@@ -1,4 +1,4 @@
-"""Neighbourhood attention on the CPU in C++ (kernels.cpp, tiles.cpp), compiled at first use and kept for every later process.
+"""Neighbourhood attention on the CPU in C++ (kernels.cpp and its headers), compiled at first use and kept for later processes.
 
 Forward and recomputing backward with the bias gradient, float32 and bfloat16 (float32 inside), any strides, no attention map:
 extra memory is two numbers per query, some rows of the map per thread and, for the backward, what the gradients need. The

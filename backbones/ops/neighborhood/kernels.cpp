@@ -1,7 +1,7 @@
 // Neighbourhood attention on the CPU: operators, instruction-set dispatch and the division of the work. The arithmetic
-// is in tiles.cpp.
+// is in tiles.h, on the layout of layout.h, in the registers of simd.h.
 //
-// tiles.cpp is compiled once per instruction set into this one library, and the first call picks by what torch and the
+// These headers are compiled once per instruction set into this one library, and the first call picks by what torch and the
 // processor report, so a cached build is good on another machine.
 
 #include <ATen/Parallel.h>
@@ -54,8 +54,11 @@ constexpr int64_t BAND = 3;
 namespace baseline {
 #define REGISTER_BYTES 16
 constexpr int64_t PARTS = 4;
-#include "tiles.cpp"
+#include "tiles.h"
 #undef REGISTER_BYTES
+#undef NEIGHBORHOOD_SIMD_H
+#undef NEIGHBORHOOD_LAYOUT_H
+#undef NEIGHBORHOOD_TILES_H
 }  // namespace baseline
 
 #if defined(__x86_64__)
@@ -68,8 +71,11 @@ constexpr int64_t PARTS = 4;
 namespace avx2 {
 #define REGISTER_BYTES 32
 constexpr int64_t PARTS = 4;
-#include "tiles.cpp"
+#include "tiles.h"
 #undef REGISTER_BYTES
+#undef NEIGHBORHOOD_SIMD_H
+#undef NEIGHBORHOOD_LAYOUT_H
+#undef NEIGHBORHOOD_TILES_H
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -82,8 +88,11 @@ constexpr int64_t PARTS = 4;
 namespace avx512 {
 #define REGISTER_BYTES 64
 constexpr int64_t PARTS = 8;
-#include "tiles.cpp"
+#include "tiles.h"
 #undef REGISTER_BYTES
+#undef NEIGHBORHOOD_SIMD_H
+#undef NEIGHBORHOOD_LAYOUT_H
+#undef NEIGHBORHOOD_TILES_H
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
