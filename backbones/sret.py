@@ -46,7 +46,7 @@ def seeded_permutation(count: int, seed: int, number: int, device: torch.device)
     x = (torch.arange(count, device=device) * 0x9E3779B1 + (seed * 0x27D4EB2F + number * 0x165667B1 + 1)) & mask
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = ((x ^ (x >> shift)) * factor) & mask
-    return torch.argsort(x ^ (x >> 16), stable=True)
+    return torch.argsort(x ^ (x >> 16))  # no two hashes are equal: each step is a bijection
 
 
 def slices(count: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
