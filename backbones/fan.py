@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, State, init_linear, register_variants
@@ -369,9 +370,23 @@ class FAN(StagedBackbone):
         normed = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return normed, None if tokens is None else self.norm(tokens)
 
-    def feature(self, x: Tensor, tokens: Tensor | None, index: int, norm: bool) -> tuple[Tensor, Tensor]:
-        """The stage's map without a norm, as the authors' dense code returns it."""
-        return super().feature(x, tokens, index, norm=False)
+    @torch.jit.ignore
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of every staged backbone; maps of a hybrid model are cropped to the image where it was padded to 16 pixels."""
+        found = super().forward_intermediates(x, *args, **kwargs)
+        final, maps = (None, found) if isinstance(found, list) else found
+        indices = kwargs.get("indices", args[0] if args else None)
+        take, _ = feature_take_indices(len(self.stages), indices)
+        height, width = x.shape[-2:]
+        info: Any = self.feature_info
+        cut = []
+        for i, entry in zip(take, maps, strict=True):
+            stride = info[i]["reduction"]
+            rows, columns = -(-height // stride), -(-width // stride)
+            pair = isinstance(entry, tuple)
+            own = (entry[0] if pair else entry)[..., :rows, :columns]
+            cut.append((own, entry[1]) if pair else own)
+        return cut if final is None else (final, cut)
 
     def block_places(self) -> list[tuple[int, int]]:
         """(stage, block) of every FAN block, in order."""
