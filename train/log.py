@@ -8,7 +8,6 @@ import csv
 import functools
 import io
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -234,9 +233,13 @@ def read(path: Path) -> dict[str, list[float]]:
 
 
 def memory_mb() -> float:
-    """Largest memory so far: of the GPU if one is used, else of the process."""
+    """Largest memory so far: of the GPU if one is used, else of the process; NaN on a system that does not say."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -1,6 +1,8 @@
 """Named terms from a task's losses to log.csv and TensorBoard, and a task that uses every part of the interface."""
 
 import csv
+import math
+import sys
 
 import pytest
 import tiny
@@ -184,3 +186,10 @@ def test_curves_have_at_most_six_panels_with_terms_by_name_on_one_axis(tmp_path,
     assert list(panels[0].lines[1].get_ydata()) == [8.5, 0.3] and list(panels[5].lines[1].get_ydata()) == [0.5]
     assert len({axis.get_xlim() for axis in panels}) == 1 and panels[0].get_yscale() == "log"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_system_that_does_not_say_how_much_memory_is_used_stops_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert log.memory_mb() > 0
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert math.isnan(log.memory_mb())
