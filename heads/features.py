@@ -4,18 +4,17 @@ timm 1.0.26 and newer give every architecture `forward_intermediates`, which set
 timm says only in part is which image sizes a model takes: where it refuses one, that is measured once, on the meta device.
 """
 
-import copy
 import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .positions import follow
+from .sizes import as_pair, create_backbone, measured_size, meta_image, native_size, on_meta, stated_size
 
 
 class FeatureBackbone(nn.Module):
@@ -108,7 +107,7 @@ class FeatureBackbone(nn.Module):
         self._in_chans, self._built_size = in_chans, built_size
         self._measured = False
         self._taken: set[tuple[int, ...]] = set()
-        self.multiple, self.fixed_size = self._stated_size()
+        self.multiple, self.fixed_size = stated_size(model)
         if self.taps:
             self._describe_taps()
 
@@ -194,7 +193,7 @@ class FeatureBackbone(nn.Module):
 
     def _describe_taps(self) -> None:
         """channels and strides of tapped modules, which timm does not describe."""
-        size = self.fixed_size or self._native_size() or (16 * self.multiple, 16 * self.multiple)
+        size = self.fixed_size or self._built_size or native_size(self.model) or (16 * self.multiple, 16 * self.multiple)
         maps = [m if isinstance(m, Tensor) else m[0] for m in self._on_meta(*size)]
         self.channels = [m.shape[1] for m in maps]
         self.strides = [round(size[0] / m.shape[2]) for m in maps]
@@ -210,32 +209,10 @@ class FeatureBackbone(nn.Module):
         x = x.mT.unflatten(2, (height, -1))
         return (x, prefix) if self.prefix_tokens else x
 
-    def _stated_size(self) -> tuple[int, tuple[int, int] | None]:
-        """(multiple, fixed size) as timm's patch embedding states them, else (1, None)."""
-        embed: Any = getattr(self.model, "patch_embed", None)
-        strict = getattr(embed, "strict_img_size", None)
-        if strict and as_pair(getattr(embed, "img_size", None)):
-            return 1, as_pair(embed.img_size)
-        return (1 if strict is None else max(as_pair(embed.patch_size) or (1,))), None
-
-    def _native_size(self) -> tuple[int, int] | None:
-        """(H, W) the model was built for, or was trained at."""
-        config = getattr(self.model, "pretrained_cfg", None) or {}
-        return self._built_size or as_pair(config.get("input_size", ())[1:])
-
     def _measure_sizes(self) -> tuple[int, tuple[int, int] | None]:
-        """(multiple, fixed size): the smallest multiple of pixels the model takes, or the one size it is bound to.
-
-        Runs the model's own code on meta tensors (no arithmetic) at sizes far from the model's own that are multiples of the
-        candidate and of nothing larger. A model that cannot run there at its own size is taken to need its largest stride.
-        """
+        """(multiple, fixed size) of the model, measured."""
         largest = max(entry["reduction"] for entry in feature_entries(self.model))
-        native = self._native_size()
-        height, width = native or (224, 224)
-        for multiple in sorted({1, 4, 8, 16, *(largest << i for i in range(4))}):
-            if self._takes(multiple * (3 * height // (4 * multiple) * 2 + 1), multiple * (width // multiple * 2 + 1)):
-                return multiple, None
-        return (1, native) if native is not None and self._takes(*native) else (largest, None)
+        return measured_size(self._takes, largest, self._built_size or native_size(self.model))
 
     def _takes(self, height: int, width: int) -> bool:
         try:
@@ -249,87 +226,6 @@ class FeatureBackbone(nn.Module):
         with torch.no_grad():
             copied: Any = on_meta(self)
             return copied._intermediates(meta_image(self.model, self._in_chans, height, width))
-
-
-def on_meta(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose tensors have shapes only; the module itself is not touched."""
-    tensors = [*module.parameters(), *module.buffers()]
-    shapes = [t.detach().to("meta") for t in tensors]
-    memo = {id(t): nn.Parameter(s, False) if isinstance(t, nn.Parameter) else s for t, s in zip(tensors, shapes, strict=True)}
-    return copy.deepcopy(module, memo).eval()  # deepcopy takes what it finds in memo instead of copying weights
-
-
-def meta_image(model: nn.Module, in_chans: int, height: int, width: int) -> Tensor:
-    return torch.empty(1, in_chans, height, width, device="meta", dtype=next((p.dtype for p in model.parameters()), None))
-
-
-def create_backbone(
-    name: str, pretrained: bool, in_chans: int, img_size: int | Sequence[int] | None, args: dict
-) -> tuple[nn.Module, tuple[int, int] | None]:
-    """timm.create_model with run-time image sizes switched on where the architecture has them; and the size it was built for.
-
-    ValueError with the nearest names if timm does not know the name.
-    """
-    architecture = name.split(".")[0]
-    if ":" not in name and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
-        raise ValueError(f"unknown backbone {name!r}: {hint} (the zoo's own models need `import backbones`)")
-    size = as_pair(img_size)
-    shared = {"pretrained": pretrained, "in_chans": in_chans}
-    if size is not None:
-        try:
-            model = _create(name, {**args, "img_size": size}, shared)
-            if runs_at(model, in_chans, size):
-                return model, size
-            reason = "it builds, but does not run"
-        except TypeError as error:
-            if "'img_size'" not in str(error):
-                raise
-            return _create(name, args, shared), None  # the architecture has no size to state
-        except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error)
-        # an architecture that does not do this size may still hold it inside its own, or inside a square
-        model = _create(name, args, shared)
-        native = as_pair((model.pretrained_cfg or {}).get("input_size", ())[1:])
-        if native is not None and size[0] <= native[0] and size[1] <= native[1]:
-            return model, native
-        square = (max(size), max(size))
-        if square != size:
-            return create_backbone(name, pretrained, in_chans, square, args)
-        raise ValueError(f"{name} cannot be built for images of {size[0]} x {size[1]}: {reason}")
-    return _create(name, args, shared), None
-
-
-def runs_at(model: nn.Module, in_chans: int, size: tuple[int, int]) -> bool:
-    """Whether the model's features run at the size it was built for (some constructors take sizes that their code does not)."""
-    if getattr(model, "dynamic_img_size", False) or getattr(model, "dynamic_img_pad", False):
-        return True
-    try:
-        with torch.no_grad():
-            on_meta(model)(meta_image(model, in_chans, *size))
-    except Exception:  # whatever a foreign model raises at a size it cannot take
-        return False
-    return True
-
-
-def _create(name: str, args: dict, shared: dict) -> Any:
-    """The model with run-time image sizes, by whichever name its architecture has for them."""
-    for option in ({"dynamic_img_size": True}, {"strict_img_size": False}):
-        try:
-            return timm.create_model(name, **shared, **{**option, **args})
-        except TypeError as error:
-            # an architecture without this option says so before it builds anything
-            if f"'{next(iter(option))}'" not in str(error):
-                raise
-    return timm.create_model(name, **shared, **args)
-
-
-def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """(H, W) of an image size that may be one number; None for none."""
-    if size is None or isinstance(size, int):
-        return None if size is None else (size, size)
-    return (int(size[0]), int(size[1])) if len(size) == 2 else None
 
 
 def feature_entries(model: Any) -> list[dict]:

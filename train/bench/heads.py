@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from heads import HEADS, FeatureBackbone, Head
-from heads.features import on_meta
+from heads.sizes import on_meta
 from train.bench.clock import in_own_process, measure, one_thread, peak_resident, shown, training_step
 
 CLASSES = 150
