@@ -146,6 +146,3 @@ def spelled(kind: Any) -> str:
     if kind is type(None):
         return "null"
     return kind.__name__ if isinstance(kind, type) and not parts else str(kind)
-
-
-known, hint, arguments = require_known, nearest, checked_arguments

@@ -336,12 +336,15 @@ class Samples(Protocol):
 
 
 class Seeded(Dataset[dict[str, Any]]):
-    """A data set whose augmentation depends on (seed, epoch, index) alone, not on workers, processes or what ran before.
+    """A data set whose augmentation depends on (seed, draw, index) alone, not on workers, processes or what ran before.
 
-    dataset: without a transform of its own; transform: of `build_transform`; then: called on the transformed sample, and draws
-    from the same generators. An index may also be a pair (index, draw): then
-    draw takes the place of the epoch, which gives an endless or a repeating sampler the same guarantee. The epoch lives in
-    shared memory, so `set_epoch` reaches loader processes that are already running.
+    It is indexed by pairs (index, draw), as train.loader makes them; an index alone has draw 0.
+
+    Args:
+        dataset: has no transform of its own.
+        transform: of `build_transform`.
+        seed: of the run.
+        then: called on the transformed sample; it draws from the same generators.
     """
 
     def __init__(
@@ -352,16 +355,12 @@ class Seeded(Dataset[dict[str, Any]]):
         then: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.dataset, self.transform, self.seed, self.then = dataset, transform, seed, then
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        index, draw = index if isinstance(index, tuple) else (index, int(self._epoch))
+        index, draw = index if isinstance(index, tuple) else (index, 0)
         sample = self.dataset[index]
         with seeded(self.seed, draw, index):
             sample = self.transform(sample)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import heads
-from train.checks import arguments, hint, known
+from train.checks import checked_arguments, nearest, require_known
 from train.show import Show
 from train.tasks.base import Task
 
@@ -111,15 +111,15 @@ class Losses:
         counts: Mapping[str | None, Callable[..., Tensor]],
     ):
         if not chosen:
-            raise ValueError(f"task.losses is empty: {hint('', table)}")
+            raise ValueError(f"task.losses is empty: {nearest('', table)}")
         self.terms: dict[str, Term] = {}
         for name, values in chosen.items():
-            known("task.losses", name, table)
+            require_known("task.losses", name, table)
             values = dict(values or {})
             factor = float(values.pop("factor", 1.0))
             takes = inspect.signature(table[name]).parameters
             skip = [*list(takes)[:2], "mask", *shared]
-            own = arguments(table[name], values, f"task.losses.{name}", skip=skip)
+            own = checked_arguments(table[name], values, f"task.losses.{name}", skip=skip)
             own |= {key: value for key, value in shared.items() if key in takes}
             count = counts.get(name, counts[None])
             counted = {key: value for key, value in own.items() if key in inspect.signature(count).parameters}

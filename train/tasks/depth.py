@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heads.depth import DepthRule
-from train.checks import arguments
+from train.checks import checked_arguments
 from train.data.files import Unreadable
 from train.depth import DepthSpec
 from train.losses import DEPTH_LOSSES
@@ -60,7 +60,7 @@ class Depth(DenseTask):
         self.spec = DepthSpec(min_depth=min_depth, max_depth=max_depth, metric=metric, inverse=inverse)
         self.show = DepthMaps(self.spec)
         values = {"min_depth": min_depth if metric else 0.0, "max_depth": max_depth, **(rule_args or {})}
-        self.rule = DepthRule(**arguments(DepthRule, {"name": rule, **values}, "task.rule_args"))
+        self.rule = DepthRule(**checked_arguments(DepthRule, {"name": rule, **values}, "task.rule_args"))
         self.out_channels = self.rule.channels
         self.over, self.aux_weight = over, aux_weight
         count = images_with_readings if over == "image" else readings

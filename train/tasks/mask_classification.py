@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import heads
 from heads.kmax import KMax
-from train.checks import arguments
+from train.checks import checked_arguments
 from train.matching import Draw, Masks, PanopticLosses, PointLosses, seeded
 from train.tasks.dense import backbone_arguments
 from train.tasks.segmentation import Segmentation
@@ -71,14 +71,14 @@ class MaskClassification(Segmentation):
         defaults: Mapping[str, float]
         if isinstance(head, KMax):
             self.panoptic, defaults = (
-                PanopticLosses(**arguments(PanopticLosses, self.given_losses, "task.losses")),
+                PanopticLosses(**checked_arguments(PanopticLosses, self.given_losses, "task.losses")),
                 PANOPTIC_WEIGHTS,
             )
             if not head.semantic:
                 defaults = {name: weight for name, weight in defaults.items() if name != "semantic"}
         else:
             defaults = POINT_WEIGHTS
-            self.points = PointLosses(**arguments(PointLosses, self.given_losses, "task.losses"))
+            self.points = PointLosses(**checked_arguments(PointLosses, self.given_losses, "task.losses"))
         unknown = [name for name in self.given_weights if name not in defaults]
         if unknown:
             raise ValueError(f"task.weights: {model.head} has no term {unknown[0]!r}; it has {', '.join(defaults)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 import heads
-from train.checks import arguments, known
+from train.checks import checked_arguments, require_known
 from train.metrics import Metric
 from train.show import Several
 from train.tasks.base import Task
@@ -40,11 +40,11 @@ class MultiTask(Task):
         self.weights: dict[str, float] = {}
         self.heads: dict[str, tuple[str | None, dict[str, Any]]] = {}
         for name, values in parts.items():
-            known("task.parts", name, PARTS)
+            require_known("task.parts", name, PARTS)
             values = dict(values or {})
             self.weights[name] = float(values.pop("loss_weight", 1.0))
             self.heads[name] = values.pop("head", None), values.pop("head_args", {})
-            self.parts[name] = PARTS[name](**arguments(PARTS[name], values, f"task.parts.{name}"))
+            self.parts[name] = PARTS[name](**checked_arguments(PARTS[name], values, f"task.parts.{name}"))
         self.average = {name: part.average for name, part in self.parts.items()}
         self.show = Several({name: part.show for name, part in self.parts.items()})
         first = next(iter(self.parts))
