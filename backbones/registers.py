@@ -52,7 +52,8 @@ class RegisterViT(OpenNames, VisionTransformer):
 
     register_neurons: layer -> neurons, None for none; num_registers: tokens added at test time; register_scale,
     register_rule, register_patches: see add_test_time_registers; interpolate_antialias, interpolate_offset: of the positions,
-    as DINOv2 names them (models with trained registers: True, 0). Other arguments are timm's VisionTransformer's.
+    as DINOv2 names them (models with trained registers: True, 0). Other arguments are timm's VisionTransformer's;
+    dynamic_img_size=False binds the model to img_size.
     """
 
     family = "registers"
@@ -86,7 +87,9 @@ class RegisterViT(OpenNames, VisionTransformer):
         """A position embedding of patches, 1 (h w) C, for another grid."""
         return dino_positions(table, old, new, self.antialias, self.offset)
 
-    def _pos_embed(self, x: Tensor) -> Tensor:  # B h w C -> B P+hw C
+    def _pos_embed(self, x: Tensor) -> Tensor:  # B h w C (one image size: B hw C) -> B P+hw C
+        if not self.dynamic_img_size:
+            return super()._pos_embed(x)
         grid, table = (x.shape[1], x.shape[2]), self.pos_embed
         assert table is not None
         x = x.flatten(1, 2) + dino_positions(table, self.patch_embed.grid_size, grid, self.antialias, self.offset)

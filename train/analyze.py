@@ -55,7 +55,11 @@ class Subject:
 
 
 def open_subject(
-    source: str, size: Sequence[int] | None = None, checkpoint: str | None = None, untrained: bool = False
+    source: str,
+    size: Sequence[int] | None = None,
+    checkpoint: str | None = None,
+    untrained: bool = False,
+    which: str | None = None,
 ) -> Subject:
     """A run folder's model, or a model by name with its released weights. ValueError with the nearest name for neither.
 
@@ -64,7 +68,10 @@ def open_subject(
         size: height and width of the images; None: the run's or the model's own.
         checkpoint: file of weights for a model by name.
         untrained: leave a model by name with random weights.
+        which: of several weights in that file, as for weights.load_checkpoint.
     """
+    if which and not checkpoint:
+        raise ValueError(f"--which {which} chooses among the weights of a file: name it with --checkpoint, or leave it out")
     if Path(source).is_dir():
         if checkpoint or untrained:
             raise ValueError(f"{source} is a run folder and has weights of its own; leave out --checkpoint and --untrained")
@@ -78,7 +85,7 @@ def open_subject(
     options: dict[str, Any] = {} if size is None else {"img_size": tuple(size)}
     model = timm.create_model(source, pretrained=released, **options).eval()
     if checkpoint:
-        weights.load_checkpoint(model, checkpoint)
+        weights.load_checkpoint(model, checkpoint, which=which)
     about: Any = model.pretrained_cfg
     height, width = size or about["input_size"][1:]
     return Subject(source, model, (height, width), tuple(about["mean"]), tuple(about["std"]))
@@ -131,6 +138,7 @@ def analyze(
     checkpoint: str | None = None,
     untrained: bool = False,
     batch: int = 8,
+    which: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Result]:
     """Run analyses on one or several ViTs, write `out`/analysis.json and a PNG for each analysis, and return the results.
@@ -147,6 +155,7 @@ def analyze(
         checkpoint: weights for the model, where there is one and it is given by name.
         untrained: leave models by name with random weights.
         batch: images at a time.
+        which: of several weights in `checkpoint`, as for weights.load_checkpoint.
         say: is told what happens, a line at a time.
     """
     for name in what:
@@ -163,7 +172,7 @@ def analyze(
     found: dict[str, dict[str, Any]] = {}
     sample: list[Panel] = []
     for source in sources:
-        subject = open_subject(source, size, checkpoint, untrained)
+        subject = open_subject(source, size, checkpoint, untrained, which)
         vit_of(subject.model)
         tensors = subject.images(files)
         found[subject.name] = {name: ANALYSES[name](subject, tensors, files, batch) for name in what}
@@ -212,6 +221,7 @@ def explain_images(
     size: Sequence[int] | None = None,
     checkpoint: str | None = None,
     untrained: bool = False,
+    which: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Show where a ViT finds a class, or what a pixel of a dense prediction comes from; returns what `out`/explain.json holds.
@@ -229,13 +239,14 @@ def explain_images(
         size: height and width of the images.
         checkpoint: weights for a model by name.
         untrained: leave a model by name with random weights.
+        which: of several weights in `checkpoint`, as for weights.load_checkpoint.
         say: is told what happens, a line at a time.
     """
     target = Path(out)
     if (target / "explain.json").exists():
         raise FileExistsError(f"{target / 'explain.json'} exists; choose another --out or remove it")
     files = [file for one in images for file in find_images(Path(one), say)]
-    subject = open_subject(source, size, checkpoint, untrained)
+    subject = open_subject(source, size, checkpoint, untrained, which)
     vit, dense = vit_of(subject.model), hasattr(subject.model, "backbone")
     if dense != (pixel is not None):
         how = "predicts maps: say which pixel, --pixel ROW COLUMN" if dense else "predicts no maps: leave out --pixel"

@@ -37,19 +37,22 @@ class Collected:
         self.sentences: list[str] = []
 
     @contextlib.contextmanager
-    def check(self) -> Iterator[None]:
-        """Keeps a ValueError that is raised inside."""
+    def check(self, reword: Callable[[str], str] = str) -> Iterator[None]:
+        """Keeps a ValueError that is raised inside; `reword` changes each of its sentences."""
         try:
             yield
-        except Mistakes as error:
-            self.sentences += error.sentences
         except ValueError as error:
-            self.sentences.append(str(error))
+            self.sentences += map(reword, sentences_of(error))
 
     def done(self) -> None:
         """Raises Mistakes if there were any."""
         if self.sentences:
             raise Mistakes(list(dict.fromkeys(self.sentences)))
+
+
+def sentences_of(error: ValueError) -> list[str]:
+    """The mistakes that an error names, one or several."""
+    return error.sentences if isinstance(error, Mistakes) else [str(error)]
 
 
 def require_known(where: str, name: Any, names: Iterable[str]) -> None:

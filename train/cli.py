@@ -131,6 +131,7 @@ def build_parser() -> Parser:
     sub.add_argument("source", help="checkpoint in any known format")
     sub.add_argument("destination", help=".safetensors file to write")
     sub.add_argument("--naming", choices=("native", "official"), default="native")
+    sub.add_argument("--which", help="of several weights in the file: a part of their place, e.g. student or model_ema")
     sub.add_argument("--args", default="{}", help="further arguments of the model as YAML, e.g. '{img_size: 384}'")
 
     sub = command("export", export, "Write a model as ONNX or torch.export, and compare.")
@@ -175,6 +176,7 @@ def analysis_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", required=True, help="folder for the JSON file and the pictures")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
     sub.add_argument("--checkpoint", help="weights for a model by name; default: its released ones")
+    sub.add_argument("--which", help="of several weights in that file: a part of their place, e.g. student or model_ema")
     sub.add_argument("--untrained", action="store_true", help="random weights for a model by name")
 
 
@@ -302,7 +304,7 @@ def convert(args: argparse.Namespace) -> None:
     if not isinstance(model_args, dict):
         raise ValueError(f"--args must be a YAML mapping, got {args.args!r}")
     require_model("", args.model)
-    print(weights.convert_file(args.model, args.source, args.destination, args.naming, **model_args))
+    print(weights.convert_file(args.model, args.source, args.destination, args.naming, args.which, **model_args))
 
 
 def export(args: argparse.Namespace) -> None:
@@ -332,13 +334,13 @@ def analyze(args: argparse.Namespace) -> None:
     from train.analyze import DEFAULT, analyze
 
     sources, what = [args.model, *args.beside], args.what or DEFAULT
-    analyze(sources, args.images, args.out, what, args.size, args.checkpoint, args.untrained, args.batch)
+    analyze(sources, args.images, args.out, what, args.size, args.checkpoint, args.untrained, args.batch, args.which)
 
 
 def explain(args: argparse.Namespace) -> None:
     from train.analyze import explain_images
 
-    options = (args.wanted, args.pixel, args.start, args.size, args.checkpoint, args.untrained)
+    options = (args.wanted, args.pixel, args.start, args.size, args.checkpoint, args.untrained, args.which)
     explain_images(args.model, args.images, args.out, *options)
 
 

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from backbones.arguments import check_arguments
 from backbones.edits import EDITS
 from heads import HEADS
 from train.checks import Collected, checked_arguments, nearest, require_known
@@ -28,7 +29,7 @@ from train.reading import parse, set_key
 from train.recipes import read
 from train.rules import check_applies, check_ranges
 from train.sample import is_dense
-from train.schema import SECTIONS, Config, InferConfig
+from train.schema import SECTIONS, Config, InferConfig, ModelConfig
 from train.tasks import TASKS, Task
 from train.transforms import check_augment, check_eval_resize
 
@@ -120,6 +121,8 @@ def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> 
     _fill_in(config)
     dense = is_dense(task.targets("train"))
     with found.check():
+        _check_backbone_args(config.model)
+    with found.check():
         check_section(config.data, config.model.in_chans)
     with found.check():
         check_augment(config.augment, dense, config.data.size, config.data.mean or (), config.data.std or ())
@@ -150,6 +153,14 @@ def _fill_in(config: Config) -> None:
                 "per channel, or to a list of one"
             )
         setattr(data, name, channels * model.in_chans if len(channels) == 1 else channels)
+
+
+def _check_backbone_args(model: ModelConfig) -> None:
+    """Raises ValueError for arguments that no model of the zoo can be built with; timm's own models have other rules."""
+    name = model.backbone.partition(".")[0]
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith("backbones."):
+        zeros = ("depths", "heads", "num_heads")  # of a stage without, in a few families; the others refuse them when built
+        check_arguments("model.backbone_args", model.backbone_args, zeros)
 
 
 def _check_infer(config: Config, task: Task) -> None:

@@ -56,7 +56,7 @@ RANGES: dict[str, Range] = {
     "model.backbone_args.attn_drop_rate": BELOW_ONE,
     "model.backbone_args.embed_dim": POSITIVE,
     "model.backbone_args.kernel_size": POSITIVE,
-    "model.backbone_args.depths": POSITIVE,
+    "model.backbone_args.depths": NOT_NEGATIVE,  # a 0 stands for a stage without, in a few families
     "model.backbone_args.num_heads": POSITIVE,
     "data.size": SIDE,
     "data.workers": Range("be 0 to 1024 processes", 0, 1024),
@@ -215,6 +215,7 @@ DEPTH = Applies(
 APPLIES: dict[str, Applies] = {
     "model.head": HEAD,
     "model.head_args": HEAD,
+    "model.checkpoint_which": Applies("with model.checkpoint", lambda config, dense: config.model.checkpoint is not None),
     "model.aux_head": _dense(OWN_CLASSIFIER),
     "model.aux_args": _dense(OWN_CLASSIFIER),
     "model.out_indices": _dense(OWN_CLASSIFIER),

@@ -16,6 +16,8 @@ class ModelConfig:
         backbone: any timm model name; ours are listed by `zoo list`.
         pretrained: load the backbone's released weights.
         checkpoint: file or run folder whose weights are loaded after building (whole model if it fits, else the backbone).
+        checkpoint_which: which of several weights in that file, by a part of their place (student, model_ema, ...); null = an
+            average of the weights, or a teacher, before raw weights.
         edits: changes to the backbone once it has these weights, in order: a name of backbones.edits.EDITS and its arguments,
             e.g. [{name: test_time_registers, neurons: {9: [12]}}].
         backbone_args: arguments of the backbone, e.g. {drop_path_rate: 0.2}.
@@ -32,6 +34,7 @@ class ModelConfig:
     backbone: str = "nat_mini"
     pretrained: bool = False
     checkpoint: str | None = None
+    checkpoint_which: str | None = None
     edits: list[dict[str, Any]] = field(default_factory=list)
     backbone_args: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"

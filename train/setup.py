@@ -84,7 +84,7 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
     """
     net = task.build(config.model)
     if config.model.checkpoint is not None:
-        say(str(load_weights(net, config.model.checkpoint)))
+        say(str(load_weights(net, config.model.checkpoint, which=config.model.checkpoint_which)))
     net = backbones.edits.apply(net, config.model.edits)
     if config.model.freeze_backbone:
         optim.freeze_backbone(net)
@@ -95,10 +95,10 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
 
 
-def load_weights(net: nn.Module, source: str, strict: bool = False) -> weights.load.Report:
+def load_weights(net: nn.Module, source: str, strict: bool = False, which: str | None = None) -> weights.load.Report:
     """Loads a file, or the result of a run folder, into the whole model if it is one of ours, else into its backbone.
 
-    strict: as for weights.load_checkpoint. Raises FileNotFoundError, or ValueError for weights that do not fit.
+    strict, which: as for weights.load_checkpoint. Raises FileNotFoundError, or ValueError for weights that do not fit.
     """
     path = Path(source)
-    return weights.load_checkpoint(net, path / "model.safetensors" if path.is_dir() else path, strict)
+    return weights.load_checkpoint(net, path / "model.safetensors" if path.is_dir() else path, strict, which)

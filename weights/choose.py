@@ -37,17 +37,20 @@ def choose(content: dict, model: nn.Module, which: str | None = None) -> Choice:
     """The mapping of tensors in `content` that has most of the model's names, after a prefix that all of them carry.
 
     Of several that fit equally an average of the weights or a teacher (ema, averaged, swa, teacher in the name) comes first,
-    then the first in the file. which: take only what has this text in its place, such as "student" or "model_ema". Raises
-    ValueError if the file holds no named tensors, or none in such a place.
+    then the first in the file. which: take only what has this text in its place, such as "student"; a place that is this text
+    excludes others, so that "model" does not also stand for "model_ema". Raises ValueError if the file holds no named tensors,
+    or none in such a place.
     """
     found = dict(mappings(content))
     if not found:
         raise ValueError(nothing(content))
     wanted = model.state_dict().keys()
+    exact = which is not None and any(which in (path, place(path, p)) for path, state in found.items() for p in prefixes(state))
     tried: list[tuple[tuple, str, str]] = []
     for order, (path, state) in enumerate(found.items()):
         for prefix in prefixes(state):
-            if which is not None and which not in place(path, prefix):
+            here = place(path, prefix)
+            if which is not None and (which not in (path, here) if exact else which not in here):
                 continue
             names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             averaged = bool(AVERAGED & set(re.split(r"[._]", path + "." + prefix)))

@@ -477,6 +477,16 @@ def test_positions_are_resized_once_or_at_run_time_with_the_same_result():
         assert model.pos_embed.shape[1] == 8 and torch.equal(model(x), at_run_time)
 
 
+def test_without_dynamic_img_size_the_model_keeps_its_size():
+    bound, free = small(register_neurons={0: [1]}, dynamic_img_size=False), small(register_neurons={0: [1]})
+    bound.load_state_dict(free.state_dict())
+    with torch.no_grad():
+        x = torch.randn(1, 3, 42, 42)
+        torch.testing.assert_close(bound(x), free(x))
+        with pytest.raises(AssertionError, match="height"):
+            bound(torch.randn(1, 3, 56, 28))
+
+
 def test_indices_made_on_the_meta_device_are_filled_in_later():
     with torch.device("meta"):
         model = RegisterViT(**TINY, register_neurons={1: [3, 5]})

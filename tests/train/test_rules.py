@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from train import config
+from train.checks import Mistakes
 from train.rules import APPLIES, RANGES
 from train.schema import SECTIONS
 from train.tasks import TASKS
@@ -143,6 +144,18 @@ def test_nonsense_is_named_before_anything_is_built(key, value, message):
     with pytest.raises(ValueError, match=message) as error:
         config.load("quickstart", [f"--{key}={value}"])
     assert key in str(error.value) or key == "infer.scales"
+
+
+@pytest.mark.parametrize("key, value", [("kernel_size", "4"), ("depths", "[1, two]"), ("mlp_ratio", "-1"), ("stride", "0")])
+def test_backbone_arguments_that_make_no_model_of_ours_are_named_before_anything_is_built(key, value):
+    with pytest.raises(ValueError, match=f"model.backbone_args: {key} must be") as error:
+        config.load("quickstart", [f"--model.backbone_args.{key}={value}"])
+    assert not isinstance(error.value, Mistakes) or len(error.value.sentences) == 1
+
+
+def test_other_models_and_stages_without_blocks_keep_their_arguments():
+    for backbone, args in [("convmixer_768_32", "{kernel_size: 4}"), ("fan_tiny_8_p4_hybrid", "{depths: [3, 0]}")]:
+        config.load("quickstart", [f"--model.backbone={backbone}", f"--model.backbone_args={args}"])
 
 
 def test_a_window_or_stride_that_leaves_pixels_out_is_found_before_training():

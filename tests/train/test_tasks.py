@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from train import config
+from train.checks import Mistakes
 from train.data import DATASETS
 from train.metrics import Metric
 from train.show import Names
@@ -170,7 +171,7 @@ def test_a_batch_without_valid_targets_has_no_loss_and_no_gradient():
         (
             {"name": "multitask", "parts": {"depth": {"max_depth": 9.0, "min_depth": 0.5}, "segmentation": {"num_classes": 2}}},
             "scenes",
-            "set task.num_classes=6",
+            r"set task\.parts\.segmentation\.num_classes=6",
         ),
     ],
 )
@@ -178,6 +179,30 @@ def test_data_that_do_not_fit_are_refused(arguments, dataset, message):
     data = DATASETS[dataset](split="val", targets=())
     with pytest.raises(ValueError, match=message):
         make(arguments).check(data)
+
+
+def test_all_that_does_not_fit_the_data_is_said_at_once():
+    parts = {"segmentation": {"num_classes": 2, "ignore_index": 0}, "depth": {"max_depth": 80.0}}
+    with pytest.raises(Mistakes) as refused:
+        make({"name": "multitask", "parts": parts}).check(DATASETS["scenes"](split="val", targets=()))
+    classes, void, depth = refused.value.sentences
+    assert "set task.parts.segmentation.num_classes=6" in classes and "set task.parts.segmentation.ignore_index=255" in void
+    assert "set task.parts.depth.min_depth and task.parts.depth.max_depth inside that range" in depth
+
+
+def test_mistakes_of_all_parts_and_losses_are_said_at_once():
+    parts = {
+        "segmentation": {"num_classes": 1, "head": "fnc", "losses": {"dice": {"smoth": 1}, "lovas": {}}},
+        "depth": {"max_depth": "far", "head": "fcn", "head_args": {"widht": 3}},
+    }
+    with pytest.raises(Mistakes) as refused:
+        make({"name": "multitask", "parts": parts})
+    for text in ("head: unknown name", "num_classes must be", "losses.dice: unknown key", "losses: unknown name"):
+        found = [sentence for sentence in refused.value.sentences if sentence.startswith(f"task.parts.segmentation.{text}")]
+        assert len(found) == 1, text
+    assert [sentence for sentence in refused.value.sentences if sentence.startswith("task.parts.depth.head_args: unknown key")]
+    assert "task.parts.depth.max_depth: 'far' is not float" in refused.value.sentences
+    assert len(refused.value.sentences) == 6
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import golden
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 
 import backbones  # noqa: F401
 import weights
 from heads import DensePredictor, MultiPredictor
+from train import cli
 
 SMALL = {"embed_dim": 32, "depths": (1, 1, 1, 1)}
 
@@ -150,3 +152,17 @@ def test_of_several_that_fit_the_average_is_taken_and_an_argument_chooses():
     assert weights.load_checkpoint(model, flat).choice == "ema.*"
     with pytest.raises(ValueError, match="no weights in a place with 'generator' in it; the file has 'student', 'teacher'"):
         weights.load_checkpoint(model, content, which="generator")
+
+
+def test_convert_takes_the_weights_that_which_names(tmp_path, capsys):
+    first, second = (timm.create_model("nat_mini", **SMALL).state_dict() for _ in range(2))
+    torch.save({"model": first, "model_ema": second}, file := tmp_path / "both.pth")
+    args = "{embed_dim: 32, depths: [1, 1, 1, 1]}"
+    for which, expected in ((None, second), ("model_ema", second), ("model", first)):
+        written = tmp_path / f"{which}.safetensors"
+        flags = [] if which is None else ["--which", which]
+        assert cli.main(["convert", "nat_mini", str(file), str(written), "--args", args, *flags]) == 0
+        assert torch.equal(load_file(written)["patch_embed.proj.0.weight"], expected["patch_embed.proj.0.weight"]), which
+        assert ("which=" in capsys.readouterr().out) == (which is None)
+    assert cli.main(["convert", "nat_mini", str(file), str(tmp_path / "x.safetensors"), "--which", "swa"]) == 2
+    assert "no weights in a place with 'swa' in it; the file has 'model', 'model_ema'" in capsys.readouterr().err

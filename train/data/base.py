@@ -78,7 +78,8 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
             raise ValueError(f"split must be 'train' or 'val', got {split!r}")
         missing = [target for target in targets if target not in self.provides]
         if missing:
-            raise ValueError(f"{type(self).__name__} has no target {missing[0]!r}; it provides {', '.join(self.provides)}")
+            lacks = " and no ".join(f"target {target!r}" for target in missing)
+            raise ValueError(f"{type(self).__name__} has no {lacks}; it provides {', '.join(self.provides)}")
         self.split, self.targets, self.transform = split, tuple(targets), transform
 
     @classmethod

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from train.checks import sentences_of
 from train.data import open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.examine import Finding, compare, examine, lossy_sentence, named
@@ -152,7 +153,9 @@ def run(
             try:
                 task.check(dataset)
             except ValueError as error:
-                findings.append(Finding("error", dataset.split, f"does not fit the task: {error}"))
+                findings += [
+                    Finding("error", dataset.split, f"does not fit the task: {sentence}") for sentence in sentences_of(error)
+                ]
     findings.sort(key=lambda finding: ("error", "warning", "note").index(finding.level))
     lines = [line for dataset, one in zip(datasets, facts, strict=True) for line in describe(dataset, one)]
     verdict = "nothing speaks against training" if not findings else f"{len(findings)} finding{'s' * (len(findings) > 1)}"

@@ -11,6 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 import weights
+from train.checks import Collected
 from train.loader import partners
 from train.metrics import ClassificationMetric
 from train.show import Labels
@@ -57,12 +58,14 @@ class Classification(Task):
         distillation_weight: float = 0.5,
         temperature: float = 3.0,
     ):
+        found = Collected()
         if num_classes < 2:
-            raise ValueError(f"task.num_classes must be at least 2, got {num_classes}")
+            found.sentences.append(f"task.num_classes must be at least 2, got {num_classes}")
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"task.label_smoothing must lie in [0, 1), got {label_smoothing}")
+            found.sentences.append(f"task.label_smoothing must lie in [0, 1), got {label_smoothing}")
         if not 0 <= distillation_weight <= 1:
-            raise ValueError(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
+            found.sentences.append(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
+        found.done()
         self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
         self.term = "binary_cross_entropy" if binary else "cross_entropy"
         self.mix: Any = None  # timm's Mixup

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import heads
-from train.checks import checked_arguments, nearest, require_known
+from train.checks import Collected, checked_arguments, nearest, require_known
 from train.show import Show
 from train.tasks.base import Task
 
@@ -113,17 +113,33 @@ class Losses:
         if not chosen:
             raise ValueError(f"task.losses is empty: {nearest('', table)}")
         self.terms: dict[str, Term] = {}
+        found = Collected()
         for name, values in chosen.items():
-            require_known("task.losses", name, table)
-            values = dict(values or {})
-            factor = float(values.pop("factor", 1.0))
-            takes = inspect.signature(table[name]).parameters
-            skip = [*list(takes)[:2], "mask", *shared]
-            own = checked_arguments(table[name], values, f"task.losses.{name}", skip=skip)
-            own |= {key: value for key, value in shared.items() if key in takes}
-            count = counts.get(name, counts[None])
-            counted = {key: value for key, value in own.items() if key in inspect.signature(count).parameters}
-            self.terms[name] = Term(factor, functools.partial(table[name], **own), functools.partial(count, **counted))
+            with found.check():
+                self.terms[name] = self._term(name, values, table, shared, counts.get(name, counts[None]))
+        found.done()
+
+    @staticmethod
+    def _term(
+        name: str,
+        values: Mapping[str, Any] | None,
+        table: Mapping[str, Callable[..., Tensor]],
+        shared: Mapping[str, Any],
+        count: Callable[..., Tensor],
+    ) -> Term:
+        require_known("task.losses", name, table)
+        where = f"task.losses.{name}"
+        if not isinstance(values or {}, Mapping):
+            raise ValueError(f"{where}: expected its arguments, got {values!r}")
+        values = dict(values or {})
+        factor = values.pop("factor", 1.0)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise ValueError(f"{where}.factor: {factor!r} is no number")
+        takes = inspect.signature(table[name]).parameters
+        own = checked_arguments(table[name], values, where, skip=[*list(takes)[:2], "mask", *shared])
+        own |= {key: value for key, value in shared.items() if key in takes}
+        counted = {key: value for key, value in own.items() if key in inspect.signature(count).parameters}
+        return Term(float(factor), functools.partial(table[name], **own), functools.partial(count, **counted))
 
     def __call__(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Each loss times its factor."""

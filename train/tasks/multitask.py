@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import heads
-from train.checks import checked_arguments, require_known
+from train.checks import Collected, checked_arguments, require_known
 from train.metrics import Metric
 from train.show import Several
 from train.tasks.base import Task
@@ -21,6 +23,35 @@ if TYPE_CHECKING:
     from train.schema import ModelConfig
 
 PARTS: dict[str, type[DenseTask]] = {"segmentation": Segmentation, "depth": Depth}
+
+
+@dataclass
+class Part:
+    """What a part has beside the arguments of its task.
+
+    Attributes:
+        loss_weight: factor on its loss.
+        head: a name of heads.HEADS; null = model.head.
+        head_args: arguments of the head class; none = those of model.head_args.
+    """
+
+    loss_weight: float = 1.0
+    head: str | None = None
+    head_args: dict[str, Any] = field(default_factory=dict)
+
+
+OWN = tuple(key.name for key in fields(Part))
+
+
+def checked_part(values: dict[str, Any], where: str) -> Part:
+    """The part's own keys. Raises ValueError for other types, an unknown head or arguments that the head does not take."""
+    part = Part(**checked_arguments(Part, values, where))
+    if part.head is not None:
+        require_known(f"{where}.head", part.head, heads.HEADS)
+        skip = ("channels", "out_channels")
+        checked = checked_arguments(heads.HEADS[part.head], part.head_args, f"{where}.head_args", skip=skip)
+        part.head_args = {key: checked[key] for key in part.head_args}  # defaults are left to the head
+    return part
 
 
 class MultiTask(Task):
@@ -37,14 +68,17 @@ class MultiTask(Task):
         if not parts:
             raise ValueError("task.parts is empty: name at least one of segmentation and depth")
         self.parts: dict[str, DenseTask] = {}
-        self.weights: dict[str, float] = {}
-        self.heads: dict[str, tuple[str | None, dict[str, Any]]] = {}
+        self.own: dict[str, Part] = {}
+        found = Collected()
         for name, values in parts.items():
-            require_known("task.parts", name, PARTS)
-            values = dict(values or {})
-            self.weights[name] = float(values.pop("loss_weight", 1.0))
-            self.heads[name] = values.pop("head", None), values.pop("head_args", {})
-            self.parts[name] = PARTS[name](**checked_arguments(PARTS[name], values, f"task.parts.{name}"))
+            with found.check(of_part(name)):
+                require_known("task.parts", name, PARTS)
+                where, values = f"task.parts.{name}", values or {}
+                rest = {key: value for key, value in values.items() if key not in OWN}
+                with found.check():
+                    self.own[name] = checked_part({key: value for key, value in values.items() if key in OWN}, where)
+                self.parts[name] = PARTS[name](**checked_arguments(PARTS[name], rest, where))
+        found.done()
         self.average = {name: part.average for name, part in self.parts.items()}
         self.show = Several({name: part.show for name, part in self.parts.items()})
         first = next(iter(self.parts))
@@ -56,13 +90,16 @@ class MultiTask(Task):
             raise ValueError("model.aux_head: multitask has no auxiliary head; set it to null")
         chosen = {}
         for name, part in self.parts.items():
-            head, args = self.heads[name]
+            head, args = self.own[name].head, self.own[name].head_args
             chosen[name] = (head, part.out_channels, args) if head else (model.head, part.out_channels, args or model.head_args)
         return one_map(heads.MultiPredictor(model.backbone, chosen, **backbone_arguments(model)), "multitask")
 
     def check(self, dataset: ImageDataset) -> None:
-        for part in self.parts.values():
-            part.check(dataset)
+        found = Collected()
+        for name, part in self.parts.items():
+            with found.check(of_part(name)):
+                part.check(dataset)
+        found.done()
 
     def targets(self, split: str) -> tuple[str, ...]:
         return tuple(target for part in self.parts.values() for target in part.targets(split))
@@ -70,7 +107,8 @@ class MultiTask(Task):
     def losses(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of all parts as PART_TERM, times the part's loss_weight."""
         found = {name: part.losses(outputs[name], batch) for name, part in self.parts.items()}
-        return {f"{name}_{term}": self.weights[name] * loss for name, terms in found.items() for term, loss in terms.items()}
+        factors = {name: own.loss_weight for name, own in self.own.items()}
+        return {f"{name}_{term}": factors[name] * loss for name, terms in found.items() for term, loss in terms.items()}
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         found = {name: part.counts(batch) for name, part in self.parts.items()}
@@ -85,6 +123,11 @@ class MultiTask(Task):
 
     def measure(self, metric: Any, output: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Any]:
         return {name: part.measure(metric.metrics[name], output[name], batch) for name, part in self.parts.items()}
+
+
+def of_part(name: str) -> Callable[[str], str]:
+    """What turns a sentence about a task's keys into one about the keys of this part."""
+    return lambda sentence: re.sub(r"\btask\.(?!parts\.)", f"task.parts.{name}.", sentence)
 
 
 class Together(Metric):

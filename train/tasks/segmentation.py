@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from train.checks import Collected
 from train.losses import SEGMENTATION_LOSSES, cross_entropy_divisor, valid_pixels
 from train.metrics import SegmentationMetric
 from train.show import Masks
@@ -37,24 +38,29 @@ class Segmentation(DenseTask):
         aux_weight: float = 0.4,
         class_weights: list[float] | None = None,
     ):
+        found = Collected()
         if num_classes < 2:
-            raise ValueError(f"task.num_classes must be at least 2, got {num_classes}")
+            found.sentences.append(f"task.num_classes must be at least 2, got {num_classes}")
         if class_weights is not None and len(class_weights) != num_classes:
-            raise ValueError(f"task.class_weights has {len(class_weights)} values for {num_classes} classes")
+            found.sentences.append(f"task.class_weights has {len(class_weights)} values for {num_classes} classes")
         self.out_channels = self.num_classes = num_classes
         self.ignore_index, self.aux_weight, self.class_weights = ignore_index, aux_weight, class_weights
         self.show = Masks(num_classes, ignore_index)
         shared = {"ignore_index": ignore_index, "class_weight": class_weights}
         counts = {"cross_entropy": cross_entropy_divisor, None: valid_pixels}
-        self.terms = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared, counts)
+        with found.check():
+            self.terms = Losses(losses or {"cross_entropy": {}}, SEGMENTATION_LOSSES, shared, counts)
+        found.done()
 
     def check(self, dataset: ImageDataset) -> None:
         if "mask" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no masks; it provides {', '.join(dataset.provides)}")
-        if dataset.classes is not None and len(dataset.classes) != self.num_classes:
-            raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
-        if dataset.ignore_index != self.ignore_index:
-            raise ValueError(f"the data mark void with {dataset.ignore_index}, set task.ignore_index={dataset.ignore_index}")
+        found, classes, void = Collected(), dataset.classes, dataset.ignore_index
+        if classes is not None and len(classes) != self.num_classes:
+            found.sentences.append(f"the data have {len(classes)} classes, set task.num_classes={len(classes)}")
+        if void != self.ignore_index:
+            found.sentences.append(f"the data mark void with {void}, set task.ignore_index={void}")
+        found.done()
 
     def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.terms(output, batch["mask"])
