@@ -12,6 +12,7 @@ from backbones import (  # noqa: F401
     irpe,
     lit,
     litv2,
+    monodepth,
     nat,
     pit,
     poolformer,

@@ -56,11 +56,12 @@ KINDS = [
     "fan_tiny_12_p16_224",
     "sret_t",
     "fcaformer_l1",
+    "lite_mono_tiny",
     "vit_small_patch14_ttreg_dinov2",
     "deit_small_irpe_ctx_product_50_shared_qkv",
 ]
 # Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
-DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s", "stvit_base"]
+DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s", "stvit_base", "lite_mono_tiny"]
 QUICK = ["swin_t", "lit_s", "poolformer_s12_gn"]  # exported to ONNX in the gate, the others in the slow tests
 
 

@@ -60,6 +60,7 @@ def test_names_are_the_papers():
         "deit": "tiny_irpe_ctx_product_50_shared_k small_irpe_ctx_product_50_shared_k small_irpe_ctx_product_50_shared_qk "
         "small_irpe_ctx_product_50_shared_qkv base_irpe_ctx_product_50_shared_k base_irpe_ctx_product_50_shared_qkv "
         "small_irpe_ctx_euc_20_shared_k small_irpe_ctx_quant_51_shared_k small_irpe_ctx_cross_56_shared_k",
+        "lite": "mono_tiny mono_tiny_1024 mono_small mono_small_1024 mono_base mono_base_1024 mono_8m",
         "tap": "fan_base_16_p4_hybrid",
         "flatten": "swin_t swin_s swin_b swin_b_384 pvt_t pvt_s pvt_m pvt_b pvt_v2_b0 pvt_v2_b1 pvt_v2_b2 pvt_v2_b3 pvt_v2_b4 "
         "pvt_v2_b5 cswin_t cswin_s cswin_b cswin_b_384",

@@ -25,6 +25,7 @@ NARROW = {  # backbone file -> arguments that make its models narrow; depths sta
     "fan": {"embed_dim": 16, "num_heads": 2},
     "stvit": {"dims": [16, 16, 32, 32], "heads": [1, 1, 2, 2], "projection": 32},
     "sparsifiner": {"embed_dim": 32, "heads": 2},
+    "monodepth": {"dims": [16, 16, 32]},
     "vision_transformer": {"embed_dim": 32, "num_heads": 2},
     "eva": {"embed_dim": 32, "num_heads": 2},
 }

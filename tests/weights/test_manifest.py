@@ -34,7 +34,7 @@ def test_every_checkpoint_belongs_to_a_model():
 @pytest.mark.parametrize("entry", [*ENTRIES.values(), *manifest.files()], ids=lambda entry: f"{entry['name']}.{entry['tag']}")
 def test_a_checkpoint_states_where_it_is_and_under_which_terms(entry):
     assert ("url" in entry) != ("by_hand" in entry)
-    assert entry["license"] in ("mit", "apache-2.0", "nvidia-source-code-nc", "none stated")
+    assert entry["license"] in ("mit", "apache-2.0", "nvidia-source-code-nc", "non-commercial (monodepth2)", "none stated")
     assert re.fullmatch(r"github\.com/[\w.-]+/[\w.-]+ @ [0-9a-f]{7,}", entry["source"])
     assert re.fullmatch(r"\d{4}\.\d{5}", entry["paper"])
     if "url" in entry:
@@ -50,7 +50,7 @@ def test_a_checkpoint_states_its_score_and_preprocessing(name):
     entry = ENTRIES[name]
     if entry.get("num_classes", 1000) == 1000:
         assert 69 < entry["published"]["top1"] < 90
-    assert entry["input_size"][0] == 3 and entry["interpolation"] == "bicubic" and 0.8 < entry["crop_pct"] <= 1
+    assert entry["input_size"][0] == 3 and entry["interpolation"] in ("bicubic", "lanczos") and 0.8 < entry["crop_pct"] <= 1
 
 
 @pytest.mark.parametrize("name", ENTRIES)
