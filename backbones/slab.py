@@ -78,6 +78,8 @@ class PRepBN(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), RepBN(dim)
         for name, value in (("warm", warm), ("iter", steps), ("total_step", steps)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.int64))
+        # A buffer that is filled in place: torch.fx would leave a proxy of any new value in the module.
+        self.register_buffer("share", torch.ones(()), persistent=False)
         self.driven, self.warming = False, False
 
     @torch.no_grad()
@@ -87,7 +89,7 @@ class PRepBN(nn.Module):
         if self.warming:
             self.warm -= 1
             return
-        self.share = self.iter.to(self.norm1.weight.dtype) / self.total_step
+        self.share.copy_(self.iter / self.total_step)
         self.iter.sub_(1).clamp_(min=0)
 
     def forward(self, x: Tensor) -> Tensor:  # ... C -> ... C

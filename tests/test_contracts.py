@@ -516,6 +516,13 @@ def traces_plainly(model: nn.Module) -> None:
     ends = [train_nodes[0], train_nodes[-1]], [nodes[0], nodes[-1]]
     extractor = create_feature_extractor(model, train_return_nodes=ends[0], eval_return_nodes=ends[1]).eval()
     assert len(nodes) > 20  # the layers, not one node for all of them
+    left = [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, value in {**vars(module), **module._buffers}.items()
+        if isinstance(value, torch.fx.Proxy)
+    ]
+    assert not left  # neither a copy nor a cast of the model would work
     with torch.no_grad():
         for image in (images(), images(2, 96, 64)):
             out = model(image)
