@@ -1,5 +1,6 @@
-"""Constructor arguments that no model can be built with, refused before anything is built."""
+"""Constructor arguments that no model can be built with, and the names nearest to a wrong one."""
 
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -45,6 +46,13 @@ def check_arguments(name: str, arguments: Mapping[str, Any], zeros: Iterable[str
             rule = POSITIVE if isinstance(value, Real) else POSITIVES
         if rule is not None and value is not None and not rule[0](value):
             raise ValueError(f"{name}: {key} must be {rule[1]}, got {value!r}")
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, or all of them."""
+    names = sorted(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"
 
 
 def _whole(value: Any) -> bool:

@@ -13,15 +13,15 @@ batch open and fixes the image size, on which the tiles of the attention depend;
 Shapes: B batch, H W map height and width, C channels, h heads, d = C // h.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, to_2tuple
 from torch import Tensor, nn
 
+from backbones.arguments import nearest
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias, sdpa
 from backbones.ops.neighborhood import neighborhood_attention
@@ -353,7 +353,7 @@ class ViTRPB(Isotropic):
 
 def patch_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches of an image, counting the ones that its padding completes."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = to_2tuple(img_size)
     return -(-height // patch_size), -(-width // patch_size)
 
 
@@ -363,8 +363,7 @@ def block_dilations(dilations: Sequence[Sequence[int]] | str | None, depths: Seq
         dilations = [(1,)] * len(depths)
     if isinstance(dilations, str):
         if dilations not in DENSE_DILATIONS:
-            near = difflib.get_close_matches(dilations, DENSE_DILATIONS, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown dilations {dilations!r}; did you mean {near!r}? Known: {', '.join(DENSE_DILATIONS)}")
+            raise ValueError(f"unknown dilations {dilations!r}; {nearest(dilations, DENSE_DILATIONS)}")
         dilations = DENSE_DILATIONS[dilations]
     if len(dilations) != len(depths):
         raise ValueError(f"dilations must have one entry for each of the {len(depths)} stages, got {dilations}")

@@ -4,7 +4,6 @@ timm 1.0.26 and newer give every architecture `forward_intermediates`, which set
 timm says only in part is which image sizes a model takes: where it refuses one, that is measured once, on the meta device.
 """
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plugins import nearest
 from .positions import follow
 from .sizes import as_pair, create_backbone, measured_size, meta_image, native_size, on_meta, stated_size
 
@@ -99,8 +99,7 @@ class FeatureBackbone(nn.Module):
         modules = dict(model.named_modules())
         for tap in self.taps:
             if tap not in modules:
-                near = difflib.get_close_matches(tap, modules, n=1)
-                raise ValueError(f"{self.name} has no module {tap!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+                raise ValueError(f"{self.name} has no module {tap!r}: {nearest(tap, modules)}")
         self.prefix_tokens = False
         if prefix_tokens:
             self.return_prefix_tokens()

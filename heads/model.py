@@ -1,6 +1,5 @@
 """A backbone under a head: images in, B K H W out, at the size of the images."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .base import Head, Maps, Output
 from .blocks import Pyramid, resize
 from .features import FeatureBackbone
+from .plugins import nearest
 from .table import HEADS
 
 
@@ -32,9 +32,7 @@ def build_head(
     """
     if isinstance(head, str):
         if head not in HEADS:
-            near = difflib.get_close_matches(head, HEADS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the heads are {', '.join(sorted(HEADS))}"
-            raise ValueError(f"unknown head {head!r}: {hint}")
+            raise ValueError(f"unknown head {head!r}: {nearest(head, HEADS)}")
         name, cls = head, HEADS[head]
     elif isinstance(head, type) and issubclass(head, Head):
         name, cls = head.__name__, head
@@ -44,9 +42,7 @@ def build_head(
     valid = [p for p in inspect.signature(cls).parameters if p not in ("channels", "out_channels")]
     for key in args:
         if key not in valid:
-            near = difflib.get_close_matches(key, valid, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(valid)}"
-            raise TypeError(f"head {name!r} has no argument {key!r}: {hint}")
+            raise TypeError(f"head {name!r} has no argument {key!r}: {nearest(key, valid)}")
     if cls.takes_one_scale:
         args.setdefault("one_scale", backbone.one_scale)
     if cls.takes_prefix_counts:

@@ -1,12 +1,24 @@
-"""Names that other installed packages add: an entry point of theirs is a row in one of our tables."""
+"""Tables of names: rows that other installed packages add by entry points, and the nearest name to a wrong one."""
 
+import difflib
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 Kind = TypeVar("Kind")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, or all of a short list."""
+    names = sorted(names)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return (
+        f"valid: {', '.join(names) or 'none'}" if len(names) <= 30 else f"there are {len(names)}, e.g. {', '.join(names[:3])}"
+    )
 
 
 @cache

@@ -5,13 +5,14 @@ tried on the meta device, where a model runs without arithmetic.
 """
 
 import copy
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+
+from .plugins import nearest
 
 
 def as_pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -80,8 +81,7 @@ def create_backbone(
     """
     architecture = name.split(".")[0]
     if ":" not in name and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        hint = nearest(architecture, timm.list_models())
         raise ValueError(f"unknown backbone {name!r}: {hint} (the zoo's own models need `import backbones`)")
     size = as_pair(img_size)
     shared = {"pretrained": pretrained, "in_chans": in_chans}

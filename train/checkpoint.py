@@ -6,7 +6,6 @@ The folder is written under another name, every file fsynced, and renamed, so a 
 the disk failed; the digests tell. The last two are kept.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from weights.read import digest
 
 KEEP = 2
 # What reading a damaged file raises: safetensors, torch's zip reader and its restricted unpickler each have their own.
@@ -95,19 +96,6 @@ def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], s
     for old in steps(folder)[:-KEEP]:
         shutil.rmtree(old)
     return target
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    sha = hashlib.sha256()
-    while block := file.read(1 << 20):
-        sha.update(block)
-    return sha.hexdigest()
 
 
 def steps(folder: Path) -> list[Path]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.checkpoint import digest
 from train.data.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, PixelRules, read_image
 from train.data.finding import hidden, walk
 from train.evaluation import inference, open_run
 from train.loader import collate
 from train.show import Names, Show, to_rgb
 from train.transforms import build_transform
+from weights.read import digest
 
 
 @dataclass

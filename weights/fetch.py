@@ -1,6 +1,5 @@
 """Where a published checkpoint lies on this machine; downloads it and checks its hash when it must."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 
 from weights import manifest
 from weights.choose import mappings
-from weights.read import open_checkpoint
+from weights.read import digest, open_checkpoint
 
 HEAD = r"(^|\.)head\.bias$"  # the classifier's bias in the authors' files
 GENERIC = {"model.safetensors", "pytorch_model.bin"}  # names that every model on a hub shares
@@ -83,12 +82,8 @@ def check_hash(path: Path, expected: str | None, advice: str) -> None:
     """ValueError, ending in `advice`, if the file's sha256 is not `expected`; nothing is checked if that is None."""
     if expected is None:
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ValueError(f"{path} is not the published file: its sha256 is {digest.hexdigest()}, not {expected}; {advice}")
+    if (found := digest(path)) != expected:
+        raise ValueError(f"{path} is not the published file: its sha256 is {found}, not {expected}; {advice}")
 
 
 def overlay(name: str, pretrained_cfg=None, pretrained_cfg_overlay: dict | None = None, cache_dir=None) -> dict:

@@ -1,6 +1,7 @@
 """Open a weights file without running anything in it, and say what it is where it is no weights file."""
 
 import contextlib
+import hashlib
 import pickle
 import re
 import zipfile
@@ -42,6 +43,15 @@ REFUSED |= {
     "tempfile",
     "io",
 }
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 class Settings:

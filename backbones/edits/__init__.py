@@ -8,13 +8,13 @@ with a ValueError that names what is missing. Edits are applied in the order of 
 weights: many of them rename or reshape parameters, so a checkpoint of the plain model no longer fits afterwards.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from backbones.arguments import nearest
 from backbones.edits.depth import drop_blocks, expand_depth, repeat_blocks
 from backbones.edits.initialisation import mimetic_init, sub_ln
 from backbones.edits.merging import token_merging
@@ -54,14 +54,14 @@ def apply(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> nn.Module:
     steps = []
     for i, entry in enumerate(edits):
         if "name" not in entry:
-            raise ValueError(f"edit {i} has no name; {_nearest('', EDITS)}")
+            raise ValueError(f"edit {i} has no name; {nearest('', EDITS)}")
         name, args = entry["name"], {key: value for key, value in entry.items() if key != "name"}
         if name not in EDITS:
-            raise ValueError(f"unknown edit {name!r}: {_nearest(name, EDITS)}")
+            raise ValueError(f"unknown edit {name!r}: {nearest(name, EDITS)}")
         valid = [key for key in inspect.signature(EDITS[name]).parameters if key != "model"]
         for key in args:
             if key not in valid:
-                raise ValueError(f"edit {name!r} has no argument {key!r}: {_nearest(key, valid)}")
+                raise ValueError(f"edit {name!r} has no argument {key!r}: {nearest(key, valid)}")
         steps.append((name, args))
     return _edited(model, steps)
 
@@ -78,10 +78,3 @@ def _edited(model: nn.Module, steps: Sequence[tuple[str, dict[str, Any]]]) -> nn
     for name, args in steps:
         model = EDITS[name](model, **args)
     return model
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid name, or all of them."""
-    names = sorted(names)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(names)}"

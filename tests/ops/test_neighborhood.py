@@ -358,7 +358,7 @@ def test_a_map_smaller_than_the_window_is_refused_with_what_to_do():
             r"bias must be \[heads, 2 kh - 1, 2 kw - 1\] = \(2, 5, 5\), got \(2, 3, 3\)",
         ),
         ({"bias": torch.zeros(2, 5, 5, dtype=torch.int64)}, TypeError, "bias must be floating point"),
-        ({"backend": "tield"}, ValueError, "unknown neighbourhood attention backend 'tield'. Did you mean 'tiled'"),
+        ({"backend": "tield"}, ValueError, "unknown neighbourhood attention backend 'tield'; did you mean 'tiled'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, error, message):
@@ -577,7 +577,7 @@ def test_using_chooses_for_calls_that_name_no_backend():
         thread.join()
         assert seen == [automatic]  # another thread is not concerned
     assert neighborhood.choose(call) == automatic
-    with pytest.raises(ValueError, match="did you mean 'reference'|Did you mean 'reference'"), neighborhood.using("referense"):
+    with pytest.raises(ValueError, match="did you mean 'reference'"), neighborhood.using("referense"):
         pass
     with neighborhood.using("triton"), pytest.raises(ValueError, match="'triton' cannot run this call"):
         neighborhood.neighborhood_attention(q, k, v, 3)

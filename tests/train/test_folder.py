@@ -17,6 +17,7 @@ from train import checkpoint, config, engine, log, results
 from train import folder as run_folder
 from train.checks import RunError
 from train.tasks.segmentation import Segmentation
+from weights.read import digest
 
 SHORT = {"optim": {"steps": 2, "warmup_steps": 0}, "run": {"save_every": 1, "eval_every": 1}}
 
@@ -158,7 +159,7 @@ def payload(path):
     """A state.pt that asks to run code, with the digest that belongs to it."""
     torch.save({"progress": Payload()}, path / "state.pt")
     about = json.loads((path / "checkpoint.json").read_text())
-    size, sha256 = (path / "state.pt").stat().st_size, checkpoint.digest(path / "state.pt")
+    size, sha256 = (path / "state.pt").stat().st_size, digest(path / "state.pt")
     about["files"]["state.pt"] = {"bytes": size, "sha256": sha256}
     (path / "checkpoint.json").write_text(json.dumps(about))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backbones.ops import neighborhood
 from train.bench.clock import in_own_process, measure, one_thread, peak_resident, shown, training_step
+from train.inference import pair
 
 OpCase = tuple[int, int | tuple[int, int], int, int]
 # batch, map side, heads, dilation; kernel 7 and head dim 32 as in every released NAT
@@ -50,7 +51,7 @@ def bench_ops(
     left = torch.randn(1024, 1024, device=device, dtype=dtype)
     rows = []
     for batch, side, heads, dilation in cases:
-        height, width = (side, side) if isinstance(side, int) else side
+        height, width = pair(side)
         packed = torch.randn(batch, height, width, 3, heads, dim, device=device, dtype=dtype)
         qkv = [part.requires_grad_() for part in packed.unbind(3)]
         bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device=device, requires_grad=True)

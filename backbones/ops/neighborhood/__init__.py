@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import difflib
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from backbones.arguments import nearest
 
 from . import cpp_backend, natten_backend, reference, tiled, triton_backend
 
@@ -189,9 +190,7 @@ def choose(call: Call, backend: str | None = None) -> str:
 
 def _known(backend: str) -> None:
     if backend not in BACKENDS:
-        near = difflib.get_close_matches(str(backend), BACKENDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown neighbourhood attention backend {backend!r}.{hint} Known: {', '.join(BACKENDS)}.")
+        raise ValueError(f"unknown neighbourhood attention backend {backend!r}; {nearest(backend, BACKENDS)}")
 
 
 def check(

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from weights.read import digest
+
 if TYPE_CHECKING:
     from . import Call
 
@@ -81,19 +83,19 @@ def _load() -> str | None:
 
 def library() -> Path:
     """Path of the compiled library, compiled if no process has done so yet. Raises what the compiler or linker raises."""
-    digest = hashlib.sha256(repr([*FLAGS, torch.__version__, platform.machine()]).encode())
+    version = hashlib.sha256(repr([*FLAGS, torch.__version__, platform.machine()]).encode())
     for source in SOURCES:
-        digest.update(source.read_bytes())
+        version.update(source.read_bytes())
     # torch's own default; its function for it lives in a module that looks for CUDA, and warns, when it is imported
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
-    path = root / f"backbones_neighborhood_{digest.hexdigest()[:16]}.so"
+    path = root / f"backbones_neighborhood_{version.hexdigest()[:16]}.so"
     if not _intact(path):
         root.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
             if not _intact(path):
                 _compile(path)
-                _mark(path).write_text(hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8")
+                _mark(path).write_text(digest(path), encoding="utf-8")
     return path
 
 
@@ -102,7 +104,7 @@ def _intact(path: Path) -> bool:
     if not path.is_file():
         return False
     mark = _mark(path)
-    return not mark.is_file() or mark.read_text(encoding="utf-8") == hashlib.sha256(path.read_bytes()).hexdigest()
+    return not mark.is_file() or mark.read_text(encoding="utf-8") == digest(path)
 
 
 def _mark(path: Path) -> Path:
