@@ -7,7 +7,7 @@ Shapes: B batch, N tokens of the image (prefix tokens first, then patches row-ma
 token, distillation token, registers), C channels, h heads, d channels of a head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -181,6 +181,7 @@ class Tokens:
         group: B N, the token that now holds each token of the image; None while all are there.
         leader: B T, the token of the image whose position a token keeps; None while all are there.
         size: B T float32, how many tokens of the image each holds; None while all are there.
+        aside: what a stream's own steps need of the images besides.
     """
 
     x: Tensor
@@ -190,6 +191,7 @@ class Tokens:
     group: Tensor | None = None
     leader: Tensor | None = None
     size: Tensor | None = None
+    aside: Any = None
 
     def full(self) -> Tensor:
         """B N C: every token of the image gets the token that holds it."""
@@ -239,30 +241,38 @@ def run_block(model: Part, index: int, tokens: Tokens) -> Tokens:
     return replace(tokens, x=model.blocks[index](tokens.x, **given))
 
 
+def checkpointed(enabled: bool, step: Callable[..., Any], *inputs: Any) -> Any:
+    """step(*inputs), computed again in the backward pass where checkpointing of activations is enabled."""
+    # not timm's checkpoint: the reentrant form sees no gradient inside Tokens
+    return checkpoint(step, *inputs, use_reentrant=False) if enabled else step(*inputs)
+
+
 class TokenStream(nn.Module):
     """A mixin over a ViT's class: the model runs through `step`, and what leaves it has the tokens of the whole image.
 
-    A subclass says in `step` what happens at a block; `restream` puts it over a model in place.
+    A subclass says in `step` what happens at a block, and in `differs` what that makes of the model; `restream` puts it over a
+    model in place.
     """
 
+    differs = "runs through steps of its own"
     blocks: nn.Sequential
     norm: nn.Module
     patch_embed: Part
     num_prefix_tokens: int
     grad_checkpointing: bool
 
+    def start(self, images: Tensor) -> Tokens:
+        return embed(self, images)
+
     def step(self, index: int, tokens: Tokens) -> Tokens:
         return run_block(self, index, tokens)
 
     def stream(self, images: Tensor, depth: int | None = None) -> Iterator[Tokens]:
         """The tokens before the first block, then after each of the first `depth` blocks (default: all)."""
-        tokens = embed(self, images)
+        tokens = self.start(images)
         yield tokens
         for i in range(len(self.blocks) if depth is None else depth):
-            if self.grad_checkpointing:  # not timm's checkpoint: the reentrant form sees no gradient inside Tokens
-                tokens = checkpoint(self.step, i, tokens, use_reentrant=False)
-            else:
-                tokens = self.step(i, tokens)
+            tokens = checkpointed(self.grad_checkpointing, self.step, i, tokens)
             yield tokens
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:  # -> B N C
@@ -308,19 +318,24 @@ class TokenStream(nn.Module):
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     """ValueError for an attention mask: its rows and columns are the tokens of the image."""
     if attn_mask is not None or is_causal:
-        raise ValueError("a model whose tokens are merged takes no attention mask: it would name tokens that are gone")
+        raise ValueError("a model whose tokens run through steps of their own takes no attention mask")
 
 
-_streamed: dict[type, dict[type, type]] = {}
+_mixed: dict[tuple[type, type], type] = {}
+
+
+def mixed_into(module: nn.Module, mixin: type) -> None:
+    """Put a mixin over a module's class, in place; names, weights and everything else of the module stay."""
+    key = (mixin, type(module))
+    if key not in _mixed:  # one class for each pair, so that copies and equal modules share it
+        _mixed[key] = type(f"{mixin.__name__}{key[1].__name__}", key, {"__module__": mixin.__module__})
+    module.__class__ = _mixed[key]
 
 
 def restream(model: nn.Module, stream: type[TokenStream]) -> Part:
-    """Put a TokenStream over a model in place; names, weights and everything else of the model stay."""
+    """Put a TokenStream over a model in place."""
     blocks_of(model)
     if isinstance(model, TokenStream):
-        raise ValueError(f"this model runs through {type(model).__mro__[1].__name__} already")
-    classes, host = _streamed.setdefault(stream, {}), type(model)
-    if host not in classes:  # one class for each pair, so that copies and equal models share it
-        classes[host] = type(f"{stream.__name__}{host.__name__}", (stream, host), {"__module__": stream.__module__})
-    model.__class__ = classes[host]
+        raise ValueError(f"this model {model.differs} already: {stream.__name__} needs a plain one")
+    mixed_into(model, stream)
     return model

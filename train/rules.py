@@ -195,6 +195,12 @@ def _warms_up(config: Config, dense: bool) -> bool:
     return bool(config.optim.warmup_steps or config.optim.warmup_epochs)
 
 
+def _distils(config: Config) -> str:
+    """What a classifier learns from its teacher; "none" without one."""
+    return config.task["distillation"] if config.task["teacher"] else "none"
+
+
+CLASSES = ("none", "hard", "soft")
 OWN_CLASSIFIER = "classification uses the backbone's own classifier"
 HEAD = Applies(
     f"to dense tasks whose parts do not name their own; {OWN_CLASSIFIER}",
@@ -242,13 +248,19 @@ APPLIES: dict[str, Applies] = {
     "task.aux_weight": AUXILIARY,
     "task.mixup_prob": MIXING,
     "task.mixup_switch": BOTH_MIX,
+    "task.teacher_args": TEACHER,
     "task.teacher_pretrained": TEACHER,
     "task.teacher_checkpoint": TEACHER,
     "task.distillation": TEACHER,
-    "task.distillation_weight": TEACHER,
+    "task.distillation_blocks": Applies(
+        "with task.teacher and a task.distillation of attention", lambda config, dense: _distils(config) not in CLASSES
+    ),
+    "task.distillation_weight": Applies(
+        "with task.teacher and a task.distillation that does not copy",
+        lambda config, dense: not _distils(config).startswith(("none", "copy_")),
+    ),
     "task.temperature": Applies(
-        "with task.teacher and task.distillation soft",
-        lambda config, dense: bool(config.task["teacher"]) and config.task["distillation"] == "soft",
+        "with task.teacher and task.distillation soft", lambda config, dense: _distils(config) == "soft"
     ),
 }
 

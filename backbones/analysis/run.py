@@ -53,7 +53,7 @@ def vit_of(model: nn.Module) -> Part:
         if isinstance(inner := getattr(model, wrapped, None), nn.Module):
             return vit_of(inner)
     if isinstance(model, TokenStream):
-        raise ValueError("this model merges tokens: analyse it before the edit, where every token has its place")
+        raise ValueError(f"this model {model.differs}, which an analysis would not see: analyse it before that")
     blocks_of(model)
     return model
 

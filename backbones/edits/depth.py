@@ -77,7 +77,7 @@ def phase_order(thresholds: Sequence[int], blocks: Sequence[int], steps: int) ->
 def with_blocks(model: Part, blocks: Sequence[nn.Module]) -> Part:
     """The model with other blocks and the feature levels that go with them."""
     if isinstance(model, TokenStream):
-        raise ValueError("the schedule of merged tokens is made for this depth: change the depth before token_merging")
+        raise ValueError(f"this model {model.differs}, by a plan for this depth: change the depth before that")
     kind = type(model.blocks)
     model.blocks = kind(*blocks) if kind is nn.Sequential else kind(list(blocks))
     first = model.feature_info[0]

@@ -59,6 +59,7 @@ def schedule(r: int | Sequence[int], inflect: float, depth: int) -> list[int]:
 class MergingStream(TokenStream):
     """Runs a ViT with `merged_per_block[i]` pairs of patches merged between attention and MLP of block i."""
 
+    differs = "merges tokens"
     merged_per_block: list[int]
     prop_attn: bool
 

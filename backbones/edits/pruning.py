@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 
-from backbones.vit import Part, blocks_of, finish, mix, plain_weights, position_bias, project, rotate
+from backbones.vit import Part, blocks_of, finish, mix, mixed_into, plain_weights, position_bias, project, rotate
 
 MLPS: tuple[Part, ...] = (Mlp, GluMlp, SwiGLU)
 
@@ -37,9 +37,6 @@ class ByParts(nn.Module):
         q, k, v = rotate(self, *project(self, x), rope)
         bias = position_bias(self, shared_rel_pos_bias)
         return finish(self, x, mix(self, q, k, v, attn_mask if bias is None else bias))
-
-
-_pruned: dict[type, type] = {}
 
 
 @torch.no_grad()
@@ -139,11 +136,8 @@ def prune_heads(attn: Part, keep: Sequence[int]) -> None:
     for name, value in (("num_kv_heads", len(keep)), ("attn_dim", len(places)), ("kv_dim", len(places))):
         if hasattr(attn, name):
             setattr(attn, name, value)
-    host = type(attn)
-    if not getattr(host, "by_parts", False):
-        if host not in _pruned:
-            _pruned[host] = type(f"Pruned{host.__name__}", (ByParts, host), {"__module__": __name__})
-        attn.__class__ = _pruned[host]
+    if not getattr(attn, "by_parts", False):
+        mixed_into(attn, ByParts)
 
 
 def prune_neurons(mlp: Part, keep: Sequence[int]) -> None:

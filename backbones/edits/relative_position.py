@@ -18,7 +18,7 @@ from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
 from backbones.tracing import leaf
-from backbones.vit import Part, TokenStream, blocks_of, finish, position_bias, project, rotate
+from backbones.vit import Part, TokenStream, blocks_of, finish, mixed_into, position_bias, project, rotate
 
 METHODS = ("product", "euc", "quant", "cross")
 
@@ -184,17 +184,6 @@ class NotedGrid(nn.Module):
         return out
 
 
-_mixed: dict[tuple[type, type], type] = {}
-
-
-def mixed_into(module: nn.Module, mixin: type) -> None:
-    """Put a mixin over a module's class, in place."""
-    key = (mixin, type(module))
-    if key not in _mixed:
-        _mixed[key] = type(f"{mixin.__name__}{key[1].__name__}", key, {"__module__": __name__})
-    module.__class__ = _mixed[key]
-
-
 def irpe(
     model: nn.Module,
     rpe_on: Literal["q", "k", "v", "qk", "kv", "qv", "qkv"] = "k",
@@ -222,7 +211,7 @@ def irpe(
     if ratio <= 0:
         raise ValueError(f"ratio must be positive, got {ratio}")
     if isinstance(model, TokenStream):
-        raise ValueError("tokens of this model are merged and leave the grid: apply irpe to a model without token merging")
+        raise ValueError(f"this model {model.differs}, where tables of the grid are not seen: apply irpe to a plain model")
     vit: Part = model
     attentions: dict[int, Part] = {id(block.attn): block.attn for block in blocks_of(model) if hasattr(block, "attn")}
     if getattr(vit, "dynamic_img_size", False):

@@ -7,6 +7,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
+from backbones import attention_transfer
 from backbones.edits import depth, initialisation, relative_position, sigma
 
 
@@ -187,3 +188,35 @@ def test_recurrent_blocks_and_their_losses(case):
     compare(got, tensors, info)
     for kind, value in info["losses"].items():
         assert depth.raptor_loss(states[-1], tensors["target"], kind).item() == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("case", golden.cases("edit_attention_transfer"))
+def test_attention_is_distilled_and_copied_as_by_the_authors(case):
+    info, tensors = golden.load(case)
+    blocks, x, got = info["edit"]["layers_used"], tensors["input"], {}
+    kinds = {"": "attention", "_q": "queries", "_k": "keys", "_v": "values"}
+
+    def pair():
+        models = [timm.create_model(info["model"], **info["kwargs"]) for _ in range(2)]
+        for model, who in zip(models, ("student", "teacher"), strict=True):
+            model.load_state_dict(part(golden.state(tensors), who))
+        return models
+
+    for suffix, kind in kinds.items():
+        student, teacher = pair()
+        pairs = attention_transfer.learn(student, teacher, kind, blocks)
+        taught = attention_transfer.teach(teacher, x, kind, pairs)
+        output, apart = student(x, taught)
+        apart.mean().backward()
+        assert apart.mean().item() == pytest.approx(info["results"][f"distill{suffix}"], rel=1e-4)
+        at = f"stage/distill{suffix}"
+        got |= {f"{at}/loss": apart.mean().detach(), f"{at}/student_output": output.detach()}
+        got[f"{at}/grad_qkv0"] = student.blocks[0].attn.qkv.weight.grad
+        copier = attention_transfer.copy_attention(*pair(), kind, blocks)
+        output = copier(x)
+        output.square().sum().backward()
+        got[f"stage/copy{suffix}/output"] = output.detach()
+        rows = copier.blocks[0].attn.qkv.weight.grad.chunk(3)
+        expected = info["results"][f"copy{suffix}"]["grad_norm_of_q_k_v_rows_block0"]
+        assert [row.norm().item() for row in rows] == pytest.approx(expected, rel=1e-4)
+    compare(got, tensors, info)

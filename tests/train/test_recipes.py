@@ -68,7 +68,13 @@ def test_a_shipped_configuration_takes_a_step(name):
         if "width" in args:
             args["width"] = 16
     if loaded.task.get("teacher") is not None:
-        loaded.task |= {"teacher": "resnet10t", "teacher_pretrained": False, "teacher_checkpoint": None}
+        vit = loaded.task["name"] == "classification" and "attention" in loaded.task["distillation"]
+        teacher = (
+            {"teacher_args": {**loaded.task["teacher_args"], **narrow(loaded.task["teacher"])}}
+            if vit
+            else {"teacher": "resnet10t"}
+        )
+        loaded.task |= {"teacher_pretrained": False, "teacher_checkpoint": None, **teacher}
     task = config.build_task(loaded)
     net = setup.build(loaded, task, say=lambda text: None)
     optimizer = optim.optimizer(net, loaded.optim)

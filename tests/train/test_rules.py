@@ -43,10 +43,15 @@ WITHOUT_EFFECT = {  # key -> (value, what the rest of the configuration is)
     "task.aux_weight": (0.4, {}),
     "task.mixup_prob": (0.5, CLASSES),
     "task.mixup_switch": (0.5, {**CLASSES, "task": {**CLASSES["task"], "mixup": 0.8}}),
+    "task.teacher_args": ({"depth": 2}, CLASSES),
     "task.teacher_pretrained": (True, CLASSES),
     "task.teacher_checkpoint": ("file.pth", CLASSES),
     "task.distillation": ("soft", CLASSES),
-    "task.distillation_weight": (0.5, CLASSES),
+    "task.distillation_blocks": (2, {**CLASSES, "task": {**CLASSES["task"], "teacher": "resnet10t", "distillation": "soft"}}),
+    "task.distillation_weight": (
+        0.5,
+        {**CLASSES, "task": {**CLASSES["task"], "teacher": "vit_tiny_patch16_224", "distillation": "copy_keys"}},
+    ),
     "task.temperature": (3.0, {**CLASSES, "task": {**CLASSES["task"], "teacher": "resnet10t"}}),
 }
 

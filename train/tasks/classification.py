@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import timm
@@ -11,15 +13,22 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 import weights
+from backbones import attention_transfer
 from train.checks import Collected
 from train.loader import partners
 from train.metrics import ClassificationMetric
+from train.plugins import require_model
 from train.show import Labels
 from train.tasks.base import Task
 
 if TYPE_CHECKING:
     from train.data import ImageDataset
     from train.schema import ModelConfig
+
+
+Distillation = Literal[
+    "hard", "soft", "attention", "queries", "keys", "values", "copy_attention", "copy_queries", "copy_keys", "copy_values"
+]  # fmt: skip
 
 
 class Classification(Task):
@@ -31,12 +40,16 @@ class Classification(Task):
         mixed batches that get cutmix where both are on. One draw a step; pairs are neighbours in the
         total batch (loader.partners).
     binary: one binary cross entropy per class, averaged over classes (Wightman et al. 2021), instead of the softmax.
-    teacher: timm name of a frozen model to learn from; teacher_pretrained: load its released weights; teacher_checkpoint: load
-        a file.
+    teacher: timm name of a frozen model to learn from; teacher_args: arguments of it; teacher_pretrained: load its released
+        weights; teacher_checkpoint: load a file or the result of a run folder instead.
     distillation: "hard" learns the teacher's best class, "soft" its distribution at `temperature` (Touvron et al. 2021,
-        section 4).
-    distillation_weight: share of the loss that is the teacher's. A distilled backbone (two classifiers) gives the teacher its
-        own.
+        section 4). "attention", "queries", "keys" and "values" learn those of the teacher, a ViT with as many tokens and heads;
+        "copy_attention" and so on take them from the teacher, which stays a part of the model (Li et al. 2024,
+        backbones/attention_transfer.py).
+    distillation_blocks: how many of the first blocks learn or copy; null = all.
+    distillation_weight: of the teacher's term. "hard", "soft": its share of the loss, default 0.5; a distilled backbone (two
+        classifiers) gives the teacher its own. "attention" and so on: its factor beside the whole loss of the labels, default
+        3, for a term that is the sum over blocks.
     """
 
     best = ("top1", "max")
@@ -52,10 +65,12 @@ class Classification(Task):
         mixup_switch: float = 0.5,
         binary: bool = False,
         teacher: str | None = None,
+        teacher_args: dict[str, Any] | None = None,
         teacher_pretrained: bool = True,
         teacher_checkpoint: str | None = None,
-        distillation: Literal["hard", "soft"] = "hard",
-        distillation_weight: float = 0.5,
+        distillation: Distillation = "hard",
+        distillation_blocks: int | None = None,
+        distillation_weight: float | None = None,
         temperature: float = 3.0,
     ):
         found = Collected()
@@ -63,8 +78,17 @@ class Classification(Task):
             found.sentences.append(f"task.num_classes must be at least 2, got {num_classes}")
         if not 0 <= label_smoothing < 1:
             found.sentences.append(f"task.label_smoothing must lie in [0, 1), got {label_smoothing}")
-        if not 0 <= distillation_weight <= 1:
+        copied, self.transfer = distillation.startswith("copy_"), distillation.removeprefix("copy_")
+        self.transfers = teacher is not None and self.transfer in attention_transfer.KINDS
+        self.copies = self.transfers and copied
+        if distillation_weight is None:
+            distillation_weight = 3.0 if self.transfers else 0.5
+        if distillation_weight < 0:
+            found.sentences.append(f"task.distillation_weight must not be negative, got {distillation_weight}")
+        elif distillation_weight > 1 and not self.transfers:
             found.sentences.append(f"task.distillation_weight must lie in 0..1, got {distillation_weight}")
+        if distillation_blocks is not None and distillation_blocks < 1:
+            found.sentences.append(f"task.distillation_blocks must be at least 1, got {distillation_blocks}")
         found.done()
         self.num_classes, self.label_smoothing, self.binary = num_classes, label_smoothing, binary
         self.term = "binary_cross_entropy" if binary else "cross_entropy"
@@ -72,8 +96,10 @@ class Classification(Task):
         self.mixes = bool(mixup or cutmix)
         if self.mixes:
             self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
-        self.teacher_name, self.teacher_pretrained, self.teacher_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
+        self.teacher_name, self.teacher_args, self.teacher_checkpoint = teacher, teacher_args or {}, teacher_checkpoint
+        self.teacher_pretrained = teacher_pretrained and teacher_checkpoint is None
         self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
+        self.distillation_blocks, self.pairs = distillation_blocks, list[int]()
         self.teacher: Any = None
 
     def targets(self, split: str) -> tuple[str, ...]:
@@ -81,22 +107,33 @@ class Classification(Task):
 
     def build(self, model: ModelConfig) -> nn.Module:
         """The timm model with `num_classes` outputs; builds the teacher too."""
-        args = dict(model.backbone_args)
-        if model.img_size and "img_size" not in args and fixed_size(model.backbone):
-            args["img_size"] = tuple(model.img_size)
-        built: Any = timm.create_model(
-            model.backbone, pretrained=model.pretrained, num_classes=self.num_classes, in_chans=model.in_chans, **args
-        )
-        if self.teacher_name is not None:
-            self.teacher = timm.create_model(
-                self.teacher_name, pretrained=self.teacher_pretrained, num_classes=self.num_classes, in_chans=model.in_chans
-            )
-            if self.teacher_checkpoint is not None:
-                weights.load_checkpoint(self.teacher, self.teacher_checkpoint)
-            self.teacher.eval().requires_grad_(False)
-            if hasattr(built, "set_distilled_training"):
-                built.set_distilled_training(True)
+        built = self._model(model.backbone, model.backbone_args, model.pretrained, model)
+        if self.teacher_name is None:
+            return built
+        require_model("task.teacher: ", self.teacher_name)
+        teacher = self._model(self.teacher_name, self.teacher_args, self.teacher_pretrained, model)
+        if self.teacher_checkpoint is not None:
+            path = Path(self.teacher_checkpoint)
+            weights.load_checkpoint(teacher, path / "model.safetensors" if path.is_dir() else path)
+        if self.copies:
+            if model.edits:
+                raise ValueError(
+                    f"task.distillation {self.distillation} takes no model.edits: they would change the teacher too"
+                )
+            return attention_transfer.copy_attention(built, teacher, self.transfer, self.distillation_blocks)
+        self.teacher = teacher.eval().requires_grad_(False)
+        if self.transfers:
+            self.pairs = attention_transfer.learn(built, teacher, self.transfer, self.distillation_blocks)
+        elif hasattr(built, "set_distilled_training"):
+            built.set_distilled_training(True)
         return built
+
+    def _model(self, name: str, args: dict[str, Any], pretrained: bool, model: ModelConfig) -> Any:
+        """A timm model for the data: its classes, channels and size of the images."""
+        args = dict(args)
+        if model.img_size and "img_size" not in args and fixed_size(name):
+            args["img_size"] = tuple(model.img_size)
+        return timm.create_model(name, pretrained=pretrained, num_classes=self.num_classes, in_chans=model.in_chans, **args)
 
     def check(self, dataset: ImageDataset) -> None:
         if "label" not in dataset.provides:
@@ -112,11 +149,19 @@ class Classification(Task):
         images, target = self._mixed(batch["image"], batch["label"], partner)
         return {**batch, "image": images, "label": target}
 
+    def forward(self, model: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        if self.teacher is None or not self.transfers or not getattr(model, "training", False):
+            return model(batch["image"])
+        self.teacher.to(batch["image"].device)
+        return model(batch["image"], attention_transfer.teach(self.teacher, batch["image"], self.transfer, self.pairs))
+
     def losses(self, outputs: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         scores, taught = outputs if isinstance(outputs, tuple) else (outputs, outputs)  # a distilled model in training: two
         loss = self.classes(scores.float(), batch["label"])
         if self.teacher is None:
             return {self.term: loss}
+        if self.transfers:
+            return {self.term: loss, "distillation": self.distillation_weight * taught.mean()}
         distilled = self.distil(taught.float(), batch["image"])
         return {self.term: (1 - self.distillation_weight) * loss, "distillation": self.distillation_weight * distilled}
 
