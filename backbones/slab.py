@@ -99,7 +99,8 @@ class PRepBN(nn.Module):
             self.begin()
         if self.warming:
             return self.norm1(x)
-        return self.share * self.norm1(x) + (1 - self.share) * self.norm2(x)
+        after = self.norm2(x)
+        return after + self.share * (self.norm1(x) - after)
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(a, b) of the equal a * x + b in evaluation, float64."""
