@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.bench import options
 from train.checks import RunError, nearest
 from train.packages import shadowed
 
@@ -157,12 +158,7 @@ def build_parser() -> Parser:
     sub.add_argument("--start", type=int, default=0, help="first block that counts")
     analysis_options(sub)
 
-    sub = command("bench", bench, "Measure speed.")
-    sub.add_argument("what", help="what to measure: a model name, ops or heads")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images or, for ops, of the only map")
-    sub.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes, for models")
-    sub.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    sub.add_argument("--inference", action="store_true", help="leave out training steps")
+    options.add_to(command("bench", bench, "Measure speed.", formatter_class=argparse.RawDescriptionHelpFormatter))
 
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
@@ -347,8 +343,7 @@ def explain(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     from train.bench.run import run
 
-    size = tuple(args.size) if args.size else None
-    run(args.what, size, args.batches, device=args.device, training=not args.inference)
+    run(args)
 
 
 def doctor(args: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""Speed: `zoo bench ops`, `zoo bench heads`, `zoo bench MODEL`."""
+"""Speed: `zoo bench MODEL...`, and `zoo bench` with ops, heads or train."""

@@ -1,13 +1,16 @@
 """Clocks and memory of the benchmarks, made so that a busy machine does not lie.
 
 On a CPU: one thread, process CPU time (user + system, without the waiting for other programs), the variants interleaved
-A B C A B C in one process, median and minimum of the rounds. On CUDA: events around each run, interleaved too.
+A B C A B C in one process, median and minimum of the rounds. Several threads are timed by the wall, which only an idle machine
+allows. On CUDA: events around each run, interleaved too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
+import gc
 import platform
 import statistics
 import subprocess
@@ -23,12 +26,40 @@ from rich.table import Table
 from torch import Tensor
 
 
-def machine(device: str) -> str:
+def machine(device: str, threads: int = 1) -> str:
     """One line that says what the numbers were measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} ({torch.backends.cpu.get_cpu_capability()})"
-    how = "CUDA events" if device == "cuda" else "one thread, process CPU time"
-    versions = f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
-    return f"{datetime.date.today()}: {name}, {how}, {versions}"
+    facts = machine_facts(device, threads)
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"{facts['date']}: {facts['processor']} ({facts['instructions']}), {facts['clock']}, {versions}"
+
+
+def machine_facts(device: str, threads: int = 1) -> dict[str, Any]:
+    """What the numbers were measured on: date, processor, its vector instructions as torch uses them, clock, versions."""
+    alone = "one thread, process CPU time" if threads == 1 else f"{threads} threads, wall time"
+    on_cuda = device == "cuda"
+    return {
+        "date": str(datetime.date.today()),
+        "processor": torch.cuda.get_device_name() if on_cuda else processor(),
+        "instructions": f"CUDA {torch.version.cuda}" if on_cuda else instructions(),
+        "clock": "CUDA events" if on_cuda else alone,
+        "threads": threads,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__, "Python": platform.python_version()},
+    }
+
+
+def instructions() -> str:
+    """The widest vector instructions torch uses on this CPU, and those for bfloat16 products that the CPU has."""
+    products = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in cpu_flags()]
+    return " + ".join([torch.backends.cpu.get_cpu_capability(), *products])
+
+
+def cpu_flags() -> frozenset[str]:
+    """The CPU's features by the system's names; empty where the system does not list them."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def processor() -> str:
@@ -51,10 +82,10 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Sets torch to one thread inside: with two, wall and CPU time both include waiting for the other."""
+def one_thread(threads: int = 1) -> Iterator[None]:
+    """Sets torch to one thread inside, or to `threads`: with two, wall and CPU time both include waiting for the other."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -63,17 +94,33 @@ def one_thread() -> Iterator[None]:
 
 def measure(variants: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, tuple[float, float]]:
     """(median, minimum) milliseconds of each variant over `rounds` interleaved rounds, after one round that does not count."""
+    return {name: (statistics.median(spent), min(spent)) for name, spent in interleaved(variants, rounds, device).items()}
+
+
+def interleaved(variants: dict[str, Callable[[], Any]], rounds: int, device: str, threads: int = 1) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each of `rounds` interleaved rounds, after one round that does not count.
+
+    Times of the same round are neighbours, so their ratio holds on a machine whose speed drifts.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
-    with one_thread():
+    clock = time.process_time if threads == 1 else time.perf_counter
+    with one_thread(threads):
         for counts in (False, *[True] * rounds):
             for name, variant in variants.items():
-                spent = once(variant, device)
+                spent = once(variant, device, clock)
                 if counts:
                     times[name].append(spent)
-    return {name: (statistics.median(spent), min(spent)) for name, spent in times.items()}
+    return times
 
 
-def once(variant: Callable[[], Any], device: str) -> float:
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """(median, lower quartile, upper quartile) of the rounds' ratios of two interleaved variants."""
+    found = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return middle, low, high
+
+
+def once(variant: Callable[[], Any], device: str, clock: Callable[[], float] = time.process_time) -> float:
     """Milliseconds of one run. On a CPU a short run is repeated for 20 ms, which is long against the clock.
 
     The first run of a repetition does not count: the variant before it has filled the caches.
@@ -85,12 +132,12 @@ def once(variant: Callable[[], Any], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)
-    begun = time.process_time()
+    begun = clock()
     variant()
-    spent, runs = time.process_time() - begun, 1
+    spent, runs = clock() - begun, 1
     if spent < 0.02:
-        begun, runs = time.process_time(), 0
-        while (spent := time.process_time() - begun) < 0.02 and runs < 100:
+        begun, runs = clock(), 0
+        while (spent := clock() - begun) < 0.02 and runs < 100:
             variant()
             runs += 1
     return spent * 1e3 / runs
@@ -119,6 +166,44 @@ def peak_resident() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     raise OSError("this system's /proc/self/status has no VmHWM line, so peak memory cannot be measured")
+
+
+def resident() -> int:
+    """Bytes that this process has in memory now."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("this system's /proc/self/status has no VmRSS line, so memory cannot be measured")
+
+
+class AddedPeak:
+    """Counts what code adds to the peak memory: `start()` before it, `megabytes()` after it.
+
+    On a CPU freed memory is given back to the system first and the kernel's mark of the peak is reset. Where the kernel does
+    not allow that, the peak of everything before counts, so `start` then needs a process in which nothing large has run.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.before = 0
+
+    def start(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        self.before = resident()
+
+    def megabytes(self) -> float:
+        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_resident()
+        return (peak - self.before) / 1e6
 
 
 def in_own_process(module: str, call: str, what: str) -> str:

@@ -2,54 +2,110 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
-from collections.abc import Sequence
+from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 
-from train.bench.clock import machine, table
+from train.bench.clock import machine, machine_facts, table
 from train.bench.heads import bench_heads
-from train.bench.models import PEER, bench_model
+from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
-from train.checks import nearest
-from train.plugins import is_model
+from train.bench.training import bench_training
+
+WHOLE = ("ops", "heads", "train")
 
 
-def run(
-    what: str,
-    size: tuple[int, int] | None = None,
-    batches: Sequence[int] = (1, 8),
-    rounds: int = 7,
-    device: str | None = None,
-    training: bool = True,
-    memory: bool = True,
-) -> None:
-    """Measures `what` ("ops", "heads" or the name of a model) and prints a table.
+def run(args: argparse.Namespace) -> None:
+    """Measures what the options of `zoo bench` ask for and prints tables, or JSON.
 
-    size: (H, W) of the images or, for ops, of the only map; batches: for models; device: "cpu" or "cuda", by default the GPU
-    where there is one; training: also forward + backward (ops, heads) or a training step (models); memory: for ops and heads,
-    also the peak (on CUDA and on Linux).
+    Raises ValueError for something that cannot be measured.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a file has room for a whole row
+    for name in ("rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if min([*args.batches, *(args.size or ())]) < 1:
+        raise ValueError(f"--batches and --size must be at least 1, got {args.batches} and {args.size}")
+    named = [what for what in args.what if what in WHOLE]
+    if named and len(args.what) > 1:
+        raise ValueError(f"{named[0]!r} is measured alone, got {' '.join(args.what)}")
+    if args.script and named != ["train"]:
+        raise ValueError("--script goes with `zoo bench train`")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    tables = _tables(named[0] if named else None, args, device)
+    facts = machine_facts(device, args.threads)
+    if args.json:
+        print(json.dumps({"machine": facts, "command": ["zoo", "bench", *sys.argv[2:]], **tables}))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 170)  # a file has room for a whole row
+    console.print(machine(device, args.threads))
+    if limits := tables.get("ceilings"):
+        console.print(
+            f"this machine: matrix product {limits['matmul_gflops']:.0f} GFLOP/s in {args.dtype}, copy (read + write) "
+            f"{limits['copy_gb_per_s']:.1f} GB/s"
+        )
+    for title, rows in tables.items():
+        if title in ("ceilings", "settings"):
+            continue
+        console.print(table([_shown(row) for row in rows] if title == "rows" else rows, _title(title, tables)))
+
+
+def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Title -> rows, and for models also their settings and the machine's ceilings."""
+    size = tuple(args.size) if args.size else None
+    training, memory = not args.inference, not args.no_memory
     if what == "ops":
         cases = OPS_CUDA if device == "cuda" else OPS
         if size is not None:
             cases = ((1, size, 2, 1),)
-        console.print(machine(device))
-        console.print(table(bench_ops(cases, rounds, device, training), "neighbourhood attention, kernel 7, head dim 32"))
+        found = {"neighbourhood attention, kernel 7, head dim 32": bench_ops(cases, args.rounds, device, training)}
         if memory and (device == "cuda" or sys.platform == "linux"):
-            console.print(table(bench_memory(256, device), "peak memory beyond the inputs, 256x256, 2 heads, in sizes of q"))
-    elif what == "heads":
-        console.print(machine(device))
-        rows = bench_heads(size or (512, 512), min(rounds, 3), device, training, memory)  # a round takes minutes of one core
-        console.print(table(rows, "dense heads: time, peak memory in MB, share of the model's forward time"))
-    elif is_model(what):
-        console.print(machine(device))
-        rows = bench_model(what, size or (224, 224), batches, rounds, device, training)
-        console.print(table(rows, f"{what}, and {PEER} for comparison"))
-    else:
-        names = ["ops", "heads", *timm.list_models()]
-        raise ValueError(f"nothing to measure is called {what!r}: 'ops', 'heads' or a model; {nearest(what, names)}")
+            found["peak memory beyond the inputs, 256x256, 2 heads, in sizes of q"] = bench_memory(256, device)
+        return found
+    if what == "heads":
+        rows = bench_heads(
+            size or (512, 512), min(args.rounds, 3), device, training, memory
+        )  # a round takes minutes of one core
+        return {"dense heads: time, peak memory in MB, share of the model's forward time": rows}
+    if what == "train":
+        return {"training step in this program and in timm's": bench_training(args.script, args.rounds)}
+    engine = args.engine
+    if args.compile:
+        if engine not in ("eager", "compile"):
+            raise ValueError(f"--compile contradicts --engine {engine}")
+        engine = "compile"
+    settings = Settings(size, args.dtype, device, args.threads, engine, args.fuse, args.channels_last)
+    return bench_models(args.what, settings, args.batches, args.rounds, training, memory)
+
+
+def _title(title: str, tables: dict[str, Any]) -> str:
+    if title != "rows":
+        return title
+    height, width = tables["settings"]["size"]
+    return f"{height} x {width}, {tables['settings']['dtype']}; ratio: the first subject's time over this one's, with quartiles"
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of bench_models as a table shows it."""
+
+    def number(key: str, form: str, factor: float = 1) -> str:
+        return "-" if row[key] is None else f"{row[key] * factor:{form}}"
+
+    low_high = row["ratio_quartiles"]
+    return {
+        "subject": row["subject"],
+        "pass": row["pass"],
+        "batch": str(row["batch"]),
+        "ms (min)": f"{row['ms']:.2f} ({row['ms_min']:.2f})",
+        "images/s": number("images_per_s", ".1f"),
+        "ratio": number("ratio", ".2f") + (f" ({low_high[0]:.2f} to {low_high[1]:.2f})" if low_high else ""),
+        "GMACs": number("gmacs", ".2f"),
+        "GFLOP/s": number("gflops", ".1f"),
+        "of matmul": number("of_matmul", ".0f", 100) + (" %" if row["of_matmul"] is not None else ""),
+        "MB": number("memory_mb", ".0f"),
+    }
