@@ -11,6 +11,7 @@ from .base import Head, Maps, Output
 from .blocks import Pyramid, resize
 from .features import FeatureBackbone
 from .plugins import nearest
+from .runs import FromRun
 from .table import HEADS
 
 
@@ -52,7 +53,7 @@ def build_head(
     return neck, make(neck.channels if neck else backbone.channels, out_channels, **args)
 
 
-class DensePredictor(nn.Module):
+class DensePredictor(FromRun):
     """A backbone and a head: images B 3 H W -> scores B K H W in evaluation, named outputs while training.
 
     The one resize to the images' size happens here; heads work at the sizes of their maps.
@@ -130,7 +131,7 @@ class DensePredictor(nn.Module):
         return group_matcher(self.backbone, coarse)
 
 
-class MultiPredictor(nn.Module):
+class MultiPredictor(FromRun):
     """One backbone, several heads: images B 3 H W -> {name: B K H W} in evaluation.
 
     While training every name has the outputs of its head as DensePredictor gives them: {name: {"main": ..}}.

@@ -112,10 +112,11 @@ def build_parser() -> Parser:
     sub.add_argument("folder", metavar="RUN", help="run folder")
     sub.add_argument("--weights", default="model.safetensors", help="file in the run folder: model.safetensors (best) or last")
 
-    sub = command("predict", predict, "Predict a folder of images with a run's weights.", keys=True)
+    sub = command("predict", predict, "Predict a folder of images and videos with a run's weights.", keys=True)
     sub.add_argument("folder", metavar="RUN", help="run folder")
-    sub.add_argument("images", help="folder of images, or one image")
+    sub.add_argument("images", help="folder of images and videos, or one of them")
     sub.add_argument("--out", required=True, help="folder for overlays and raw maps")
+    sub.add_argument("--sheet", action="store_true", help="also each photograph beside its prediction")
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
     sub.add_argument("--weights", default="model.safetensors", help="file in the run folder")
 
@@ -269,7 +270,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> int:
     from train.predict import predict
 
-    done = predict(args.folder, args.images, args.out, args.overwrite, args.weights, args.overrides)
+    done = predict(args.folder, args.images, args.out, args.overwrite, args.weights, args.overrides, sheet=args.sheet)
     for complaint in done.failed.values():
         print(f"zoo predict: skipped {complaint}", file=sys.stderr)
     return 2 if done.failed else 0

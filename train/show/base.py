@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from train.show.sheet import Color, Panel, make_palette
+
+Moving = Callable[[np.ndarray, Any], np.ndarray]
 
 
 @dataclass
@@ -56,6 +59,28 @@ class Show(abc.ABC):
             names: of the classes.
         """
 
+    def fields(self, prediction: Any) -> dict[str, Tensor]:
+        """What the prediction of one image holds, by the name under which a person asks for it: "mask", "depth"."""
+        return {}
+
+    def picture(self, image: np.ndarray, prediction: Any, names: Names, legend: bool = True) -> np.ndarray:
+        """The prediction over the photograph, uint8 H W 3 at its size; a legend or scale takes a strip below.
+
+        Args:
+            image: uint8 H W 3.
+            prediction: as the task's `predict` returns it for that image and its size.
+            names: of the classes.
+            legend: whether the strip is there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} draws no picture of a prediction")
+
+    def moving(self, names: Names) -> Moving:
+        """What draws the frames of a video one after another: (frame, prediction) -> picture, all of one size.
+
+        A kind whose legend depends on the picture says here what the whole video shows.
+        """
+        return lambda image, prediction: self.picture(image, prediction, names, legend=False)
+
 
 class Several(Show):
     """The parts of a multi-task prediction, {part: prediction}, side by side."""
@@ -72,3 +97,21 @@ class Several(Show):
 
     def write(self, stem: Path, image: np.ndarray, prediction: Any, names: Names) -> list[Path]:
         return [path for name, part in self.parts.items() for path in part.write(stem, image, prediction[name], names)]
+
+    def fields(self, prediction: Any) -> dict[str, Tensor]:
+        return {key: value for name, part in self.parts.items() for key, value in part.fields(prediction[name]).items()}
+
+    def picture(self, image: np.ndarray, prediction: Any, names: Names, legend: bool = True) -> np.ndarray:
+        """The pictures of the parts from left to right; shorter ones end in white."""
+        return joined([part.picture(image, prediction[name], names, legend) for name, part in self.parts.items()])
+
+    def moving(self, names: Names) -> Moving:
+        """The frames of the parts from left to right."""
+        parts = {name: part.moving(names) for name, part in self.parts.items()}
+        return lambda image, prediction: joined([part(image, prediction[name]) for name, part in parts.items()])
+
+
+def joined(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """uint8 H W 3 pictures from left to right; shorter ones end in white."""
+    tall = max(len(one) for one in pictures)
+    return np.concatenate([np.pad(one, ((0, tall - len(one)), (0, 0), (0, 0)), constant_values=255) for one in pictures], 1)

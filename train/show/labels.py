@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from train.show.base import Names, Show
+from train.show.base import Moving, Names, Show
 from train.show.sheet import Panel, save_sheet
+from train.show.strip import with_lines
 
 GOOD, BAD = "#15803d", "#b91c1c"
 
@@ -40,6 +41,24 @@ class Labels(Show):
         table.write_text("\n".join(["id,class,probability", *lines]) + "\n", encoding="utf-8")
         save_sheet(picture, [self.panels(image, {}, prediction, names)])
         return [table, picture]
+
+    def fields(self, prediction: Tensor) -> dict[str, Tensor]:
+        """probabilities: one per class."""
+        return {"probabilities": prediction[0].float().cpu()}
+
+    def picture(self, image: np.ndarray, prediction: Tensor, names: Names, legend: bool = True) -> np.ndarray:
+        """The photograph, and below it the five best classes."""
+        best = prediction[0].float().cpu().topk(min(5, prediction.shape[1]))
+        lines = [f"{named(int(i), names)} {float(p):.0%}" for p, i in zip(best.values, best.indices, strict=True)]
+        return with_lines(image, lines) if legend else image
+
+    def moving(self, names: Names) -> Moving:
+        """Frames with the best classes below, each line cut at the width of the frame."""
+
+        def draw(image: np.ndarray, prediction: Tensor) -> np.ndarray:
+            return self.picture(image, prediction, names)[:, : image.shape[1]]
+
+        return draw
 
 
 def named(index: int, names: Names) -> str:

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from train.show.base import Names, Show
+from train.show.base import Moving, Names, Show
 from train.show.sheet import Color, Legend, Panel, make_palette, resize_rgb
+from train.show.strip import with_legend
 
 VOID: Color = (0, 0, 0)
 
@@ -37,12 +38,37 @@ class Masks(Show):
         return [stem.with_name(f"{stem.name}_classes.png"), stem.with_name(f"{stem.name}_overlay.png")]
 
     def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
-        """Class ids as a one-channel PNG (8 bit, 16 bit above 256 classes) and the colours over the image."""
+        """Class ids as a PNG that viewers show in the classes' colours (above 256 classes 16 bit, grey), and the overlay."""
         raw, coloured = self.outputs(stem)
         ids = prediction[0].cpu().numpy()
-        Image.fromarray(ids.astype(np.uint8 if self.num_classes <= 256 else np.uint16)).save(raw)
-        Image.fromarray(overlay(image, ids, self.palette(names))).save(coloured)
+        picture = Image.fromarray(ids.astype(np.uint8 if self.num_classes <= 256 else np.uint16))
+        if self.num_classes <= 256:
+            picture.putpalette(np.array(self.palette(names), np.uint8).tobytes())  # the indices are the ids
+        picture.save(raw)
+        Image.fromarray(self.picture(image, prediction, names)).save(coloured)
         return [raw, coloured]
+
+    def fields(self, prediction: Tensor) -> dict[str, Tensor]:
+        """mask: class ids H W."""
+        return {"mask": prediction[0].cpu()}
+
+    def picture(self, image: np.ndarray, prediction: Tensor, names: Names, legend: bool = True) -> np.ndarray:
+        """The colours over the photograph, and the classes that occur."""
+        ids, palette = prediction[0].cpu(), self.palette(names)
+        drawn = overlay(image, ids, palette)
+        return with_legend(drawn, list(class_legend(names.classes, palette, ids).values())) if legend else drawn
+
+    def moving(self, names: Names) -> Moving:
+        """Frames with a legend of the classes that each shows; a strip of two lines, filled in the order of the classes."""
+
+        def draw(image: np.ndarray, prediction: Tensor) -> np.ndarray:
+            ids, palette = prediction[0].cpu(), self.palette(names)
+            drawn = overlay(image, ids, palette)
+            if not names.classes:
+                return drawn
+            return with_legend(drawn, list(class_legend(names.classes, palette, ids).values()), lines=2)
+
+        return draw
 
     def palette(self, names: Names) -> Sequence[Color]:
         return names.palette or make_palette(self.num_classes)

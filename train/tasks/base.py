@@ -31,6 +31,7 @@ class Task(abc.ABC):
         possible.
     takes_heads: whether `build` reads model.head and what belongs to it; otherwise setting those keys is an error.
     show:    draws and writes predictions (train/show); None: there is nothing to see.
+    gives_probabilities: whether `probabilities` gives some beside the prediction.
 
     One training step calls, in this order: `sample` for every sample as it is loaded, `augment` for every micro-batch, `counts`
     for every micro-batch, then `forward` and `losses` for one after another.
@@ -40,6 +41,7 @@ class Task(abc.ABC):
     mixes: bool = False
     average: str | dict[str, str] | None = None
     show: Show | None = None
+    gives_probabilities: bool = False
     takes_heads: bool = False
 
     @abc.abstractmethod
@@ -98,6 +100,13 @@ class Task(abc.ABC):
 
         Class probabilities B K (classification), class ids B H W (segmentation), metres B 1 H W (depth).
         """
+
+    def probabilities(self, output: Any, size: tuple[int, int], averaged: bool) -> Tensor:
+        """Model output -> class probabilities B K H W at `size`, where the task gives them.
+
+        averaged: whether windows, scales or flips were averaged as `average` says.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no probabilities")
 
     @abc.abstractmethod
     def metric(self) -> Metric:

@@ -13,7 +13,7 @@ import heads
 from heads.kmax import KMax
 from train.checks import checked_arguments
 from train.matching import Draw, Masks, PanopticLosses, PointLosses, seeded
-from train.tasks.dense import backbone_arguments
+from train.tasks.dense import backbone_arguments, resized
 from train.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -106,6 +106,11 @@ class MaskClassification(Segmentation):
             counts = dict.fromkeys(self.weights, len(batch["masks"]))
         named = {name: torch.tensor(float(count), device=batch["mask"].device) for name, count in counts.items()}
         return named | {f"aux_{name}": count for name, count in named.items() if self.layers and name != "semantic"}
+
+    def probabilities(self, output: Tensor, size: tuple[int, int], averaged: bool) -> Tensor:
+        """B K H W: each class's part of what all queries say of a pixel."""
+        shares = resized(output, size)
+        return shares / shares.sum(1, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
 
     def point_terms(self, output: dict[str, Any], masks: Sequence[Masks], draw: Draw) -> dict[str, Tensor]:
         """Mask2Former's terms; every layer is matched anew."""

@@ -81,6 +81,7 @@ class MultiTask(Task):
         found.done()
         self.average = {name: part.average for name, part in self.parts.items()}
         self.show = Several({name: part.show for name, part in self.parts.items()})
+        self.gives_probabilities = any(part.gives_probabilities for part in self.parts.values())
         first = next(iter(self.parts))
         self.best = (f"{first}_{self.parts[first].best[0]}", self.parts[first].best[1])
 
@@ -117,6 +118,11 @@ class MultiTask(Task):
     def predict(self, output: dict[str, Tensor], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Part name -> its prediction."""
         return {name: part.predict(output[name], size) for name, part in self.parts.items()}
+
+    def probabilities(self, output: dict[str, Tensor], size: tuple[int, int], averaged: bool) -> Tensor:
+        """Those of the segmentation."""
+        name = next(name for name, part in self.parts.items() if part.gives_probabilities)
+        return self.parts[name].probabilities(output[name], size, averaged)
 
     def metric(self) -> Metric:
         return Together({name: part.metric() for name, part in self.parts.items()})

@@ -29,6 +29,7 @@ class Segmentation(DenseTask):
     target = "mask"
     best = ("miou", "max")
     average = "probabilities"
+    gives_probabilities = True
 
     def __init__(
         self,
@@ -71,6 +72,11 @@ class Segmentation(DenseTask):
     def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """B K H W scores -> B H W class ids."""
         return resized(output, size).argmax(1)
+
+    def probabilities(self, output: Tensor, size: tuple[int, int], averaged: bool) -> Tensor:
+        """B K H W, the softmax of the scores; what was averaged is made of probabilities already."""
+        scores = resized(output, size)
+        return scores if averaged else scores.softmax(1)
 
     def metric(self) -> SegmentationMetric:
         return SegmentationMetric(self.num_classes, self.ignore_index)

@@ -1,0 +1,76 @@
+"""A trained model out of its run folder, with the photographs' way into it.
+
+How runs are kept is the business of the package that trains, which this one works without: it is named here and imported when
+a run is opened.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+OPENER = ("train.prediction", "open_model")  # (folder, weights, overrides, device) -> (model, pipeline)
+
+
+class FromRun(nn.Module):
+    """A model that a run folder holds, and that then takes photographs: `from_run(folder).predict("photo.jpg")`.
+
+    pipeline: reads, sizes and normalises photographs as the run did and says what outputs mean; None for a model that was made
+    in another way.
+    """
+
+    pipeline: Any = None
+
+    @staticmethod
+    def from_run(
+        folder: str | Path, weights: str = "model.safetensors", overrides: Sequence[str] = (), device: str | None = None
+    ) -> Any:
+        """The trained model of a run, in evaluation mode, whose `predict` takes photographs.
+
+        Returns what the run trained: a DensePredictor, a MultiPredictor for several tasks, a Classifier for labels. Raises
+        FileNotFoundError if the folder is no run, ImportError if the package that trains is missing.
+
+        Args:
+            folder: of the run.
+            weights: file in it: model.safetensors (best) or last.safetensors.
+            overrides: configuration keys of the run to change, as "--data.max_pixels=1e9".
+            device: "cpu", "cuda", ...; None: the run's own, else the GPU where there is one.
+        """
+        try:
+            opener = getattr(import_module(OPENER[0]), OPENER[1])
+        except ModuleNotFoundError as error:
+            raise ImportError(f"opening a run needs {error.name}: pip install 'backbone-zoo[train]'") from error
+        model, pipeline = opener(folder, weights, overrides, device)
+        if not isinstance(model, FromRun):
+            model = Classifier(model)
+        model.pipeline = pipeline
+        return model.eval()
+
+    def predict(self, photos: Any) -> Any:
+        """The prediction for a photograph, at its own size; a list of predictions for a list.
+
+        It has `.mask`, `.depth` or `.probabilities`, `.top(5)` for labels, `.overlay()` and `.save()`, see
+        train/prediction.py. Raises ValueError for what is no photograph, and for a model that came from no run.
+
+        Args:
+            photos: a path, a PIL image, an array H W C or a tensor C H W (bytes, or floats of 0..1), or a list of these.
+        """
+        if self.pipeline is None:
+            raise ValueError(
+                f"this {type(self).__name__} does not know how its images are normalised and what its outputs mean: open a "
+                "run with from_run(folder), or call the model on normalised images"
+            )
+        return self.pipeline(self, photos)
+
+
+class Classifier(FromRun):
+    """A timm model that gives an image one label: images B 3 H W -> scores B K."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
