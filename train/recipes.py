@@ -2,7 +2,9 @@
 
 A file holds the sections of train.schema and, beside them, what is known of the run: `source`, `published`, `measured` and
 `hardware`. A file for several models has a table of `variants`: name -> the keys that differ, written with dots. A shipped
-variant is a name of its folder: imagenet/nat.yaml has imagenet/nat_tiny. One of a user's file is FILE.yaml:NAME.
+variant is a name of its folder: imagenet/nat.yaml has imagenet/nat_tiny; files above the folders serve several data sets and
+spell it out: depth_dpt.yaml has kitti/dpt_vit_base. Rows that share keys do so by YAML's own means (&name, <<: *name). One of
+a user's file is FILE.yaml:NAME.
 """
 
 import copy

@@ -45,6 +45,14 @@ def test_a_variant_may_have_facts_of_its_own():
     assert found["large"].about == {"source": "a paper", "measured": "40 mIoU"}
 
 
+def test_variants_share_keys_by_a_merge_and_names_may_hold_a_folder(tmp_path):
+    text = TABLE + "  cifar10/a: &a {model.backbone: nat_mini, optim.steps: 9}\n  cifar100/a: {<<: *a, optim.lr: 0.5}\n"
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    first, second = (config.load(f"{tmp_path / 'mine.yaml'}:{name}/a") for name in ("cifar10", "cifar100"))
+    assert (first.optim.steps, second.optim.steps, second.optim.lr) == (9, 9, 0.5) and first.optim.lr != 0.5
+    assert {"kitti/dpt_vit_base", "nyuv2/dpt_vit_base"} <= set(recipes.shipped())
+
+
 def test_a_table_of_variants_needs_a_choice(table, tmp_path):
     with pytest.raises(ValueError, match="several variants; choose one, e.g. .*mine.yaml:small"):
         config.load(str(table))
