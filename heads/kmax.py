@@ -107,9 +107,22 @@ class KMax(Head):
 
     def scores(self, output: dict[str, Any]) -> Tensor:
         """B K H W: for each class the sum over clusters of class probability times the pixel's share of the cluster."""
-        masks = resize_by_own_width(output["mask_logits"], output.get("size", output["mask_logits"].shape[-2:]))
+        masks = full_masks(output["mask_logits"], output.get("size", output["mask_logits"].shape[-2:]))
         classes = output["class_logits"].softmax(-1)[..., :-1]
         return torch.einsum("bnk,bnhw->bkhw", classes, masks.softmax(1))
+
+
+def full_masks(
+    masks: Tensor, padded: Sequence[int], images: Sequence[int] | None = None, size: Sequence[int] | None = None
+) -> Tensor:
+    """Mask logits B N h w at the size of the padded images, cut to that of the images, resized to `size`; each (H, W).
+
+    Both resizes align corners if the logits' own width is odd.
+    """
+    odd = masks.shape[-1] % 2 == 1
+    masks = resize(masks, like=padded, align_corners=odd)
+    masks = masks if images is None else masks[..., : images[0], : images[1]]
+    return masks if size is None else resize(masks, like=size, align_corners=odd)
 
 
 def resize_by_own_width(x: Tensor, like: Tensor | Sequence[int]) -> Tensor:

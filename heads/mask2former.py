@@ -89,9 +89,18 @@ class Mask2Former(Head):
 
     def scores(self, output: dict[str, Any]) -> Tensor:
         """B K H W: for each class the sum over queries of class probability times mask probability (the authors' rule)."""
-        masks = resize(output["mask_logits"], like=output.get("size", output["mask_logits"].shape[-2:]))
+        masks = full_masks(output["mask_logits"], output.get("size", output["mask_logits"].shape[-2:]))
         classes = output["class_logits"].softmax(-1)[..., :-1]
         return torch.einsum("bnk,bnhw->bkhw", classes, masks.sigmoid())
+
+
+def full_masks(
+    masks: Tensor, padded: Sequence[int], images: Sequence[int] | None = None, size: Sequence[int] | None = None
+) -> Tensor:
+    """Mask logits B N h w at the size of the padded images, cut to that of the images, resized to `size`; each (H, W)."""
+    masks = resize(masks, like=padded)
+    masks = masks if images is None else masks[..., : images[0], : images[1]]
+    return masks if size is None else resize(masks, like=size)
 
 
 def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:

@@ -98,9 +98,11 @@ class DensePredictor(FromRun):
             raise TypeError(f"aux_args {sorted(aux_args)} without an aux_head")
         want_prefix_tokens(self.backbone, [head for head in (self.head, self.aux_head) if head is not None])
 
-    def forward(self, images: Tensor) -> Tensor | dict[str, Any]:
-        """In evaluation the head's scores B K H W at the size of the images; while training what `outputs` gives."""
-        if self.training:
+    def forward(self, images: Tensor, named: bool = False) -> Tensor | dict[str, Any]:
+        """In evaluation the head's scores B K H W at the size of the images; while training, or if `named`, what `outputs`
+        gives.
+        """
+        if self.training or named:
             return self.outputs(images)
         return scores(self.backbone, self.neck, self.head, self.backbone(images), images)
 

@@ -16,6 +16,7 @@ from train import loader
 from train.damaged import Damaged
 from train.data import DATASETS, ImageDataset
 from train.inference import Predictor
+from train.sample import is_dense
 from train.schema import Config, InferConfig
 from train.setup import build, load_weights, start, validation_set
 from train.show import Names, save_sheet, to_rgb
@@ -65,8 +66,8 @@ def inference(task: Task, model: nn.Module, config: Config) -> Any:
 def protocol(task: Task, config: Config) -> str:
     """How a metric was made, in words: targets and alignment; for dense tasks also sizes, windows, scales and flips."""
     parts = [task.metric().protocol]
-    if task.average is not None:
-        run = Predictor(nn.Identity(), average=task.average, **dataclasses.asdict(config.infer))
+    if is_dense(task.targets("val")):
+        run = Predictor(nn.Identity(), average=task.average or "values", **dataclasses.asdict(config.infer))
         frame = DATASETS[config.data.name].frame(config.data.args)
         parts += [frame] if frame else []
         parts += [describe_evaluation(config.data.size, config.data.eval_resize), run.protocol]

@@ -7,12 +7,14 @@ SciPy's.
 Shapes: B images, N queries, K classes, M masks of one image, P points.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from train.sample import SEGMENTS
 
 # (what for, image of the batch, shape) -> uniform numbers in [0, 1)
 Draw = Callable[[str, int, tuple[int, ...]], Tensor]
@@ -31,6 +33,15 @@ class Masks:
         labels = mask.unique()
         labels = labels[labels != ignore_index]
         return cls(labels, (mask[None] == labels[:, None, None]).float())
+
+    @classmethod
+    def of_segments(cls, panoptic: Tensor, things: Collection[int]) -> "Masks":
+        """One mask for each segment of a map H W of class * 1000 + number; void and crowds of things have none."""
+        found = panoptic.unique()
+        labels = found.div(SEGMENTS, rounding_mode="floor")
+        crowd = torch.isin(labels, torch.tensor(sorted(things), device=found.device)) & (found % SEGMENTS == 0)
+        kept = (found >= 0) & ~crowd
+        return cls(labels[kept], (panoptic[None] == found[kept, None, None]).float())
 
 
 def seeded(seeds: Sequence[int], device: torch.device) -> Draw:

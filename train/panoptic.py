@@ -1,22 +1,66 @@
-"""Panoptic maps from queries: which pixels are which thing or stuff.
+"""Panoptic maps from queries: which pixels are which thing or stuff, and how good a map is.
 
-Shapes: N queries, K classes, H W the image. A panoptic map holds segment ids, 0 = none; `Segment` says what each id is.
+Shapes: N queries, K classes, H W the image. A map and its list of segments go together here: the map holds segment ids, 0 =
+none, and `Segment` says what each id is. `encode` makes one map of both, as samples and predictions hold it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from train.metrics import Metric
+from train.sample import SEGMENTS, VOID
+
 
 @dataclass(frozen=True)
 class Segment:
-    """One segment of a panoptic map. id: its number in the map, from 1; label: class id; thing: whether it is countable."""
+    """One segment of a panoptic map.
+
+    Attributes:
+        id: its number in the map, from 1.
+        label: class id.
+        thing: whether it is countable.
+        crowd: several things that nobody told apart.
+    """
 
     id: int
     label: int
     thing: bool
+    crowd: bool = False
+
+
+def encode(panoptic: Tensor, segments: Collection[Segment]) -> Tensor:
+    """A map of segment ids H W as class * 1000 + number, -1 for none; things are numbered from 1 within their class.
+
+    Raises ValueError for a thousand things of one class in one image.
+    """
+    table = torch.full((max((segment.id for segment in segments), default=0) + 1,), VOID, dtype=torch.int64)
+    numbers: dict[int, int] = {}
+    for segment in segments:
+        if segment.thing and not segment.crowd:
+            numbers[segment.label] = numbers.get(segment.label, 0) + 1
+            if numbers[segment.label] >= SEGMENTS:
+                raise ValueError(f"more than {SEGMENTS - 1} things of class {segment.label} in one image")
+            table[segment.id] = segment.label * SEGMENTS + numbers[segment.label]
+        else:
+            table[segment.id] = segment.label * SEGMENTS
+    return table.to(panoptic.device)[panoptic.long()]
+
+
+def decode(encoded: Tensor, things: Collection[int]) -> tuple[Tensor, list[Segment]]:
+    """(map of segment ids H W, segments) of class * 1000 + number; things: which classes are countable."""
+    found = encoded.unique()
+    found = found[found >= 0].contiguous()
+    where = torch.searchsorted(found, encoded.contiguous())
+    panoptic = torch.where(encoded >= 0, where + 1, 0)
+    segments = []
+    for place, value in enumerate(found.tolist(), 1):
+        label, number = divmod(value, SEGMENTS)
+        segments.append(Segment(place, label, label in things, label in things and number == 0))
+    return panoptic, segments
 
 
 @dataclass(frozen=True)
@@ -99,12 +143,12 @@ class _Paper:
         self.map[pixels] = number
 
 
-class PanopticQuality:
+class PanopticQuality(Metric):
     """PQ, SQ and RQ (Kirillov et al. 2019, eq. 1): over classes, things, and stuff.
 
-    A predicted and a true segment of one class match if their intersection over union exceeds 0.5, void left out of the union;
-    an unmatched prediction of which more than half is void counts for nothing. A class that occurs nowhere is left out of the
-    means.
+    A predicted and a true segment of one class match if their intersection over union exceeds 0.5, void left out of the union.
+    A true crowd matches nothing and is not missed. An unmatched prediction of which more than half is void, or a crowd of its
+    class, counts for nothing. A class that occurs nowhere is left out of the means.
 
     `sums` are added over images and processes: "iou", "true", "false_positive", "false_negative", each K.
     """
@@ -114,10 +158,18 @@ class PanopticQuality:
         if any(not 0 <= thing < classes for thing in self.things):
             raise ValueError(f"thing classes {self.things} do not lie in 0..{classes - 1}")
         names = ("iou", "true", "false_positive", "false_negative")
-        self.sums = {name: torch.zeros(classes, dtype=torch.float64) for name in names}
-        self.protocol = "panoptic quality, segments match above 0.5 IoU, void out of the union"
+        super().__init__(**{name: torch.zeros(classes, dtype=torch.float64) for name in names})
+        self.protocol = (
+            f"panoptic quality of {classes} classes, {len(self.things)} of them things, segments match above 0.5 IoU, void out "
+            "of the union, absent classes left out"
+        )
 
-    def update(self, predicted: Tensor, segments: Collection[Segment], true: Tensor, truth: Collection[Segment]) -> None:
+    def update(self, prediction: Sequence[Tensor], batch: dict[str, Any]) -> None:
+        """prediction and batch["panoptic"]: B maps H W of class * 1000 + number, -1 for none."""
+        for own, true in zip(prediction, batch["panoptic"], strict=True):
+            self.compare(*decode(own, self.things), *decode(true.to(own.device), self.things))
+
+    def compare(self, predicted: Tensor, segments: Collection[Segment], true: Tensor, truth: Collection[Segment]) -> None:
         """Add one image. predicted, true: H W segment ids, 0 = none or void; segments, truth: what their ids are.
 
         Raises ValueError for maps of different size, or an id in a map that no segment explains.
@@ -137,9 +189,12 @@ class PanopticQuality:
             unknown = [number for number in found if number and number not in known]
             if unknown:
                 raise ValueError(f"the {name} map holds segment {unknown[0]}, which its list of segments does not have")
-        matched, met = set(), set()
+        crowds = {s.id for s in truth if s.crowd}
+        matched, met, ignored = set(), set(crowds), dict.fromkeys(area, 0)
         for (own, other), count in overlap.items():
-            if own and other and ours[own] == theirs[other]:
+            if own and (other == 0 or other in crowds and ours[own] == theirs[other]):
+                ignored[own] += count
+            elif own and other not in crowds and ours[own] == theirs[other]:
                 union = area[own] + true_area[other] - count - overlap.get((own, 0), 0)
                 if count / union > 0.5:
                     self.sums["iou"][ours[own]] += count / union
@@ -147,27 +202,23 @@ class PanopticQuality:
                     matched.add(own)
                     met.add(other)
         for own in area.keys() - matched - {0}:
-            if overlap.get((own, 0), 0) <= 0.5 * area[own]:
+            if ignored[own] <= 0.5 * area[own]:
                 self.sums["false_positive"][ours[own]] += 1
         for other in true_area.keys() - met - {0}:
             self.sums["false_negative"][theirs[other]] += 1
 
     def compute(self) -> dict[str, float]:
-        """Means over the classes that occur, in 0..1: pq, sq, rq, and pq_things, pq_stuff."""
+        """Means over the classes that occur, in 0..1: pq, sq, rq, and the same over things and over stuff."""
         true, iou = self.sums["true"], self.sums["iou"]
         weight = true + 0.5 * self.sums["false_positive"] + 0.5 * self.sums["false_negative"]
         occurs = weight > 0
         quality = iou / weight.clamp_min(1e-12)
-        thing = torch.zeros_like(occurs)
-        thing[self.things] = True
+        kinds = {"": torch.ones_like(occurs), "_things": torch.zeros_like(occurs)}
+        kinds["_things"][self.things] = True
+        kinds["_stuff"] = ~kinds["_things"]
+        values = {"pq": quality, "sq": iou / true.clamp_min(1e-12), "rq": true / weight.clamp_min(1e-12)}
 
         def mean(values: Tensor, where: Tensor) -> float:
             return float(values[where].mean()) if bool(where.any()) else float("nan")
 
-        return {
-            "pq": mean(quality, occurs),
-            "sq": mean(iou / true.clamp_min(1e-12), occurs),
-            "rq": mean(true / weight.clamp_min(1e-12), occurs),
-            "pq_things": mean(quality, occurs & thing),
-            "pq_stuff": mean(quality, occurs & ~thing),
-        }
+        return {f"{name}{kind}": mean(value, occurs & where) for kind, where in kinds.items() for name, value in values.items()}

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 Size = tuple[int, int]  # height, width
+SEGMENTS = 1000  # a panoptic map holds class * SEGMENTS + number
+VOID = -1  # of a panoptic map
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,22 @@ class Mask(Pixels):
         return look.ignore_index
 
 
+class Panoptic(Pixels):
+    """Segments, int64 H W: class * 1000 + number, -1 where there is none.
+
+    Things are numbered from 1 within their class. Number 0 is stuff, or a crowd of things that nobody told apart.
+    """
+
+    def tensor(self, value: Any) -> Tensor:
+        segments = torch.as_tensor(value)
+        if segments.ndim != 2 or segments.is_floating_point() or segments.is_complex():
+            raise ValueError(f"a panoptic map must be whole numbers H W, got {kind_of(segments)}")
+        return segments.long()
+
+    def fill(self, look: Look) -> int:
+        return VOID
+
+
 class Depth(Pixels):
     """Metres, float32 1 H W, 0 where there is no reading."""
 
@@ -184,7 +202,7 @@ class Normal(Pixels):
         return torch.stack([cos * x + sin * y, cos * y - sin * x, z])
 
 
-KINDS: dict[str, Kind] = {"image": Image(), "mask": Mask(), "depth": Depth(), "normal": Normal()}
+KINDS: dict[str, Kind] = {"image": Image(), "mask": Mask(), "panoptic": Panoptic(), "depth": Depth(), "normal": Normal()}
 
 
 def is_dense(targets: Iterable[str]) -> bool:

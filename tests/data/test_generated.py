@@ -106,7 +106,8 @@ def test_a_turned_box_is_as_far_as_the_same_box_seen_turned():
 
 def test_depth_of_the_floor_is_what_perspective_says():
     """Pixel rows of bare floor: depth * (y of the ray) must be the camera's height, the same in the whole picture."""
-    image, mask, depth = render(np.random.default_rng(3), 48, 64)
+    scene = render(np.random.default_rng(3), 48, 64)
+    mask, depth = scene.mask, scene.depth
     pitches = np.linspace(0.15, 0.33, 181)
     spreads = []
     for pitch in pitches:

@@ -23,7 +23,7 @@ from train.data.files import (
 )
 from train.data.finding import root_folder
 from train.depth import DepthSpec
-from train.sample import KINDS
+from train.sample import KINDS, SEGMENTS, VOID
 
 SPLITS = ("train", "val")
 Transform = Callable[[dict[str, Any]], dict[str, Any]]
@@ -32,8 +32,9 @@ Transform = Callable[[dict[str, Any]], dict[str, Any]]
 class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     """Images with any of their targets. A subclass lists `provides`, finds its files and defines `read` and `__len__`.
 
-    A sample is {"image": uint8 C H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "depth": float32 1 H W
-    (metres, 0 = missing), "path": str} with the requested targets only; other kinds of entries are in train/sample.py.
+    A sample is {"image": uint8 C H W, "label": int, "mask": int64 H W (`ignore_index` marks void), "panoptic": int64 H W
+    (class * 1000 + number, -1 = void), "depth": float32 1 H W (metres, 0 = missing), "path": str} with the requested targets
+    only; other kinds of entries are in train/sample.py.
 
     Raises ValueError for an unknown split or a target the data do not have, and when reading a sample: for a label or a mask id
     outside `classes`, or for a map of another size than its image.
@@ -46,6 +47,7 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     Attributes:
         provides: targets the data have.
         classes, palette, ignore_index: of masks and labels; depth: of depth maps.
+        things: the classes that are countable, of panoptic maps.
         in_memory: reads no files, so its constructor takes no root.
         any_channels: can hand over whatever channels its files have, not 1 or 3 only.
         pixels: channels, range and size of the images it reads.
@@ -57,6 +59,7 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     provides: tuple[str, ...] = ()
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
+    things: Sequence[int] = ()
     ignore_index: int = 255
     depth: DepthSpec | None = None
     in_memory: bool = False
@@ -164,6 +167,8 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
                 raise ValueError(f"{path}: label {out['label']} is outside the {len(self.classes)} classes")
         if "mask" in out:
             self.check_ids(sample, out["mask"])
+        if "panoptic" in out:
+            self.check_segments(sample, out["panoptic"])
         return {**out, "path": str(path)}
 
     def check_size(self, sample: dict[str, Any], target: str, found: Sequence[int] | None, size: Sequence[int]) -> None:
@@ -189,6 +194,16 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
             raise ValueError(
                 f"{sample.get('mask_path', sample['path'])}: mask id {value} ({count} such pixels) is outside the "
                 f"{len(self.classes)} classes 0..{len(self.classes) - 1} and is not the ignore id {self.ignore_index}"
+            )
+
+    def check_segments(self, sample: dict[str, Any], segments: torch.Tensor) -> None:
+        """ValueError for a segment whose class there is not."""
+        count = len(self.classes or ())
+        bad = segments[(segments != VOID) & ((segments < 0) | (segments >= count * SEGMENTS))]
+        if len(bad):
+            raise ValueError(
+                f"{sample.get('panoptic_path', sample['path'])}: segment {int(bad[0])} ({len(bad)} such pixels) is outside the "
+                f"{count} classes: a panoptic map holds class * {SEGMENTS} + number, and {VOID} for none"
             )
 
 

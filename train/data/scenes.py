@@ -1,4 +1,4 @@
-"""Generated scenes: solid bodies on a floor before a wall, with the true class and the true depth of every pixel.
+"""Generated scenes: solid bodies on a floor before a wall, with the true class, body, depth and normal of every pixel.
 
 Nothing is downloaded and nothing is approximate: every pixel is a ray that meets spheres, boxes, cylinders and cones
 analytically. Colours, textures, light, camera and places are drawn at random and independently of the class, so a class can be
@@ -9,6 +9,7 @@ World axes: x right, y up, z forward; metres. The camera stands at the origin, `
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from train.data.base import ImageDataset, Transform
 from train.depth import DepthSpec
+from train.sample import SEGMENTS
 
 CLASSES = ["wall", "floor", "sphere", "box", "cylinder", "cone"]
 PALETTE = [(148, 163, 184), (101, 82, 66), (239, 68, 68), (59, 130, 246), (250, 204, 21), (34, 197, 94)]
@@ -36,6 +38,25 @@ class Solid(Protocol):
         """Outward unit normals of surface points P 3."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A rendered scene.
+
+    Attributes:
+        image: uint8 3 H W.
+        mask: class ids, uint8 H W.
+        panoptic: class * 1000 + number of the body within its class, int32 H W.
+        depth: along the optical axis, metres, float32 1 H W.
+        normal: unit surface normals as the camera sees them (x right, y down, z into the image), float32 3 H W.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    panoptic: np.ndarray
+    depth: np.ndarray
+    normal: np.ndarray
+
+
 class Scenes(ImageDataset):
     """`count` training and `val_count` validation scenes of `size` (H, W), rendered when first asked for and kept in memory.
 
@@ -43,11 +64,12 @@ class Scenes(ImageDataset):
     Raises ValueError for counts or sizes below 1 and 16.
     """
 
-    provides = ("mask", "depth")
+    provides = ("mask", "panoptic", "depth", "normal")
     in_memory = True
     any_channels = False
     classes = CLASSES
     palette = PALETTE
+    things = tuple(range(CLASSES.index(BODIES[0]), len(CLASSES)))
     depth: DepthSpec = DepthSpec(min_depth=0.5, max_depth=10.0)
 
     def __init__(
@@ -67,7 +89,7 @@ class Scenes(ImageDataset):
             raise ValueError(f"scenes need at least 16x16 pixels, got {size[0]}x{size[1]}")
         self.count = count if split == "train" else val_count
         self.size, self.seed = tuple(size), seed
-        self.rendered: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.rendered: dict[int, dict[str, np.ndarray]] = {}  # what is asked for only: thousands of scenes stay in memory
 
     def __len__(self) -> int:
         return self.count
@@ -75,13 +97,14 @@ class Scenes(ImageDataset):
     def read(self, index: int) -> dict[str, Any]:
         if index not in self.rendered:
             stream = (self.seed, 0 if self.split == "train" else 1, index)
-            self.rendered[index] = render(np.random.default_rng(stream), *self.size)
-        image, mask, depth = (torch.from_numpy(array).clone() for array in self.rendered[index])
-        return {"image": image, "mask": mask, "depth": depth, "path": f"scene-{self.split}-{index:05d}"}
+            scene = vars(render(np.random.default_rng(stream), *self.size))
+            self.rendered[index] = {name: scene[name] for name in ("image", *self.targets)}
+        entries = {name: torch.from_numpy(array).clone() for name, array in self.rendered[index].items()}
+        return {**entries, "path": f"scene-{self.split}-{index:05d}"}
 
 
-def render(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene: image uint8 3 H W, class ids uint8 H W, depth float32 1 H W (along the optical axis, metres)."""
+def render(rng: np.random.Generator, height: int, width: int) -> Scene:
+    """One scene of height x width pixels."""
     camera_height, pitch = rng.uniform(1.35, 1.65), rng.uniform(0.20, 0.28)
     rays = camera_rays(height, width, pitch)  # P 3, of unit length along the optical axis
     origin = np.zeros(3, np.float32)
@@ -105,7 +128,16 @@ def render(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarra
     image = (image + rng.normal(0, 0.012, image.shape).astype(np.float32)).clip(0, 1)
     image = (image.reshape(height, width, 3).transpose(2, 0, 1) * 255).round().astype(np.uint8)
     mask = np.array(ids, np.uint8)[nearest].reshape(height, width)
-    return image, mask, depth.reshape(1, height, width).astype(np.float32)
+    numbers = [0, 0] + [ids[2 : i + 1].count(ids[i]) for i in range(2, len(ids))]
+    panoptic = np.array([kind * SEGMENTS + number for kind, number in zip(ids, numbers, strict=True)], np.int32)[nearest]
+    seen_normals = (normals @ camera_axes(pitch).T).T.reshape(3, height, width).astype(np.float32)
+    return Scene(image, mask, panoptic.reshape(height, width), depth.reshape(1, height, width).astype(np.float32), seen_normals)
+
+
+def camera_axes(pitch: float) -> np.ndarray:
+    """The camera's own axes in the world, one a row: right, down, and forward, which looks `pitch` radians down."""
+    cos, sin = math.cos(pitch), math.sin(pitch)
+    return np.array([[1, 0, 0], [0, -cos, -sin], [0, -sin, cos]])
 
 
 def camera_rays(height: int, width: int, pitch: float) -> np.ndarray:

@@ -46,7 +46,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def targets(self, split: str) -> tuple[str, ...]:
-        """Keys of a sample ("label", "mask", "depth") that are read for "train" (losses) and for "val" (metric, pictures)."""
+        """Keys of a sample ("label", "mask", "depth", ...) that are read for "train" (losses) and "val" (metric, pictures)."""
 
     @abc.abstractmethod
     def build(self, model: ModelConfig) -> nn.Module:
@@ -98,7 +98,8 @@ class Task(abc.ABC):
     def predict(self, output: Any, size: tuple[int, int] | None = None) -> Any:
         """Model output -> prediction, resized to `size` before any rounding when given.
 
-        Class probabilities B K (classification), class ids B H W (segmentation), metres B 1 H W (depth).
+        Class probabilities B K (classification), class ids B H W (segmentation), segments B H W (panoptic), metres B 1 H W
+        (depth).
         """
 
     def probabilities(self, output: Any, size: tuple[int, int], averaged: bool) -> Tensor:

@@ -38,7 +38,8 @@ class MaskClassification(Segmentation):
         losses: other arguments of the published losses (train.matching.PointLosses, PanopticLosses), e.g. {points: 2048}.
     """
 
-    average = "values"  # the scores are shares already
+    average: Any = "values"  # the scores are shares already
+    void: int  # of the target
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class MaskClassification(Segmentation):
         losses: dict[str, Any] | None = None,
     ):
         super().__init__(num_classes, ignore_index)
+        self.void = ignore_index
         self.given_weights, self.given_losses = dict(weights or {}), dict(losses or {})
         self.weights: dict[str, float] = {}
         self.points: PointLosses | None = None
@@ -91,11 +93,19 @@ class MaskClassification(Segmentation):
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Adds the masks of each image."""
-        return {**batch, "masks": [Masks.of_classes(mask, self.ignore_index) for mask in batch["mask"]]}
+        return {**batch, "masks": [self.masks(target) for target in batch[self.target]]}
+
+    def masks(self, target: Tensor) -> Masks:
+        """The masks of one target H W."""
+        return Masks.of_classes(target, self.ignore_index)
+
+    def classes(self, target: Tensor) -> Tensor:
+        """The class ids of targets, `ignore_index` for void."""
+        return target
 
     def losses(self, outputs: dict[str, Any], batch: dict[str, Any]) -> dict[str, Tensor]:
         output = outputs["main"]
-        draw = seeded(batch["seed"].tolist(), batch["mask"].device)
+        draw = seeded(batch["seed"].tolist(), batch[self.target].device)
         found = self.point_terms(output, batch["masks"], draw) if self.points else self.panoptic_terms(output, batch, draw)
         return {name: self.weights[name.removeprefix("aux_")] * loss for name, loss in found.items()}
 
@@ -104,7 +114,7 @@ class MaskClassification(Segmentation):
             counts = self.points.counts(self.queries, batch["masks"])
         else:
             counts = dict.fromkeys(self.weights, len(batch["masks"]))
-        named = {name: torch.tensor(float(count), device=batch["mask"].device) for name, count in counts.items()}
+        named = {name: torch.tensor(float(count), device=batch[self.target].device) for name, count in counts.items()}
         return named | {f"aux_{name}": count for name, count in named.items() if self.layers and name != "semantic"}
 
     def probabilities(self, output: Tensor, size: tuple[int, int], averaged: bool) -> Tensor:
@@ -126,16 +136,17 @@ class MaskClassification(Segmentation):
         """kMaX-DeepLab's terms; the last prediction's matching serves every layer."""
         assert self.panoptic is not None
         height, width = output["size"]
-        labels = batch["mask"]
-        labels = F.pad(labels, (0, width - labels.shape[-1], 0, height - labels.shape[-2]), value=self.ignore_index)
+        target = batch[self.target]
+        target = F.pad(target, (0, width - target.shape[-1], 0, height - target.shape[-2]), value=self.void)
         rows, columns = (steps(n, k) for n, k in zip((height, width), output["mask_logits"].shape[-2:], strict=True))
-        labels = labels[:, rows.to(labels.device)][:, :, columns.to(labels.device)]
-        matched = self.panoptic.match(output, [Masks.of_classes(mask, self.ignore_index) for mask in labels])
+        target = target[:, rows.to(target.device)][:, :, columns.to(target.device)]
+        matched = self.panoptic.match(output, [self.masks(each) for each in target])
         found = self.panoptic(output, matched, named(draw, "last"))
         for layer, prediction in enumerate(output["aux"]):
             for name, loss in self.panoptic(prediction, matched, named(draw, f"layer {layer}")).items():
                 found[f"aux_{name}"] = found.get(f"aux_{name}", 0) + loss
         if "semantic" in self.weights:
+            labels = self.classes(target)
             semantic = torch.where(labels == self.ignore_index, self.num_classes, labels)
             found["semantic"] = self.panoptic.semantic(output["semantic"], semantic, self.num_classes, matched, draw)
         return found
