@@ -324,10 +324,10 @@ def test_a_rotation_turns_normals_with_the_image():
     torch.testing.assert_close(back, normal, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name, value", [("mask", 255), ("depth", 0), ("normal", 0), ("image", 7)])
+@pytest.mark.parametrize("name, value", [("mask", 255), ("panoptic", -1), ("depth", 0), ("normal", 0), ("image", 7)])
 def test_every_kind_says_what_padding_holds(name, value):
     kind = KINDS[name]
-    shape = {"mask": (3, 4), "depth": (1, 3, 4), "normal": (3, 3, 4), "image": (1, 3, 4)}[name]
+    shape = {"mask": (3, 4), "panoptic": (3, 4), "depth": (1, 3, 4), "normal": (3, 3, 4), "image": (1, 3, 4)}[name]
     ones = kind.tensor(torch.ones(shape, dtype=torch.uint8))
     padded = kind.pad(ones, [1, 2, 3, 4], Look([7], 255, vision.InterpolationMode.BILINEAR))
     assert padded.shape[-2:] == (9, 8) and kind.size(padded) == (9, 8)
@@ -342,6 +342,7 @@ def test_every_kind_says_what_padding_holds(name, value):
         ("mask", torch.zeros(4, 4)),
         ("depth", torch.zeros(2, 4, 4)),
         ("normal", torch.zeros(4, 4)),
+        ("panoptic", torch.zeros(4, 4)),
     ],
 )
 def test_an_entry_of_another_shape_or_type_is_refused(name, wrong):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from train.data import DATASETS
-from train.data.scenes import BODIES, CLASSES, Box, Cone, Cylinder, Plane, Sphere, camera_rays, render
+from train.data.scenes import BODIES, CLASSES, FOCAL, Box, Cone, Cylinder, Plane, Sphere, camera_rays, render
 
 
 def scenes(split="train", **kwargs):
@@ -145,3 +145,22 @@ def test_digits_are_split_once_and_evenly():
     assert sample["image"].shape == (3, 8, 8)
     assert int(sample["image"].max()) > 200
     assert isinstance(sample["label"], int)
+
+
+def test_bodies_are_numbered_and_normals_face_the_camera():
+    data = DATASETS["scenes"]("train", ("mask", "panoptic", "depth", "normal"), count=4, val_count=1, size=(48, 64))
+    for i in range(4):
+        sample = data[i]
+        segments, normal = sample["panoptic"], sample["normal"]
+        assert torch.equal(segments // 1000, sample["mask"])
+        numbers = segments.unique()
+        assert all(bool(value % 1000) == (int(value) // 1000 in data.things) for value in numbers.tolist())
+        assert len(numbers) > 3
+        torch.testing.assert_close(normal.norm(dim=0), torch.ones(48, 64), atol=1e-4, rtol=0)
+        rows, columns = torch.meshgrid(torch.arange(48) + 0.5 - 24, torch.arange(64) + 0.5 - 32, indexing="ij")
+        rays = torch.stack([columns / (FOCAL * 48), rows / (FOCAL * 48), torch.ones(48, 64)])
+        assert ((normal * rays).sum(0) < 1e-3).all()
+        # the floor is a plane: its normal, times each point of it, is the camera's height
+        floor = sample["mask"] == CLASSES.index("floor")
+        heights = -(normal * rays * sample["depth"]).sum(0)[floor]
+        assert float(heights.std()) < 1e-3 and 1.3 < float(heights.mean()) < 1.7

@@ -14,6 +14,7 @@ from PIL import Image
 from train.data import DATASETS
 from train.data.cifar import read_pickle
 from train.data.files import ids_from_colors, read_depth, read_ids, read_rgb
+from train.sample import KINDS
 
 
 def save(path, array):
@@ -596,5 +597,5 @@ def test_arguments_are_named_and_typed(name):
     assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters.values())
     assert all(p.annotation is not inspect.Parameter.empty for p in parameters.values())
     assert list(parameters)[: 2 + ("root" in parameters)][-2:] == ["split", "targets"]
-    assert set(DATASETS[name].provides) <= {"label", "mask", "depth"}
+    assert set(DATASETS[name].provides) <= {"label", *KINDS}
     assert DATASETS[name].__doc__

@@ -159,7 +159,11 @@ def test_a_batch_without_valid_targets_has_no_loss_and_no_gradient():
     [
         ({"name": "segmentation", "num_classes": 5}, "scenes", "the data have 6 classes, set task.num_classes=6"),
         ({"name": "segmentation", "num_classes": 6, "ignore_index": 0}, "scenes", "set task.ignore_index=255"),
-        ({"name": "classification", "num_classes": 6}, "scenes", "Scenes has no labels; it provides mask, depth"),
+        (
+            {"name": "classification", "num_classes": 6},
+            "scenes",
+            "Scenes has no labels; it provides mask, panoptic, depth, normal",
+        ),
         ({"name": "classification", "num_classes": 9}, "digits", "the data have 10 classes, set task.num_classes=10"),
         ({"name": "depth", "max_depth": 80.0}, "scenes", "depth from 0.5 to 10 m, the task asks for 0.001 to 80 m"),
         ({"name": "depth", "max_depth": 9.0}, "digits", "Digits has no depth"),

@@ -17,6 +17,7 @@ from train.data.imagenet import ClassFolder, ImageNet, TimmDataset, TinyImageNet
 from train.data.kitti import Kitti
 from train.data.nyu import NYUv2, NYUv2Mat
 from train.data.packed import HuggingFace, Shards
+from train.data.panoptic import ADE20KPanoptic, CityscapesPanoptic, CocoPanoptic
 from train.data.scenes import Scenes
 from train.data.sevenscenes import SevenScenes
 from train.depth import DepthSpec
@@ -37,7 +38,10 @@ DATASETS: Table[type[ImageDataset]] = Table(
         "ade20k": ADE20K,
         "ade20k_parquet": ADE20KParquet,
         "camvid": CamVid,
+        "ade20k_panoptic": ADE20KPanoptic,
         "cityscapes": Cityscapes,
+        "cityscapes_panoptic": CityscapesPanoptic,
+        "coco_panoptic": CocoPanoptic,
         "folder": Folder,
         "shards": Shards,
         "huggingface": HuggingFace,

@@ -18,10 +18,12 @@ from train.data import open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.examine import Finding, compare, examine, lossy_sentence, named
 from train.data.facts import SplitFacts, read_facts
+from train.sample import SEGMENTS
 from train.schema import DataConfig
 from train.show import Panel, save_sheet, to_rgb
 from train.show.depth import metric_panel
 from train.show.masks import class_legend, color_mask, overlay
+from train.show.panoptic import numbered_segments
 from train.show.sheet import make_palette
 from train.tasks import Task
 
@@ -49,6 +51,7 @@ class Report:
                 "sizes": {f"{height}x{width}": count for (height, width), count in facts.sizes.items()},
                 "labels": {str(key): count for key, count in sorted(facts.labels.items())},
                 "mask_pixels": {str(key): count for key, count in sorted(facts.ids.items())},
+                "segments": {str(key): count for key, count in sorted(facts.segments.items())},
                 "depth": {"quantiles": facts.quantiles(), "missing": facts.depth_missing, "pixels": facts.depth_pixels},
                 "failures": facts.failures,
             }
@@ -79,6 +82,11 @@ def describe(dataset: ImageDataset, facts: SplitFacts) -> list[str]:
             total = sum(counts.values())
             lines.append(f"  {title:14s} {len(counts)} ids; share of the {unit}:")
             lines += histogram(dataset, counts, total)
+    if facts.segments:
+        things = sum(facts.segments[label] for label in dataset.things)
+        total = sum(facts.segments.values())
+        mean = f"{total / facts.read:.1f} an image, at most {facts.most_segments}"
+        lines.append(f"  segments       {total} ({mean}), {things} of them things")
     if facts.depth_pixels:
         missing = facts.depth_missing / facts.depth_pixels
         low, middle, high = facts.quantiles() or (0, 0, 0)
@@ -92,7 +100,7 @@ def histogram(dataset: ImageDataset, counts: Counter, total: int, most: int = 30
     biggest = max(counts.values())
     lines = []
     for i in chosen:
-        name = "(ignored)" if i == dataset.ignore_index and "mask" in dataset.targets else ""
+        name = "(ignored)" if i == dataset.ignore_index and {"mask", "panoptic"} & set(dataset.targets) else ""
         if not name and dataset.classes and 0 <= i < len(dataset.classes):
             name = dataset.classes[i]
         bar = "#" * max(1, round(24 * counts[i] / biggest))
@@ -103,7 +111,7 @@ def histogram(dataset: ImageDataset, counts: Counter, total: int, most: int = 30
 
 
 def sheet(datasets: list[ImageDataset], path: Path) -> None:
-    """A picture of samples spread over the splits: image, mask over the image, depth; with legend and depth scale."""
+    """A picture of samples spread over the splits: image, mask over the image, segments with their numbers, depth."""
     rows: list[list[Panel]] = []
     for dataset in datasets:
         palette = dataset.palette or make_palette(len(dataset.classes or ()) or 1)
@@ -125,6 +133,10 @@ def sheet(datasets: list[ImageDataset], path: Path) -> None:
                 row.append(Panel(overlay(image, mask, palette), "mask over image"))
                 row[-1].legend = class_legend(dataset.classes, palette, mask)
                 row.append(Panel(color_mask(mask, palette), "mask (black: ignored)"))
+            if "panoptic" in dataset.targets and np.shape(sample["panoptic"]) == image.shape[:2]:
+                segments = np.asarray(sample["panoptic"])
+                row.append(Panel(numbered_segments(image, segments, palette), "segments: class * 1000 + number"))
+                row[-1].legend = class_legend(dataset.classes, palette, np.where(segments < 0, -1, segments // SEGMENTS))
             if "depth" in dataset.targets:
                 row.append(metric_panel(np.squeeze(np.asarray(sample["depth"])), "depth"))
             rows.append(row)

@@ -43,8 +43,10 @@ def examine(dataset: ImageDataset, facts: SplitFacts) -> list[Finding]:
     examine_files(facts, say)
     if "label" in dataset.targets and facts.labels:
         examine_labels(dataset, facts, say)
-    if "mask" in dataset.targets and facts.ids:
+    if {"mask", "panoptic"} & set(dataset.targets) and facts.ids:
         examine_masks(dataset, facts, say)
+    if facts.segments:
+        examine_segments(dataset, facts, say)
     if "depth" in dataset.targets and facts.depth_pixels:
         examine_depth(dataset, facts, say)
     return found
@@ -144,6 +146,18 @@ def examine_masks(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, 
     if max(ids.values()) / sum(ids.values()) > 0.95 and len(ids) > 1:
         top = max(ids, key=ids.__getitem__)
         say("warning", f"class {named(dataset, [top])} covers {ids[top] / sum(ids.values()):.1%} of the labelled pixels")
+
+
+def examine_segments(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, str], None]) -> None:
+    """What speaks against numbered things."""
+    if dataset.things and not any(facts.segments[label] for label in dataset.things):
+        say("error", f"no thing is marked{extent(facts)}, though {len(dataset.things)} classes are countable: are ids lost?")
+    elif facts.read and dataset.things and facts.most_segments == 1:
+        say("warning", f"no image has two segments{extent(facts)}: do the maps tell things apart?")
+    if facts.crowds:
+        say(
+            "note", f"{facts.crowds} segments are crowds of things: nothing is learnt from them, and the metric leaves them out"
+        )
 
 
 def examine_depth(dataset: ImageDataset, facts: SplitFacts, say: Callable[[str, str], None]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from train.data.base import ImageDataset
 from train.data.files import FileNotes, Unreadable
+from train.sample import SEGMENTS, VOID
 
 
 @dataclass
@@ -24,6 +25,9 @@ class SplitFacts:
     labels: Counter = field(default_factory=Counter)  # class id -> images
     ids: Counter = field(default_factory=Counter)  # mask id -> pixels, void included
     id_files: dict[int, str] = field(default_factory=dict)  # mask id or label -> first file that has it
+    segments: Counter = field(default_factory=Counter)  # class id -> segments of panoptic maps
+    crowds: int = 0  # of things
+    most_segments: int = 0  # of one image
     void_images: list[str] = field(default_factory=list)  # masks without one labelled pixel
     depth_pixels: int = 0
     depth_missing: int = 0
@@ -62,6 +66,15 @@ def read_facts(
     return facts
 
 
+def add_ids(dataset: ImageDataset, facts: SplitFacts, ids: list[int], pixels: list[int], place: str) -> None:
+    """Counts the class ids of one map, each with its pixels; place: the map's file."""
+    for value, number in zip(ids, pixels, strict=True):
+        facts.ids[value] += number
+        facts.id_files.setdefault(value, place)
+    if set(ids) == {dataset.ignore_index}:
+        facts.void_images.append(place)
+
+
 def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
     """Adds one sample to the facts. Raises what its reader raises, and ValueError for maps of another size than the image."""
     sample = dataset.read(index)
@@ -79,11 +92,17 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
         mask, place = np.asarray(sample["mask"]), str(sample.get("mask_path", path))
         dataset.check_size(sample, "mask", mask.shape[-2:], (height, width))
         found, pixels = np.unique(mask, return_counts=True)
-        for value, number in zip(found.tolist(), pixels.tolist(), strict=True):
-            facts.ids[value] += number
-            facts.id_files.setdefault(value, place)
-        if found.tolist() == [dataset.ignore_index]:
-            facts.void_images.append(place)
+        add_ids(dataset, facts, found.tolist(), pixels.tolist(), place)
+    if "panoptic" in dataset.targets:
+        segments, place = np.asarray(sample["panoptic"]), str(sample.get("panoptic_path", path))
+        dataset.check_size(sample, "panoptic", segments.shape[-2:], (height, width))
+        found, pixels = np.unique(segments, return_counts=True)
+        labels = np.where(found == VOID, dataset.ignore_index, found // SEGMENTS)
+        if "mask" not in dataset.targets:
+            add_ids(dataset, facts, labels.tolist(), pixels.tolist(), place)
+        facts.segments.update(labels[found != VOID].tolist())
+        facts.crowds += int((np.isin(labels, list(dataset.things)) & (found % SEGMENTS == 0) & (found != VOID)).sum())
+        facts.most_segments = max(facts.most_segments, int((found != VOID).sum()))
     if "depth" in dataset.targets:
         depth, place = np.asarray(sample["depth"]).reshape(-1), str(sample.get("depth_path", path))
         dataset.check_size(sample, "depth", np.shape(sample["depth"])[-2:], (height, width))

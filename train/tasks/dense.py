@@ -72,7 +72,7 @@ class DenseTask(Task):
         self.auxiliary = model.aux_head is not None
         return one_map(predictor, type(self).__name__.lower())
 
-    def measure(self, metric: Metric, output: Tensor, batch: dict[str, Any]) -> Any:
+    def measure(self, metric: Metric, output: Any, batch: dict[str, Any]) -> Any:
         """Image by image, because each target has its own size; the prediction is resized to it before it is rounded."""
         predictions = []
         for i, target in enumerate(batch[self.target]):

@@ -69,7 +69,7 @@ class Segmentation(DenseTask):
     def head_counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         return self.terms.counts(batch["mask"])
 
-    def predict(self, output: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def predict(self, output: Any, size: tuple[int, int] | None = None) -> Tensor:
         """B K H W scores -> B H W class ids."""
         return resized(output, size).argmax(1)
 
