@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from heads import kmax, mask2former
-from train.checks import arguments
+from train.checks import checked_arguments
 from train.matching import Masks
 from train.panoptic import PanopticQuality, QueryOrder, ScoreOrder, encode
 from train.sample import SEGMENTS, VOID
@@ -59,7 +59,7 @@ class Panoptic(MaskClassification):
         """A heads.DensePredictor, as for mask_classification."""
         predictor = super().build(model)
         rule: type = ScoreOrder if self.panoptic else QueryOrder
-        self.merge = rule(**arguments(rule, self.given_merge, "task.merge"))
+        self.merge = rule(**checked_arguments(rule, self.given_merge, "task.merge"))
         self.full_masks = kmax.full_masks if self.panoptic else mask2former.full_masks
         return predictor
 
