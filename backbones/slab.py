@@ -4,8 +4,9 @@ Paper:  Guo et al. 2024, "SLAB: Efficient Transformers with Simplified Linear At
         Normalization", https://arxiv.org/abs/2405.11582
 Source: github.com/xinghaochen/SLAB @ f58db00 (no licence file). Released weights load through weights/convert/slab.py.
 Its networks are FLatten's Swin, PVT and CSwin with a plain ReLU in the linear attention and another norm, and DeiT.
-Differs from the source: the schedule of the norm goes on once a training forward of the whole model, also under
-gradient checkpointing, where the authors' counts twice.
+The norm is backbones/prepbn.py's.
+Differs from the source: its schedule goes on once an optimiser step; in a loop that does not call `begin_step`, once a training
+forward of the whole model, also under gradient checkpointing, where the authors' counts twice.
 
 Shapes: B batch, H W map height and width, C channels.
 """
@@ -32,6 +33,7 @@ from backbones.base import (
 )
 from backbones.flatten import Block, FlattenCSwin, FlattenPVT, FlattenSwin, LinearAttention, is_linear
 from backbones.layers import PatchMerging, drop_path_rates, pad_to_multiple
+from backbones.prepbn import PRepBN, RepBN
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 from weights.resample import resample_position_embedding
@@ -39,104 +41,22 @@ from weights.resample import resample_position_embedding
 default_cfgs = _default_cfgs("slab")
 
 
-class RepBN(nn.Module):
-    """BatchNorm over all tokens plus alpha times the input (paper, eq. 6)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.alpha, self.bn = nn.Parameter(torch.ones(1)), nn.BatchNorm1d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:  # ... C -> ... C
-        return self.bn(x.flatten(0, -2)).view_as(x) + self.alpha * x
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """(a, b) of the equal a * x + b in evaluation, float64."""
-        bn = self.bn
-        assert bn.running_mean is not None and bn.running_var is not None
-        scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
-        return scale + self.alpha.double(), bn.bias.double() - scale * bn.running_mean.double()
-
-    def fused(self) -> nn.Module:
-        """Two numbers a channel, for evaluation (backbones.fuse)."""
-        return Affine(*self.affine(), like=self.bn.weight)
-
-
-class PRepBN(nn.Module):
-    """LayerNorm at the beginning of training, RepBN at its end and in evaluation, a mixture in between (paper, sec. 3.1).
-
-    While `warm` calls are left, LayerNorm alone; then its share is iter / total_step, and iter falls by 1 a call. The counters
-    are buffers, so that a resumed run goes on. A model calls `begin` once a step; used alone, the norm does so itself.
-    """
-
-    warm: Tensor
-    iter: Tensor
-    total_step: Tensor
-    share: Tensor  # of the LayerNorm, set by `begin`
-
-    def __init__(self, dim: int, eps: float, steps: int, warm: int = 0):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), RepBN(dim)
-        for name, value in (("warm", warm), ("iter", steps), ("total_step", steps)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.int64))
-        # A buffer that is filled in place: torch.fx would leave a proxy of any new value in the module.
-        self.register_buffer("share", torch.ones(()), persistent=False)
-        self.driven, self.warming = False, False
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Settle this step's mixture and count it."""
-        self.warming = bool(self.warm > 0)
-        if self.warming:
-            self.warm -= 1
-            return
-        self.share.copy_(self.iter / self.total_step)
-        self.iter.sub_(1).clamp_(min=0)
-
-    def forward(self, x: Tensor) -> Tensor:  # ... C -> ... C
-        if not self.training:
-            return self.norm2(x)
-        if not self.driven:
-            self.begin()
-        if self.warming:
-            return self.norm1(x)
-        after = self.norm2(x)
-        return after + self.share * (self.norm1(x) - after)
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """(a, b) of the equal a * x + b in evaluation, float64."""
-        return self.norm2.affine()
-
-    def fused(self) -> nn.Module:
-        return self.norm2.fused()
-
-
-class Affine(nn.Module):
-    """scale * x + shift per channel."""
-
-    def __init__(self, scale: Tensor, shift: Tensor, like: Tensor):
-        super().__init__()
-        self.scale, self.shift = (nn.Parameter(t.detach().to(like), requires_grad=False) for t in (scale, shift))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, self.scale, x)
-
-
 class Norms(StagedBackbone):
     """What the three hosts share: which norm they have, and its schedule. Stands before the host among the bases."""
 
     norm_kind: str
-    norm_steps: int
+    norm_steps: int | None
     norm_warm: int
 
     def new_norm(self, dim: int, eps: float) -> nn.Module:
         if self.norm_kind == "repbn":
             return RepBN(dim)
-        return PRepBN(dim, eps, self.norm_steps, self.norm_warm)
+        return PRepBN(nn.LayerNorm(dim, eps=eps), self.norm_steps, self.norm_warm)
 
-    def set_schedule(self, norm: str, steps: int, warm: int) -> None:
+    def set_schedule(self, norm: str, steps: int | None, warm: int) -> None:
         if norm not in ("prepbn", "repbn"):
             raise ValueError(f"norm must be 'prepbn' or 'repbn', got {norm!r}")
-        if steps < 1 or warm < 0:
+        if (steps is not None and steps < 1) or warm < 0:
             raise ValueError(f"norm_steps must be at least 1 and norm_warm at least 0, got {steps} and {warm}")
         self.norm_kind, self.norm_steps, self.norm_warm = norm, steps, warm
 
@@ -151,7 +71,8 @@ class Norms(StagedBackbone):
     def embed(self, x: Tensor) -> Tensor | State:
         if self.training:
             for module in self.scheduled():
-                module.begin()
+                if not module.stepped:
+                    module.begin()
         return super().embed(x)
 
     @torch.jit.ignore
@@ -159,16 +80,16 @@ class Norms(StagedBackbone):
         """Length of the schedule in training steps, `warm` steps of LayerNorm alone before it, and how many steps are done."""
         self.set_schedule(self.norm_kind, steps, warm)
         for module in self.scheduled():
-            module.total_step.fill_(steps)
-            module.warm.fill_(max(warm - step, 0))
-            module.iter.fill_(steps - min(max(step - warm, 0), steps))
+            module.to_the_end = False
+            module.set_schedule(steps, step, warm)
 
 
 class SlabSwin(Norms, FlattenSwin):
     """FLatten's Swin with simplified linear attention and PRepBN.
 
-    norm: "prepbn", or "repbn" without a LayerNorm; norm_steps, norm_warm: schedule of the former, in training steps. Other
-    arguments are FlattenSwin's. With dense (or feature_norms) it follows the authors' detection code: linear windows of 56, 28.
+    norm: "prepbn", or "repbn" without a LayerNorm; norm_steps, norm_warm: schedule of the former, in training steps; norm_steps
+    None: to the end of the run. Other arguments are FlattenSwin's. With dense (or feature_norms) it follows the authors'
+    detection code: linear windows of 56, 28.
     """
 
     family = "slab"
@@ -177,7 +98,7 @@ class SlabSwin(Norms, FlattenSwin):
         self,
         img_size: int | Sequence[int] = 224,
         norm: str = "prepbn",
-        norm_steps: int = 60_000,
+        norm_steps: int | None = 60_000,
         norm_warm: int = 0,
         depths: Sequence[int] = (2, 2, 6, 2),
         **kwargs: Any,
@@ -205,7 +126,7 @@ class SlabPVT(Norms, FlattenPVT):
         self,
         img_size: int | tuple[int, int] = 224,
         norm: str = "prepbn",
-        norm_steps: int = 300_000,
+        norm_steps: int | None = 300_000,
         norm_warm: int = 0,
         depths: Sequence[int] = (2, 2, 2, 2),
         **kwargs: Any,
@@ -227,7 +148,7 @@ class SlabCSwin(Norms, FlattenCSwin):
         self,
         img_size: int | tuple[int, int] = 224,
         norm: str = "prepbn",
-        norm_steps: int = 120_000,
+        norm_steps: int | None = 120_000,
         norm_warm: int = 0,
         depths: Sequence[int] = (2, 4, 18, 1),
         **kwargs: Any,
@@ -296,7 +217,7 @@ class SlabDeiT(Norms, StagedBackbone):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         norm: str = "prepbn",
-        norm_steps: int = 60_000,
+        norm_steps: int | None = 60_000,
         norm_warm: int = 0,
         in_chans: int = 3,
         num_classes: int = 1000,

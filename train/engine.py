@@ -110,10 +110,13 @@ def train(run: Run, stop: Stop) -> dict[str, float]:
     model, optimizer, average, schedule = run.model, run.parts.optimizer, run.parts.average, run.schedule
     parameters = [p for p in run.parts.net.parameters() if p.requires_grad]
     world, main = accelerator.num_processes, accelerator.is_main_process
+    scheduled = [cast(Any, module) for module in run.parts.net.modules() if hasattr(module, "begin_step")]
     metrics: dict[str, float] = {}
     train_mode(model)
     for step in range(state.step, run.steps):
         schedule.step_update(step)
+        for module in scheduled:  # what changes with the steps (a norm that becomes another) does so once a step
+            module.begin_step(step, run.steps)
         micro, waited = loader.take(run.batches, len(run.offsets), accelerator.device, config.run.channels_last)
         micro = [augmented(batch, run, step) for batch in micro]
         found = [task.counts(batch) for batch in micro]

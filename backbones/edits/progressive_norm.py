@@ -11,87 +11,23 @@ Shapes: B batch, N tokens, C channels.
 import torch
 from torch import Tensor, nn
 
+from backbones.prepbn import PRepBN
 from backbones.vit import POST_NORM, Part, blocks_of, plain_weights
 
 
-class RepBN(nn.Module):
-    """BatchNorm(x) + alpha * x over tokens B N C, statistics over B and N."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1))
-        self.bn = nn.BatchNorm1d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = self.bn(x.flatten(0, -2)) if x.ndim != 2 else self.bn(x)
-        return flat.view_as(x) + self.alpha * x
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """(a, b), each C, with forward(x) = a * x + b in evaluation; in float64."""
-        bn = self.bn
-        if bn.running_var is None or bn.running_mean is None:
-            raise ValueError("this BatchNorm has no running statistics and cannot be folded")
-        scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
-        return scale + self.alpha.double(), bn.bias.double() - scale * bn.running_mean.double()
-
-
-class ProgressiveNorm(nn.Module):
-    """LayerNorm that gives way to RepBN within `steps` training calls; RepBN alone in evaluation.
-
-    In training, after `warm` calls of LayerNorm alone, the output is lam * LayerNorm + (1 - lam) * RepBN with
-    lam = r0 * left / steps, `left` falling from `steps` to 0 by one a call. Gradient checkpointing and a second forward in a
-    step count as calls.
-
-    Args:
-        norm: the LayerNorm that it starts from.
-        steps: training calls until RepBN is alone.
-        r0: share of the LayerNorm at the start.
-        warm: calls of the LayerNorm alone before that.
-    """
-
-    def __init__(self, norm: nn.LayerNorm, steps: int, r0: float = 1.0, warm: int = 0):
-        super().__init__()
-        self.norm1, self.norm2, self.r0 = norm, RepBN(norm.normalized_shape[0]).to(norm.weight), r0
-        self.warm: Tensor
-        self.iter: Tensor
-        self.total_step: Tensor
-        for name, value in (("warm", warm), ("iter", steps), ("total_step", steps)):
-            self.register_buffer(name, torch.tensor(value, device=norm.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return self.norm2(x)
-        if self.warm > 0:
-            self.warm -= 1
-            return self.norm1(x)
-        share = self.r0 * self.iter / self.total_step
-        self.iter.sub_(1).clamp_(min=0)
-        return share * self.norm1(x) + (1 - share) * self.norm2(x)
-
-
-class Affine(nn.Module):
-    """a * x + b by channel: what is left of a norm that has no linear layer behind it."""
-
-    def __init__(self, a: Tensor, b: Tensor):
-        super().__init__()
-        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.b.to(x.dtype), self.a.to(x.dtype), x)
-
-
-def prepbn(model: nn.Module, steps: int, r0: float = 1.0, warm: int = 0) -> nn.Module:
-    """Replace every LayerNorm over channels of a ViT's blocks and end by a ProgressiveNorm, in place; then train.
+def prepbn(model: nn.Module, steps: int | None = None, r0: float = 1.0, warm: int = 0) -> nn.Module:
+    """Replace every LayerNorm over channels of a ViT's blocks and end by a PRepBN, in place; then train.
 
     Before training the output is not that of the model: the BatchNorms have seen nothing. After it, merge_prepbn folds them.
 
     Args:
         model: timm's VisionTransformer, Eva or Beit.
-        steps: training steps until the LayerNorms are gone (the authors: 60 000 of DeiT's ImageNet schedule).
+        steps: training steps until the LayerNorms are gone (the authors: 60 000 of DeiT's ImageNet schedule); None: as many as
+            the run has. A loop of your own calls backbones.prepbn.PRepBN.begin_step of each, or a forward is a step.
         r0: share of the LayerNorms at the start.
         warm: steps with the LayerNorms alone before that.
     """
-    if steps < 1 or warm < 0 or not 0 <= r0 <= 1:
+    if (steps is not None and steps < 1) or warm < 0 or not 0 <= r0 <= 1:
         raise ValueError(f"prepbn needs steps of at least 1, warm of at least 0 and r0 in 0..1, got {steps}, {warm}, {r0}")
     vit: Part = model
     places = [(block, name) for block in blocks_of(model) if hasattr(block, "attn") for name in ("norm1", "norm2")]
@@ -100,7 +36,7 @@ def prepbn(model: nn.Module, steps: int, r0: float = 1.0, warm: int = 0) -> nn.M
     for owner, name in places:
         norm = getattr(owner, name, None)
         if isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:
-            setattr(owner, name, ProgressiveNorm(norm, steps, r0, warm).train(norm.training))
+            setattr(owner, name, PRepBN(norm, steps, warm, r0).train(norm.training))
             replaced += 1
     if not replaced:
         raise ValueError(f"this {type(model).__name__} has no LayerNorm that could become a BatchNorm")
@@ -119,27 +55,23 @@ def merge_prepbn(model: nn.Module) -> nn.Module:
     for block in blocks_of(model):
         for name, linears in (("norm1", attention_inputs(block)), ("norm2", mlp_inputs(block))):
             norm = getattr(block, name, None)
-            if isinstance(norm, ProgressiveNorm):
+            if isinstance(norm, PRepBN):
                 found = True
-                a, b = norm.norm2.affine()
+                a, b = norm.affine()
                 if isinstance(block, POST_NORM) or not linears:
-                    setattr(block, name, as_affine(norm, a, b))
+                    setattr(block, name, norm.fused())
                 else:
                     for linear in linears:
                         fold(linear, a, b)
                     setattr(block, name, nn.Identity())
     for name in ("norm_pre", "norm", "fc_norm"):
         norm = getattr(vit, name, None)
-        if isinstance(norm, ProgressiveNorm):
+        if isinstance(norm, PRepBN):
             found = True
-            setattr(vit, name, as_affine(norm, *norm.norm2.affine()))
+            setattr(vit, name, norm.fused())
     if not found:
-        raise ValueError("this model has no ProgressiveNorm to fold")
+        raise ValueError("this model has no PRepBN to fold")
     return model
-
-
-def as_affine(norm: ProgressiveNorm, a: Tensor, b: Tensor) -> Affine:
-    return Affine(a.to(norm.norm2.alpha.dtype), b.to(norm.norm2.alpha.dtype))
 
 
 def attention_inputs(block: Part) -> list[nn.Linear]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import backbones
 import weights
 from backbones.flatten import ReducedLinearAttention, StripeLinearAttention, WindowLinearAttention
-from backbones.slab import Affine, MapLinearAttention, PRepBN, RepBN, SlabCSwin, SlabDeiT, SlabPVT, SlabSwin, merge
+from backbones.prepbn import Affine, PRepBN, RepBN
+from backbones.slab import MapLinearAttention, SlabCSwin, SlabDeiT, SlabPVT, SlabSwin, merge
 
 IGNORED = ("drop_rate", "attn_drop_rate", "drop_path_rate", "qk_scale", "norm_eps", "use_checkpoint", "norm", "focusing_factor")
 REBUILT = ("relative_position_index", "attn_mask")
@@ -68,7 +69,7 @@ def test_the_norms_their_gradients_and_counters(fixture, case):
     if kwargs["cls"] == "RepBN":
         norm = RepBN(kwargs["channels"])
     else:
-        norm = PRepBN(kwargs["dim"], kwargs["ln_eps"], kwargs["step"], kwargs.get("warm", 0))
+        norm = PRepBN(nn.LayerNorm(kwargs["dim"], eps=kwargs["ln_eps"]), kwargs["step"], kwargs.get("warm", 0))
     parity.check_part(norm, fixture, case, lambda state: state)
     for key, value in golden.state(tensors, f"{case}/after/").items():
         torch.testing.assert_close(norm.state_dict()[key], value, atol=1e-6, rtol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
@@ -86,7 +87,7 @@ def test_attentions_and_their_gradients(fixture, case):
         module = StripeLinearAttention(dim, heads, (None, kwargs["split_size"]), (side, kwargs["split_size"]), **linear)
     elif host == "slab_pvt":
         grid = side = (kwargs["H"], kwargs["W"])
-        norm = lambda dim, eps: PRepBN(dim, 1e-6, 1000)  # noqa: E731
+        norm = lambda dim, eps: PRepBN(nn.LayerNorm(dim, eps=1e-6), 1000)  # noqa: E731
         module = ReducedLinearAttention(dim, heads, grid, kwargs["qkv_bias"], kwargs["sr_ratio"], norm, **linear)
     elif host == "slab_deit":
         side = 14
@@ -137,6 +138,24 @@ def test_the_schedule_counts_steps_and_goes_on_from_a_state_dict():
         model.set_norm_schedule(0)
     with pytest.raises(ValueError, match="norm must be 'prepbn' or 'repbn'"):
         SlabSwin(**TINY, norm="bn")
+
+
+def test_a_step_may_have_many_forwards_and_the_schedule_may_end_with_the_run():
+    torch.manual_seed(0)
+    model = SlabSwin(**TINY, norm_steps=None, norm_warm=1).train()
+    norms, x = model.scheduled(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="without a number of steps needs the run's"):
+        model(x)
+    seen = []
+    for step in range(5):
+        for norm in norms:
+            norm.begin_step(step, 5)
+        for _ in range(3):
+            model(x)
+        seen.append({"LayerNorm" if norm.warming else float(norm.share) for norm in norms})
+    assert seen == [{"LayerNorm"}, {1.0}, {0.75}, {0.5}, {0.25}]
+    with pytest.warns(UserWarning, match="has 9 steps of its schedule left and the run 3"):
+        PRepBN(nn.LayerNorm(4), 9).begin_step(0, 3)
 
 
 @pytest.mark.parametrize("kind", ["prepbn", "repbn"])

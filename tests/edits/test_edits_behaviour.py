@@ -14,8 +14,9 @@ import heads
 from backbones import edits
 from backbones.analysis.heads import head_importance
 from backbones.edits import depth, initialisation
-from backbones.edits.progressive_norm import Affine, ProgressiveNorm, merge_prepbn
+from backbones.edits.progressive_norm import merge_prepbn
 from backbones.edits.sigma import merge_sigma
+from backbones.prepbn import Affine, PRepBN
 from backbones.vit import Skip
 
 ARGS = {
@@ -176,7 +177,7 @@ def test_mimetic_weights_look_like_trained_ones_and_depend_on_the_seed_alone():
 def test_progressive_norms_give_way_and_fold(vit):
     model, x = small(vit)
     edits.apply(model, [{"name": "prepbn", "steps": 3, "warm": 1}])
-    norms = [m for m in model.modules() if isinstance(m, ProgressiveNorm)]
+    norms = [m for m in model.modules() if isinstance(m, PRepBN)]
     one, y = norms[0].train(), torch.randn(2, 20, 48)
     assert torch.equal(one(y), one.norm1(y)) and one.norm2.bn.num_batches_tracked == 0  # warm
     for left in (3, 2, 1, 0, 0):
@@ -197,7 +198,7 @@ def test_progressive_norms_give_way_and_fold(vit):
         out = model(x)
         merge_prepbn(model)
         close(model(x), out, 1e-4)
-    assert not any(isinstance(m, (ProgressiveNorm, nn.BatchNorm1d)) for m in model.modules())
+    assert not any(isinstance(m, (PRepBN, nn.BatchNorm1d)) for m in model.modules())
     assert vit != "vit_tiny_patch16_224" or sum(isinstance(m, Affine) for m in model.modules()) == 1  # the final norm's
 
 

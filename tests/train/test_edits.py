@@ -6,6 +6,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from backbones.prepbn import PRepBN
 from train import config, engine, evaluation, setup
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
@@ -90,3 +91,46 @@ def test_a_run_with_edits_needs_its_first_checkpoint_no_more(tmp_path):
     engine.fit(resolved(tmp_path / "run", values(checkpoint=str(path))))
     path.unlink()
     assert evaluation.open_run(tmp_path / "run")[2].num_prefix_tokens == 3
+
+
+def test_progressive_norms_move_once_a_step_however_the_batch_is_cut_and_over_a_resume(tmp_path, monkeypatch):
+    seen = []
+    forward = PRepBN.forward
+    monkeypatch.setattr(PRepBN, "forward", lambda norm, x: seen.append(float(norm.share)) or forward(norm, x))
+
+    def run(name, micro, **edit):
+        given = values(edits=[{"name": "prepbn", **edit}])
+        given["optim"] |= {"steps": 4, "micro_batch": micro}
+        given["run"] |= {"eval_every": 4, "save_every": 2}
+        return resolved(tmp_path / name, given)
+
+    for name, micro in (("whole", 8), ("cut", 4)):
+        seen.clear()
+        engine.fit(run(name, micro, steps=2))
+        counters = {
+            key: value for key, value in load_file(tmp_path / name / "model.safetensors").items() if key.endswith("iter")
+        }
+        assert len(counters) == 5 and not any(counters.values())
+        norms = 5 * 8 // micro
+        assert seen[: 4 * norms] == [1.0] * norms + [0.5] * norms + [0.0] * 2 * norms
+    engine.fit(run("to the end", 8))
+    first = run("resumed", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Log, "step", stops_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            engine.fit(first)
+    engine.fit(run("resumed", 8), resume=True)
+    one, two = (load_file(tmp_path / name / "last.safetensors") for name in ("to the end", "resumed"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def stops_after(steps):
+    """Log.step that interrupts the run in the step after that many."""
+    step = engine.Log.step
+
+    def stopping(log, number, *args):
+        if number > steps:
+            raise KeyboardInterrupt
+        return step(log, number, *args)
+
+    return stopping
