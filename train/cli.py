@@ -159,6 +159,12 @@ def build_parser() -> Parser:
     sub.add_argument("--start", type=int, default=0, help="first block that counts")
     analysis_options(sub)
 
+    sub = command("look", look, "What a backbone sees: features of each stage, and what one place attends to, as a picture.")
+    sub.add_argument("model", help="model name, or run folder")
+    sub.add_argument("images", nargs="+", help="images and folders of images")
+    sub.add_argument("--at", type=place, metavar="X,Y", help="the place, shares of width and height; default: the most salient")
+    analysis_options(sub)
+
     options.add_to(command("bench", bench, "Measure speed.", formatter_class=argparse.RawDescriptionHelpFormatter))
 
     sub = command("doctor", doctor, "What works on this machine, and why not.")
@@ -169,12 +175,21 @@ def build_parser() -> Parser:
 
 
 def analysis_options(sub: argparse.ArgumentParser) -> None:
-    """What analyze and explain share."""
-    sub.add_argument("--out", required=True, help="folder for the JSON file and the pictures")
+    """What analyze, explain and look share."""
+    sub.add_argument("--out", required=True, help="folder for the results")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
     sub.add_argument("--checkpoint", help="weights for a model by name; default: its released ones")
     sub.add_argument("--which", help="of several weights in that file: a part of their place, e.g. student or model_ema")
     sub.add_argument("--untrained", action="store_true", help="random weights for a model by name")
+
+
+def place(text: str) -> tuple[float, float]:
+    """Two numbers with a comma between them, e.g. 0.4,0.6."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y as shares of width and height, e.g. 0.4,0.6") from None
+    return x, y
 
 
 class _Version(argparse.Action):
@@ -339,6 +354,12 @@ def explain(args: argparse.Namespace) -> None:
 
     options = (args.wanted, args.pixel, args.start, args.size, args.checkpoint, args.untrained, args.which)
     explain_images(args.model, args.images, args.out, *options)
+
+
+def look(args: argparse.Namespace) -> None:
+    from train.look import look
+
+    look(args.model, args.images, args.out, args.at, args.size, args.checkpoint, args.untrained)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -105,10 +105,16 @@ MOST = 40  # classes that a legend shows
 CHARACTER = 0.56  # mean width of a character, of its size
 
 
-def save_sheet(path: str | Path, rows: Sequence[Sequence[Panel]], title: str = "") -> None:
+def save_sheet(path: str | Path, rows: Sequence[Sequence[Panel]], title: str = "", cell: float | None = None) -> None:
     """Write a sheet of panels, one row per sample, with the classes and the depth scale they show below. PNG, or the suffix.
 
     Samples of a single panel each are set side by side, six in a row. Raises ValueError if there is nothing to show.
+
+    Args:
+        path: of the file.
+        rows: panels from left to right.
+        title: above all.
+        cell: inches (of 110 pixels) of a panel's width; None: 2.6, or 4 for panels below each other.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -121,7 +127,7 @@ def save_sheet(path: str | Path, rows: Sequence[Sequence[Panel]], title: str = "
     if all(len(row) == 1 for row in rows):
         rows = in_columns([row[0] for row in rows], 6)
     columns = max(len(row) for row in rows)
-    cell = 2.6 if columns > 1 else 4.0
+    cell = cell or (2.6 if columns > 1 else 4.0)
     width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
     titles = [[wrapped(panel.title, cell, TITLE) for panel in row] for row in rows]
     heading = wrapped(title, width, 10)

@@ -1,0 +1,166 @@
+"""What one place attends to: the weights that are drawn are those the model used."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backbones  # noqa: F401  (registers our models with timm)
+from backbones.analysis import points
+from backbones.litv2 import HiLo
+from backbones.nat import NeighborhoodAttention
+from backbones.swin import WindowAttention
+
+AT = (0.8, 0.3)
+
+
+def attended(weights, v):
+    """Heads' mean values h H W, H W h d -> h*d."""
+    return torch.einsum("hij,ijhd->hd", weights, v).flatten()
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("size", [(8, 12), (4, 4)])
+@torch.no_grad()
+def test_window_attention_is_the_modules_own(shifted, size):
+    torch.manual_seed(0)
+    attn = WindowAttention(8, 2, 4, shifted, None, True, None, 0.0)
+    nn.init.normal_(attn.relative_position_bias_table)
+    x = torch.randn(1, *size, 8)
+    ((kind, weights),) = points.of_windows(attn, x, AT)
+    row, column = points.cell(AT, *size)
+    v = attn.qkv(x)[0].unflatten(-1, (3, 2, -1))[:, :, 2]
+    torch.testing.assert_close(attn.proj(attended(weights, v)), attn(x)[0, row, column])
+    assert kind == ("window 4, shifted by 2" if shifted else "window 4") and (weights > 1e-12).sum((1, 2)).max() <= 16
+
+
+@torch.no_grad()
+def test_padding_takes_its_share_of_a_window():
+    attn = WindowAttention(8, 2, 4, False, None, True, None, 0.0)
+    ((_, weights),) = points.of_windows(attn, torch.randn(1, 6, 6, 8), (0.99, 0.99))
+    assert weights.shape == (2, 6, 6) and ((weights > 0).sum((1, 2)) == 4).all() and (weights.sum((1, 2)) < 0.9).all()
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@torch.no_grad()
+def test_neighbourhood_attention_is_the_modules_own(dilation):
+    torch.manual_seed(0)
+    attn = NeighborhoodAttention(8, 2, 3, dilation)
+    nn.init.normal_(attn.rpb)
+    x = torch.randn(1, 7, 9, 8)
+    ((kind, weights),) = points.of_neighbourhood(attn, x, AT)
+    row, column = points.cell(AT, 7, 9)
+    v = attn.qkv(x)[0].unflatten(-1, (3, 2, -1))[:, :, 2]
+    torch.testing.assert_close(attn.proj(attended(weights, v)), attn(x)[0, row, column])
+    assert ((weights > 0).sum((1, 2)) == 9).all() and kind == f"3x3 neighbours, {dilation} apart"
+
+
+@torch.no_grad()
+def test_high_and_low_frequencies_are_the_modules_own():
+    torch.manual_seed(0)
+    attn = HiLo(12, 3, 2, 0.34)
+    x = torch.randn(1, 6, 8, 12)
+    (high, hi), (low, lo) = points.of_hilo(attn, x, AT)
+    row, column = points.cell(AT, 6, 8)
+    v = attn.h_qkv(x)[0].unflatten(-1, (3, attn.hi_heads, -1))[:, :, 2]
+    means = F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)[0]
+    pooled = attn.l_kv(means).unflatten(-1, (2, attn.lo_heads, -1))[:, :, 1]
+    expected = torch.cat([attn.h_proj(attended(hi, v)), attn.l_proj(attended(lo, pooled))])
+    torch.testing.assert_close(expected, attn(x)[0, row, column])
+    assert (high, low) == ("high: window 2", "low: means of 2x2") and lo.shape == (attn.lo_heads, 3, 4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_a_vit_shows_its_maps_with_fused_attention_too(fused):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), depth=2, embed_dim=24, num_heads=3).eval()
+    image, maps = torch.randn(1, 3, 48, 80), []
+    for block in model.blocks:  # what hooks on the dropout find, which runs without the fused kernel only
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    model(image)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    found = points.point_attention(model, image, AT, [(3, 5)])
+    row, column = points.cell(AT, 3, 5)
+    for one, expected in zip(found, maps[:2], strict=True):
+        torch.testing.assert_close(one.weights.flatten(1), expected[0, :, 1 + row * 5 + column, 1:])
+
+
+@torch.no_grad()
+def test_calls_of_the_fused_kernel_are_read_with_prefix_mask_and_pooled_keys():
+    """A stand-in with a class token, keys of half the map and a bias."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1 + 24, 4), torch.randn(1, 2, 1 + 6, 4), torch.randn(1, 2, 1 + 6, 4)
+    bias = torch.randn(1, 1, 25, 7)
+
+    class Model(nn.Module):
+        def forward(self, image):
+            F.scaled_dot_product_attention(torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4))  # windows
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
+
+    model = Model()
+    (found,) = points.point_attention(model, torch.zeros(1), AT, [(4, 6)], model)
+    row, column = points.cell(AT, 4, 6)
+    expected = (q[0, :, 1 + row * 6 + column, None] @ k[0].mT * 0.3 + bias[0, 0, 1 + row * 6 + column]).softmax(-1)[:, 0, 1:]
+    torch.testing.assert_close(found.weights.flatten(1), expected)
+    assert found.weights.shape == (2, 2, 3) and found.kind == "2x3 pooled keys of 4x6"
+
+
+SMALL = {
+    "swin_t": ({"img_size": (64, 96), "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}, {"window 7": 4}),
+    "nat_mini": ({"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "kernel_size": 3}, {"3x3 neighbours": 2}),
+    "litv2_s": ({"dims": (8, 8, 12, 12), "depths": (1,) * 4, "heads": (1, 1, 3, 3)}, {"high": 1, "low": 1, "all cells": 1}),
+    "sparsifiner_deit_s": ({"img_size": (64, 96), "depth": 2, "embed_dim": 24, "heads": 3}, {"of the keys": 2}),
+    "pit_ti": ({"depths": (1, 1, 1)}, {"all cells": 3}),
+    "cvt_13": ({"depths": (1, 1, 1)}, {"pooled keys": 3}),
+    "lit_s": ({"depths": (1, 1, 1, 1)}, {"all cells": 2}),
+    "poolformer_s12_gn": ({"depths": (1, 1, 1, 1)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_every_family_shows_its_attention(name):
+    args, kinds = SMALL[name]
+    model = timm.create_model(name, **args)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    image = torch.randn(1, 3, 64, 96)
+    model.eval()
+    maps = model.forward_intermediates(image, intermediates_only=True)
+    model.train()
+    found = points.point_attention(model, image, AT, [tuple(one.shape[2:]) for one in maps])
+    for text, count in kinds.items():
+        assert sum(text in one.kind for one in found) == count, [one.kind for one in found]
+    assert len(found) == sum(kinds.values())
+    for one in found:
+        total = one.weights.sum((1, 2))
+        assert (one.weights >= 0).all() and (total > 0.2).all() and (total < 1 + 1e-5).all(), one
+    assert model.training and not model._forward_hooks
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_kept_connections_are_those_of_the_mask():
+    model = timm.create_model("sparsifiner_deit_s", img_size=(64, 96), depth=2, embed_dim=24, heads=3, keep_rate=0.5).eval()
+    for one in points.point_attention(model, torch.randn(1, 3, 64, 96), AT, [(4, 6)]):
+        assert one.kept.dtype == torch.bool and 11 <= one.kept.sum((1, 2)).min() <= one.kept.sum((1, 2)).max() <= 13  # of 25
+        assert (one.weights[~one.kept] == 0).all() and (one.dense > 0).all()
+
+
+def test_the_salient_place_is_the_odd_one_out_and_not_the_loudest():
+    features = torch.ones(8, 6, 10) + 0.01 * torch.randn(8, 6, 10)
+    features[:, 1, 1] *= 1000  # an outlier in norm alone
+    features[:4, 3:6, 6:9] *= -1
+    x, y = points.most_salient(features)
+    assert 0.6 <= x <= 0.9 and 0.5 <= y <= 1
+
+
+def test_main_components_part_what_differs():
+    features = torch.randn(16, 6, 10) * 0.01
+    features[0, :, 5:] += 5
+    colors = points.principal_colors(features)
+    assert colors.shape == (6, 10, 3) and colors.min() >= 0 and colors.max() <= 1
+    assert (colors[:, :5, 0].mean() - colors[:, 5:, 0].mean()).abs() > 0.8
+    assert points.principal_colors(torch.randn(2, 1, 1)).shape == (1, 1, 3)
