@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 
 def resize(x: Tensor, like: Tensor | Sequence[int], align_corners: bool = False, mode: str = "bilinear") -> Tensor:
-    """x (B C h w) at the height and width of `like`: a tensor (its last two sizes are read) or (H, W)."""
+    """Resize x to the height and width of `like`.
+
+    Args:
+        x: B C h w.
+        like: a tensor, whose last two sizes are read, or (H, W).
+        align_corners: of the interpolation.
+        mode: of the interpolation.
+    """
     size = tuple(like.shape[-2:]) if isinstance(like, Tensor) else tuple(like)
     if x.shape[-2:] == size:
         return x
@@ -34,7 +41,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ConvNormAct(nn.Module):
-    """Convolution without bias, batch norm, ReLU: `conv`, `bn`, the names of mmsegmentation's checkpoints."""
+    """Convolution without bias, batch norm, ReLU: `conv`, `bn`, the names of mmsegmentation's checkpoints.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd; the size of the map stays.
+        act: with the ReLU.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, act: bool = True):
         super().__init__()
@@ -121,7 +135,15 @@ def conv_over(conv: nn.Conv2d, maps: Sequence[Tensor], align_corners: bool = Fal
 
 
 def shifted_resize(old: int, new: int, kernel: int, align_corners: bool, like: Tensor) -> Tensor:
-    """kernel x old x new: the weight of each old pixel in the new one that a tap of a centred kernel reads, 0 outside."""
+    """kernel x old x new: the weight of each old pixel in the new one that a tap of a centred kernel reads, 0 outside.
+
+    Args:
+        old: pixels of the side before the resize.
+        new: pixels after it.
+        kernel: taps of the convolution.
+        align_corners: of the resize.
+        like: a tensor whose device and type the weights get.
+    """
     weights = F.interpolate(torch.eye(old, device=like.device)[None], size=new, mode="linear", align_corners=align_corners)[0]
     weights = F.pad(weights, (kernel // 2, kernel // 2)).to(like.dtype)
     return torch.stack([weights[:, i : i + new] for i in range(kernel)])

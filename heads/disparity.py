@@ -44,6 +44,13 @@ class DisparityDecoder(Head):
     """What both decoders share: up from the coarsest map, the next finer one joined, a disparity at the last levels.
 
     `forward` returns {"disparities": [B 1 h w, finest first, each half the size of the one before]}.
+
+    Args:
+        channels: of each map, finest first.
+        out_channels: 1.
+        widths: of the decoder's levels, finest first.
+        scales: how many of the finest levels give a disparity.
+        mode: of the interpolation between levels.
     """
 
     pyramid = True

@@ -21,29 +21,34 @@ PREDICTORS = ("depth", "segmentation", "linear")
 class DPT(Head):
     """Reassemble tokens into a pyramid, fuse it coarse to fine with residual units, predict.
 
-    channels: of each map, finest first, any number of levels. A map may be a pair (map B C H W, prefix tokens B P C).
-    out_channels: classes, or what the depth rule reads.
-    width: of the fusion path.
-    one_scale: all maps have one size (a plain ViT): learned resampling turns n of them into 2^(n-2) .. 1, 1/2 times that size.
-    reassemble: channels of each map after reassembling (one_scale only); default C/8, C/4, C/2, C as in DPT-Base.
-    factors: resampling factor of each level (4, 2, 1, 0.5, ...), None where a map is used as it is; overrides one_scale, for
-        backbones that deliver both kinds (DPT-Hybrid: None, None, 1, 0.5).
-    prefix_counts: prefix tokens beside each map: those with some are read out (CvT: its last); default: those with a factor.
-    readout: what becomes of the prefix tokens. "ignore" drops them; "add" adds the class token to every position (the mean of
-        class and distillation token where there are exactly two); "project" concatenates the class token to every token and
-        projects back.
-    norm: batch norm in the residual units (and after `project`).
-    unit_bias: bias of the convolutions in the residual units; default: only without norm.
-    reassemble_norm: batch norm between readout and projection.
-    fusion: "next" resizes each path to the next finer map (MiDaS 3.1, Depth-Anything: any size); "double" doubles it exactly
-        (DPT, mmsegmentation: a finer map of another size is resized to the path).
-    project: a 3x3 convolution and ReLU between fusion and predictor (mmsegmentation, DINOv3).
-    stem: widths of learned x2 steps between fusion and predictor (MiDaS on LeViT: 128, 64).
-    predictor: "depth" (3x3, x2, 3x3, ReLU, 1x1), "segmentation" (3x3, norm, ReLU, dropout, 1x1, x2) or "linear" (dropout, 1x1).
-    predictor_widths: of the two 3x3 convolutions of "depth", default width // 2 and 32.
-    patch_size: "depth" resizes to this many pixels per token of the incoming maps instead of doubling (Depth-Anything: 14).
-
     The result has no final activation: `heads.depth` states what the channels mean.
+
+    Args:
+        channels: of each map, finest first, any number of levels. A map may be a pair (map B C H W, prefix tokens B P C).
+        out_channels: classes, or what the depth rule reads.
+        width: of the fusion path.
+        one_scale: all maps have one size (a plain ViT): learned resampling turns n of them into 2^(n-2) .. 1, 1/2 times that
+            size.
+        reassemble: channels of each map after reassembling (one_scale only); default C/8, C/4, C/2, C as in DPT-Base.
+        factors: resampling factor of each level (4, 2, 1, 0.5, ...), None where a map is used as it is; overrides one_scale,
+            for backbones that deliver both kinds (DPT-Hybrid: None, None, 1, 0.5).
+        prefix_counts: prefix tokens beside each map: those with some are read out (CvT: its last); default: those with a
+            factor.
+        readout: what becomes of the prefix tokens. "ignore" drops them; "add" adds the class token to every position (the mean
+            of class and distillation token where there are exactly two); "project" concatenates the class token to every token
+            and projects back.
+        norm: batch norm in the residual units (and after `project`).
+        unit_bias: bias of the convolutions in the residual units; default: only without norm.
+        reassemble_norm: batch norm between readout and projection.
+        fusion: "next" resizes each path to the next finer map (MiDaS 3.1, Depth-Anything: any size); "double" doubles it
+            exactly (DPT, mmsegmentation: a finer map of another size is resized to the path).
+        project: a 3x3 convolution and ReLU between fusion and predictor (mmsegmentation, DINOv3).
+        stem: widths of learned x2 steps between fusion and predictor (MiDaS on LeViT: 128, 64).
+        predictor: "depth" (3x3, x2, 3x3, ReLU, 1x1), "segmentation" (3x3, norm, ReLU, dropout, 1x1, x2) or "linear" (dropout,
+            1x1).
+        predictor_widths: of the two 3x3 convolutions of "depth", default width // 2 and 32.
+        patch_size: "depth" resizes to this many pixels per token of the incoming maps instead of doubling (Depth-Anything: 14).
+        dropout: before the classifier of "segmentation" and "linear".
     """
 
     family = "dpt"
@@ -148,7 +153,15 @@ class DPT(Head):
 
 
 class Reassemble(nn.Module):
-    """Prefix tokens read out, channels projected, size multiplied by `factor` (section 3.1, figure 1 centre). None: nothing."""
+    """Prefix tokens read out, channels projected, size multiplied by `factor` (section 3.1, figure 1 centre).
+
+    Args:
+        channels: of the map.
+        out_channels: after the projection.
+        factor: of the size; None leaves the map as it is.
+        readout: "ignore", "add" or "project", see DPT.
+        norm: batch norm between readout and projection.
+    """
 
     def __init__(self, channels: int, out_channels: int, factor: float | None, readout: str, norm: bool):
         super().__init__()
@@ -183,7 +196,15 @@ class Reassemble(nn.Module):
 
 
 class Fusion(nn.Module):
-    """RefineNet-style fusion (figure 1 right): path + unit(skip), unit, 1x1 convolution, resize with aligned corners."""
+    """RefineNet-style fusion (figure 1 right): path + unit(skip), unit, 1x1 convolution, resize with aligned corners.
+
+    Args:
+        width: channels of the path.
+        norm: batch norm in the residual units.
+        bias: of their convolutions.
+        skip: a finer map is added (the coarsest level has none).
+        double: double the size instead of taking that of the next finer map.
+    """
 
     def __init__(self, width: int, norm: bool, bias: bool, skip: bool, double: bool):
         super().__init__()
@@ -240,7 +261,15 @@ class Up(nn.Module):
 
 
 class DepthPredictor(nn.Module):
-    """3x3, resize with aligned corners, 3x3, ReLU, 1x1. No activation between the first two (as published)."""
+    """3x3, resize with aligned corners, 3x3, ReLU, 1x1. No activation between the first two (as published).
+
+    Args:
+        width: channels of the fused map.
+        out_channels: of the last convolution.
+        first: width after the first 3x3.
+        second: width after the second 3x3.
+        double: double the size in between.
+    """
 
     def __init__(self, width: int, out_channels: int, first: int, second: int, double: bool):
         super().__init__()

@@ -11,10 +11,17 @@ from .blocks import ConvNormAct
 class FCN(Head):
     """`depth` 3x3 convolutions with batch norm and ReLU on the map `index`, then a 1x1 classifier.
 
-    channels: of each map, finest first; index: which map is read (negative counts from the coarsest; the published auxiliary
-    heads read the third of four, -2); concat_input: one more such convolution, over the map and the result of the others (in
-    mmsegmentation on in the main head of its FCN baselines, off in auxiliary heads). Parameter names are those of its FCNHead
-    (`convs.0.conv`, `conv_cat.conv`, `conv_seg`).
+    Parameter names are those of mmsegmentation's FCNHead (`convs.0.conv`, `conv_cat.conv`, `conv_seg`).
+
+    Args:
+        channels: of each map, finest first.
+        out_channels: classes.
+        width: of the convolutions.
+        depth: how many 3x3 convolutions.
+        index: which map is read; negative counts from the coarsest (the published auxiliary heads read the third of four, -2).
+        concat_input: one more such convolution, over the map and the result of the others (in mmsegmentation on in the main
+            head of its FCN baselines, off in auxiliary heads).
+        dropout: before the classifier.
     """
 
     def __init__(

@@ -20,20 +20,24 @@ from .sizes import as_pair, create_backbone, measured_size, meta_image, native_s
 class FeatureBackbone(nn.Module):
     """Feature maps of a timm model or of a module with timm's `forward_intermediates` and `feature_info`.
 
-    backbone: a timm name (ours too, once `import backbones` has registered them) or a module.
-    in_chans: image channels (also stated for a module).
-    out_indices: which entries of `feature_info`; default: the last block of each stride, at most the four coarsest (ResNet,
-        VGG: strides 4, 8, 16, 32; CrossViT: 2 levels). One-scale models (plain ViTs, mixers): four evenly spaced blocks.
-    img_size: (H, W) or int the model is built for, where its constructor takes one. Models that accept other sizes at run time
-        still do; a model bound to one size takes images up to it (padded) and refuses larger ones. For a module: the size it
-        was built for, where it does not say so itself.
-    prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none. P is 0
-        where a stage has none (CvT's and LIT-Ti's earlier stages).
-    norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
-    positions: the rule by which a plain ViT resizes its positions, "dpt" or "dinov2" (see heads/positions.py); default: timm's.
-    taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates does
-        not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect ratio.
-    backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
+    Args:
+        backbone: a timm name (ours too, once `import backbones` has registered them) or a module.
+        pretrained: load the released weights of a name.
+        in_chans: image channels (also stated for a module).
+        out_indices: which entries of `feature_info`; default: the last block of each stride, at most the four coarsest (ResNet,
+            VGG: strides 4, 8, 16, 32; CrossViT: 2 levels). One-scale models (plain ViTs, mixers): four evenly spaced blocks.
+        img_size: (H, W) or int the model is built for, where its constructor takes one. Models that accept other sizes at run
+            time still do; a model bound to one size takes images up to it (padded) and refuses larger ones. For a module: the
+            size it was built for, where it does not say so itself.
+        prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none. P is
+            0 where a stage has none (CvT's and LIT-Ti's earlier stages).
+        norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
+        positions: the rule by which a plain ViT resizes its positions, "dpt" or "dinov2" (see heads/positions.py); default:
+            timm's.
+        taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates
+            does not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect
+            ratio.
+        backbone_args: passed to `timm.create_model`; a misspelt one raises TypeError there.
 
     Attributes:
         model: the timm model.

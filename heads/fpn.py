@@ -11,10 +11,16 @@ from .blocks import ConvNormAct, resize, top_down
 class FPN(Head):
     """Feature pyramid, then per level 3x3 convolutions that double the size until the finest, summed, 1x1 classifier.
 
-    channels: of each map, finest first, any number of levels; width: of the pyramid; head_width: of the scale heads.
-    smooth: a 3x3 convolution on every sum of the pyramid, as published; without it about half of the work is gone
-        (segmentation_models_pytorch's FPN).
     Parameter names are those of mmsegmentation's FPN neck and FPNHead (`lateral_convs.0.conv`, `scale_heads.1.0.conv`).
+
+    Args:
+        channels: of each map, finest first, any number of levels.
+        out_channels: classes.
+        width: of the pyramid.
+        head_width: of the scale heads.
+        smooth: a 3x3 convolution on every sum of the pyramid, as published; without it about half of the work is gone
+            (segmentation_models_pytorch's FPN).
+        dropout: before the classifier.
     """
 
     pyramid = True

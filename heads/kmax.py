@@ -138,9 +138,22 @@ def batch_norm(channels: int, dimensions: int = 2, start: float = 1.0) -> nn.Mod
 
 
 class ConvNorm(nn.Module):
-    """Convolution over pixels (2) or queries (1), batch norm, exact GELU: `conv`, `norm`; the last two where asked for.
+    """Convolution over pixels or queries, batch norm, exact GELU: `conv`, `norm`; the last two where asked for.
 
-    The weight starts from a normal of std sqrt(2 / fan), or `std`, cut at two std.
+    The weight starts from a normal cut at two std.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd; the size of the map stays.
+        dimensions: 2 over pixels, 1 over queries.
+        norm: with the batch norm.
+        act: with the GELU.
+        bias: of the convolution.
+        groups: of the convolution.
+        dilation: of the convolution.
+        start: initial weight of the norm.
+        std: of the initial weights; None: sqrt(2 / fan).
     """
 
     def __init__(
@@ -277,7 +290,14 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks one after the other, under the name `_blocks`."""
+    """Blocks one after the other, under the name `_blocks`.
+
+    Args:
+        in_channels: of the first block's input.
+        width: of the blocks.
+        depth: how many blocks.
+        axial: blocks of axial attention instead of bottlenecks.
+    """
 
     def __init__(self, in_channels: int, width: int, depth: int, axial: bool):
         super().__init__()
@@ -304,7 +324,13 @@ class Fuse(nn.Module):
 class PixelDecoder(nn.Module):
     """Stages from the coarsest map to the finest, each fused with the next map of the backbone.
 
-    channels: of the backbone's maps, coarsest first; the output of every stage is returned, in that order.
+    The output of every stage is returned, coarsest first.
+
+    Args:
+        channels: of the backbone's maps, coarsest first.
+        widths: of the stages, coarsest first.
+        blocks: of each stage.
+        axial: how many of the coarsest stages have axial attention.
     """
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], blocks: Sequence[int], axial: int):
@@ -332,7 +358,15 @@ class PixelDecoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Class and mask of each cluster from its embeddings and a map of pixels."""
+    """Class and mask of each cluster from its embeddings and a map of pixels.
+
+    Args:
+        pixels: channels of the map of pixels.
+        query: channels of a cluster's centre.
+        classes: without the no-object class.
+        head_width: of the convolution before the masks.
+        embedding: channels that pixels and clusters are compared in.
+    """
 
     def __init__(self, pixels: int, query: int, classes: int, head_width: int, embedding: int):
         super().__init__()
@@ -372,7 +406,19 @@ class QueryAttention(nn.Module):
 
 
 class KMeansLayer(nn.Module):
-    """One k-means step: pixels go to the cluster that claims them most, their values are summed into its centre (eq. 5)."""
+    """One k-means step: pixels go to the cluster that claims them most, their values are summed into its centre (eq. 5).
+
+    Args:
+        pixels: channels of the map of pixels.
+        classes: without the no-object class.
+        base: widths of the layer are 1 and 2 times this.
+        query: channels of a cluster's centre.
+        ffn: width of the MLP.
+        heads: of the centres' self-attention.
+        head_width: of the convolutions before the masks.
+        embedding: channels that pixels and clusters are compared in.
+        drop_path: stochastic depth of the layer.
+    """
 
     def __init__(
         self,
@@ -422,7 +468,16 @@ class KMeansLayer(nn.Module):
 class KMeansDecoder(nn.Module):
     """Centres through the k-means layers, the final prediction, and the auxiliary semantic head (training only).
 
-    channels: of the pixel decoder's maps that the layers read, coarsest first, and of its finest map, which the masks are on.
+    Args:
+        channels: of the pixel decoder's maps that the layers read, coarsest first, and of its finest map, which the masks are
+            on.
+        classes: without the no-object class.
+        queries: clusters.
+        layers: how many read each of these maps.
+        base, ffn, heads: see KMeansLayer.
+        head_width, embedding: of the predictions.
+        drop_path: the largest stochastic depth.
+        aux: the auxiliary semantic head, or None.
     """
 
     def __init__(
@@ -485,7 +540,15 @@ class KMeansDecoder(nn.Module):
 def auxiliary(
     kind: str | None, channels: Sequence[int], classes: int, width: int, projections: Sequence[int]
 ) -> nn.Module | None:
-    """The auxiliary semantic head on the backbone's maps (channels finest first), or None."""
+    """The auxiliary semantic head on the backbone's maps, or None.
+
+    Args:
+        kind: its name; None for none.
+        channels: of the backbone's maps, finest first.
+        classes: of the semantic map.
+        width: of the head.
+        projections: widths of the finer maps that are joined.
+    """
     if kind is None:
         return None
     if kind == "plain":
@@ -532,7 +595,16 @@ class ASPP(nn.Module):
 
 
 class AsppSemantic(nn.Module):
-    """ASPP on the coarsest map, fused with the third and the fourth from the coarsest (the finest, where there are fewer)."""
+    """ASPP on the coarsest map, fused with the third and the fourth from the coarsest (the finest, where there are fewer).
+
+    Args:
+        coarse: channels of the coarsest map.
+        middle: channels of the third map from the coarsest.
+        fine: channels of the fourth.
+        classes: of the semantic map.
+        width: of the head.
+        projections: widths of the two finer maps after their projection.
+    """
 
     def __init__(self, coarse: int, middle: int, fine: int, classes: int, width: int, projections: Sequence[int]):
         super().__init__()

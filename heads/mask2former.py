@@ -104,7 +104,14 @@ def full_masks(
 
 
 def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """The sine embedding of a map's cells, C H W: half of the channels for y, half for x, each normalised to the map's size."""
+    """The sine embedding of a map's cells, C H W: half of the channels for y, half for x, each normalised to the map's size.
+
+    Args:
+        height: of the map.
+        width: of the map.
+        channels: of the embedding.
+        like: a tensor whose device and type it gets.
+    """
     half = channels // 2
     exponent = torch.arange(half, device=like.device) // 2 * 2 / half
     frequency = 10000**exponent
@@ -120,7 +127,14 @@ def sine_position(height: int, width: int, channels: int, like: Tensor) -> Tenso
 
 
 class NormConv(nn.Conv2d):
-    """A convolution without bias, group norm under the name `norm`, and ReLU where asked for."""
+    """A convolution without bias, group norm under the name `norm`, and ReLU where asked for.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: odd; the size of the map stays.
+        relu: with the ReLU.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, relu: bool):
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -137,7 +151,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads a few places of each level, at offsets it chooses (Zhu et al. 2021, eq. 3)."""
+    """Each query reads a few places of each level, at offsets it chooses (Zhu et al. 2021, eq. 3).
+
+    Args:
+        width: C of queries and values.
+        heads: of the attention.
+        levels: maps that are read.
+        points: places in each of them.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, points: int):
         super().__init__()
@@ -164,10 +185,13 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.output_proj.weight)
 
     def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Attend.
+        """Attend; returns B Q C.
 
-        query: B Q C; value: B sum(H W) C, level after level; reference: B Q L 2, (x, y) in 0..1 where each query looks; shapes:
-        (H, W) of each level. Returns B Q C.
+        Args:
+            query: B Q C.
+            value: B sum(H W) C, level after level.
+            reference: B Q L 2, (x, y) in 0..1 where each query looks.
+            shapes: (H, W) of each level.
         """
         batch, count, width = query.shape
         offsets = self.sampling_offsets(query).view(batch, count, self.heads, self.levels, self.points, 2)
@@ -187,7 +211,15 @@ class DeformableAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention over the tokens of all levels, then an MLP; norms after the sums."""
+    """Deformable self-attention over the tokens of all levels, then an MLP; norms after the sums.
+
+    Args:
+        width: C of the tokens.
+        heads: of the attention.
+        levels: maps.
+        points: places that a token reads in each of them.
+        ffn: width of the MLP.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, points: int, ffn: int):
         super().__init__()
@@ -197,12 +229,29 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Attend, then the MLP; the same shape.
+
+        Args:
+            x: B sum(H W) C, level after level.
+            position: added to it in the attention's queries.
+            reference: B sum(H W) L 2, where each token is, in 0..1.
+            shapes: (H, W) of each level.
+        """
         x = self.norm1(x + self.self_attn(x + position, x, reference, shapes))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
 
 
 class Encoder(nn.Module):
-    """The layers under the authors' names, `transformer.encoder.layers`, beside `transformer.level_embed`."""
+    """The layers under the authors' names, `transformer.encoder.layers`, beside `transformer.level_embed`.
+
+    Args:
+        width: C of the tokens.
+        heads: of the attention.
+        levels: maps.
+        points: places that a token reads in each of them.
+        ffn: width of the MLPs.
+        layers: how many.
+    """
 
     def __init__(self, width: int, heads: int, levels: int, points: int, ffn: int, layers: int):
         super().__init__()
@@ -242,6 +291,15 @@ class PixelDecoder(nn.Module):
 
     `levels`: how many maps are encoded: the three coarsest, but one map is left to sharpen the masks where there are fewer than
     four (a single map is encoded and read).
+
+    Args:
+        channels: of each map, finest first.
+        width: of the tokens.
+        mask_width: channels of the map that masks are read from.
+        heads: of the attention.
+        ffn: width of the MLPs.
+        layers: of the encoder.
+        points: places that a token reads in each map.
     """
 
     def __init__(self, channels: Sequence[int], width: int, mask_width: int, heads: int, ffn: int, layers: int, points: int):
@@ -274,7 +332,15 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, blocked: Tensor) -> Tensor:
-        """x: B N C; memory: B HW C; blocked: (B h) N HW, True where a query may not look."""
+        """Attend; returns B N C.
+
+        Args:
+            x: B N C, the queries.
+            query_position: B N C, added to them.
+            memory: B HW C, what they read.
+            position: B HW C, added to the memory's keys.
+            blocked: (B h) N HW, True where a query may not look.
+        """
         out = self.multihead_attn(x + query_position, memory + position, memory, attn_mask=blocked, need_weights=False)[0]
         return self.norm(x + out)
 
@@ -314,7 +380,20 @@ class MLP(nn.Module):
 
 
 class QueryDecoder(nn.Module):
-    """Learned queries read one level after another, each only inside the mask it predicted last (section 3.2)."""
+    """Learned queries read one level after another, each only inside the mask it predicted last (section 3.2).
+
+    Args:
+        in_channels: of the encoded maps.
+        classes: without the no-object class.
+        width: of the queries.
+        mask_width: channels of the map that masks are read from.
+        queries: how many.
+        heads: of the attention.
+        ffn: width of the MLPs.
+        layers: how many.
+        levels: maps, read in turn.
+        input_project: project the maps although they have the queries' width.
+    """
 
     def __init__(
         self,

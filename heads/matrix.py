@@ -50,7 +50,14 @@ def row(
 
 
 def step(features: FeatureBackbone, maps: Sequence[Tensor], head: str, images: Tensor) -> str:
-    """ "ok", or why this head does not train on these maps."""
+    """ "ok", or why this head does not train on these maps.
+
+    Args:
+        features: the backbone.
+        maps: of `features` on the images.
+        head: a name of HEADS.
+        images: B 3 H W.
+    """
     leaves = [m.detach().requires_grad_() for m in maps]
     try:
         channels = HEADS[head].only_channels or 3

@@ -127,11 +127,17 @@ class ZooBackbone(FeatureBackbone):
 class ZooHead(BaseDecodeHead):
     """A head of `heads.HEADS` with mmsegmentation's losses, samplers and prediction.
 
-    head: its name; head_args: its own arguments (dropout and widths are among them, so none of BaseDecodeHead's are taken).
-    in_channels: of the maps, finest first; in_index: which of the backbone's maps they are, by default the first ones in order.
-    one_scale: all maps have one size (plain ViTs): a head that needs a pyramid gets one made of them.
-    loss_decode, ignore_index, sampler, align_corners (of the resize to the label's size), out_channels, threshold, init_cfg: as
-    in BaseDecodeHead, except that a head keeps its own initialisation unless init_cfg says otherwise.
+    Args:
+        head: its name.
+        in_channels: of the maps, finest first.
+        num_classes: of the data, void not counted.
+        head_args: its own arguments; dropout and widths are among them, so none of BaseDecodeHead's are taken.
+        in_index: which of the backbone's maps they are, by default the first ones in order.
+        one_scale: all maps have one size (plain ViTs): a head that needs a pyramid gets one made of them.
+        loss_decode, ignore_index, sampler: as in BaseDecodeHead.
+        align_corners: of the resize to the label's size.
+        out_channels, threshold: as in BaseDecodeHead.
+        init_cfg: as in BaseDecodeHead; None: the head keeps its own initialisation.
     """
 
     def __init__(

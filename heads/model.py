@@ -30,6 +30,12 @@ def build_head(
 
     ValueError names the nearest head if the name is unknown; TypeError lists the arguments the head takes if one is wrong, and
     refuses a class that does not derive from `heads.Head`.
+
+    Args:
+        head: a name of HEADS, or a class that derives from `heads.Head`.
+        backbone: what its maps are like.
+        out_channels: classes, or what the depth rule reads.
+        head_args: further arguments of the head.
     """
     if isinstance(head, str):
         if head not in HEADS:
@@ -192,6 +198,15 @@ def as_features(
     in_chans: int,
     img_size: int | Sequence[int] | None,
 ) -> FeatureBackbone:
+    """The backbone as a FeatureBackbone.
+
+    Args:
+        backbone: a timm name or a module.
+        pretrained: load the released weights of a name.
+        backbone_args: further arguments of FeatureBackbone and the model.
+        in_chans: image channels.
+        img_size: side, or (H, W), that the model is built for.
+    """
     if isinstance(backbone, FeatureBackbone):
         if pretrained or backbone_args or img_size is not None:
             raise TypeError("pretrained, img_size and backbone_args describe a backbone to create; a FeatureBackbone was given")
@@ -205,9 +220,15 @@ def want_prefix_tokens(backbone: FeatureBackbone, heads: Iterable[Head]) -> None
 
 
 def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]) -> Output:
-    """A head's output on the backbone's maps of padded images, size (H, W), which named outputs carry as "size".
+    """A head's output on the backbone's maps.
 
     The prefix tokens are left out where the head does not ask for them.
+
+    Args:
+        neck: makes a pyramid of the maps, or None.
+        head: the head.
+        maps: of the backbone on padded images.
+        size: (H, W) of these images, which named outputs carry as "size".
     """
     if not head.prefix_tokens:
         maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
@@ -216,13 +237,29 @@ def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]
 
 
 def scores(backbone: FeatureBackbone, neck: nn.Module | None, head: Any, maps: Maps, images: Tensor) -> Tensor:
-    """Maps -> B K H W at the size of the images."""
+    """Maps -> B K H W at the size of the images.
+
+    Args:
+        backbone: that made the maps; it knows the padding.
+        neck: makes a pyramid of the maps, or None.
+        head: the head.
+        maps: of the backbone.
+        images: B C H W, whose size the scores get.
+    """
     size = backbone.padded_size(*images.shape[-2:])
     return at_image_size(head.scores(run_head(neck, head, maps, size)), size, images)
 
 
 def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Any, maps: Maps, images: Tensor) -> dict[str, Any]:
-    """Maps -> {"main": ..}, as `DensePredictor.outputs` describes it."""
+    """Maps -> {"main": ..}, as `DensePredictor.outputs` describes it.
+
+    Args:
+        backbone: that made the maps; it knows the padding.
+        neck: makes a pyramid of the maps, or None.
+        head: the head.
+        maps: of the backbone.
+        images: B C H W.
+    """
     size = backbone.padded_size(*images.shape[-2:])
     output = run_head(neck, head, maps, size)
     return {"main": at_image_size(output, size, images) if isinstance(output, Tensor) else output}

@@ -67,9 +67,13 @@ def input_size(
 ) -> tuple[int, int]:
     """The (H, W) to which DPT, MiDaS and Depth-Anything resize an image of height x width before the network.
 
-    target: (H, W); each side becomes a multiple of `multiple` (rounded half to even). method: "minimal" scales both sides by
-    the factor nearer to 1, "lower_bound" by the larger factor (no side below the target), "upper_bound" by the smaller one.
-    Without keep_aspect each side has its own factor.
+    Args:
+        height, width: of the image.
+        target: (H, W).
+        multiple: of which each side becomes one, rounded half to even.
+        method: "minimal" scales both sides by the factor nearer to 1, "lower_bound" by the larger factor (no side below the
+            target), "upper_bound" by the smaller one.
+        keep_aspect: one factor for both sides; else each has its own.
     """
     scales = [target[0] / height, target[1] / width]
     if method not in ("minimal", "lower_bound", "upper_bound"):

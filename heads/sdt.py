@@ -16,10 +16,14 @@ from .blocks import BatchNorm2d, resize
 class SDT(Head):
     """All maps projected to one width and averaged with learned weights, details added, 16 times larger by learned sampling.
 
-    channels: of each map; a map may be a pair (map B C H W, prefix tokens B P C). Maps of one size are expected (plain ViTs);
-    others are brought to the size of the second coarsest (stride 16 of a 4-8-16-32 backbone).
-    width: after the projection; readout: "project" concatenates the class token to every token before it, "ignore" does not.
     The result has no final activation (AnyDepth: ReLU plus 1 mm, `heads.depth`). Parameter names are the authors'.
+
+    Args:
+        channels: of each map; a map may be a pair (map B C H W, prefix tokens B P C). Maps of one size are expected (plain
+            ViTs); others are brought to the size of the second coarsest (stride 16 of a 4-8-16-32 backbone).
+        out_channels: classes, or what the depth rule reads.
+        width: after the projection.
+        readout: "project" concatenates the class token to every token before the projection, "ignore" does not.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int, width: int = 256, readout: str = "ignore"):
@@ -112,9 +116,14 @@ def refinement(width: int) -> nn.Sequential:
 class DySample(nn.Module):
     """B C H W -> B C sH sW: bilinear samples at positions displaced by learned offsets (Liu et al. 2023, figure 3).
 
-    scale: s; groups: channels are displaced in this many groups. style: "lp" predicts the offsets at the coarse resolution,
-    "pl" at the fine one (channels spread over space first). dynamic_scope: offsets are multiplied by 0.5 sigmoid(scope(x)),
-    else by 0.25. Offsets are in source pixels, channel order: axis (x, y), group, sub-pixel row-major.
+    Offsets are in source pixels, channel order: axis (x, y), group, sub-pixel row-major.
+
+    Args:
+        channels: C.
+        scale: s.
+        style: "lp" predicts the offsets at the coarse resolution, "pl" at the fine one (channels spread over space first).
+        groups: channels are displaced in this many groups.
+        dynamic_scope: offsets are multiplied by 0.5 sigmoid(scope(x)), else by 0.25.
     """
 
     def __init__(self, channels: int, scale: int = 2, style: str = "lp", groups: int = 4, dynamic_scope: bool = True):

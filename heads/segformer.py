@@ -11,9 +11,14 @@ from .blocks import ConvNormAct
 class SegFormer(Head):
     """Every map projected to one width, resized to the finest, concatenated, mixed by one 1x1 convolution, classified.
 
-    channels: of each map, finest first, any number of levels; width: of the projections (256 for MiT-B0 and B1, else 768);
-    linear: projections without norm and activation, as in the authors' own code and Hugging Face's.
     Parameter names are those of mmsegmentation's SegformerHead (`convs.0.conv`, `fusion_conv.conv`, `conv_seg`).
+
+    Args:
+        channels: of each map, finest first, any number of levels.
+        out_channels: classes.
+        width: of the projections (256 for MiT-B0 and B1, else 768).
+        dropout: before the classifier.
+        linear: projections without norm and activation, as in the authors' own code and Hugging Face's.
     """
 
     pyramid = True

@@ -61,7 +61,14 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def meta_image(model: nn.Module, in_chans: int, height: int, width: int) -> Tensor:
-    """One image 1 C H W on the meta device, in the type of the model's parameters."""
+    """One image 1 C H W on the meta device, in the type of the model's parameters.
+
+    Args:
+        model: whose parameters' type it gets.
+        in_chans: C.
+        height: H.
+        width: W.
+    """
     return torch.empty(1, in_chans, height, width, device="meta", dtype=next((p.dtype for p in model.parameters()), None))
 
 

@@ -12,8 +12,15 @@ from .blocks import ConvNormAct, top_down
 class UPerNet(Head):
     """Pyramid pooling on the coarsest map, feature pyramid, all levels fused at the finest, 1x1 classifier.
 
-    channels: of each map, finest first, any number of levels, any sizes (also all equal); pool_scales: bins of the pooling.
     Parameter names are those of mmsegmentation's UPerHead, so its checkpoints load as they are.
+
+    Args:
+        channels: of each map, finest first, any number of levels, any sizes (also all equal).
+        out_channels: classes.
+        width: of pooling, pyramid and fusion.
+        pool_scales: bins of the pooling.
+        dropout: before the classifier.
+        align_corners: of every resize.
     """
 
     pyramid = True

@@ -182,7 +182,11 @@ class MetricBins(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(metres B 1 h w, probabilities B K h w, bin centres of every level), at the size of `last`.
 
-        last: B C h w; relative: B 1 h w, relative depth; bottleneck: the decoder's coarsest map; blocks: coarsest first.
+        Args:
+            last: B C h w, the map that the relative depth was read from.
+            relative: B 1 h w, relative depth.
+            bottleneck: the decoder's coarsest map.
+            blocks: the fusion outputs, coarsest first.
         """
         x = self.conv2(bottleneck)
         centres, found = self.seed(x), []
@@ -235,7 +239,14 @@ class MetricBins(nn.Module):
 
 
 class LogBinomial(nn.Module):
-    """Probabilities of K ordered bins: a binomial's, with a mode and a temperature at every pixel (paper, eq. 2)."""
+    """Probabilities of K ordered bins: a binomial's, with a mode and a temperature at every pixel (paper, eq. 2).
+
+    Args:
+        in_channels: of the map that modes and temperatures are read from.
+        embedding: channels of the bin embedding beside it.
+        bins: K.
+        min_temperature, max_temperature: of the softmax over bins.
+    """
 
     def __init__(self, in_channels: int, embedding: int, bins: int, min_temperature: float, max_temperature: float):
         super().__init__()

@@ -106,7 +106,14 @@ def plain(value: Any) -> Any:
 
 
 def measured_heads(subject: Subject, images: Tensor, files: Sequence[Path], batch: int) -> heads.HeadImportance:
-    """Head importance, the class of an image being the folder it lies in."""
+    """Head importance, the class of an image being the folder it lies in.
+
+    Args:
+        subject: the model.
+        images: N 3 H W.
+        files: where they come from; the name of each one's folder is its class.
+        batch: images at a time.
+    """
     if subject.classes is None:
         raise ValueError(f"heads: {subject.name} has no class names; a classification run has, and folders named after them")
     wrong = [path for path in files if path.parent.name not in subject.classes]
@@ -290,6 +297,13 @@ def class_id(subject: Subject, wanted: int | str | None) -> int | None:
 
 
 def over(image: np.ndarray, relevance: Tensor, grid: tuple[int, int], title: str) -> Panel:
-    """Relevance 1 n in colours over an image, half of each."""
+    """Relevance 1 n in colours over an image, half of each.
+
+    Args:
+        image: H W 3.
+        relevance: 1 n, of the patches.
+        grid: rows and columns of patches.
+        title: of the panel.
+    """
     found = explain.picture(relevance, grid, (image.shape[0], image.shape[1]))[0]
     return Panel((0.45 * image + 0.55 * heat(found, 0.0, 1.0)).round().astype(np.uint8), title)

@@ -71,7 +71,11 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
 def save(folder: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
     """Writes the checkpoint of a step below `folder` and removes all but the last two.
 
-    weights: file stem -> state dict. state: tensors, numbers, strings and containers of them.
+    Args:
+        folder: of the checkpoints.
+        step: whose state it is.
+        weights: file stem -> state dict.
+        state: tensors, numbers, strings and containers of them.
     """
     target = folder / f"step_{step:08d}"
     temporary = folder / f".{target.name}.tmp"

@@ -90,7 +90,15 @@ def calls_of(name: str, size: tuple[int, int] | None, device: str) -> dict[tuple
 def examine(
     shape: tuple[int, ...], kernel: tuple[int, int], dilation: tuple[int, int], has_bias: bool, device: str, rounds: int = 5
 ) -> list[dict[str, str]]:
-    """A row per backend: can it run this call in float32, if not why, its forward time and its largest error."""
+    """A row per backend: can it run this call in float32, if not why, its forward time and its largest error.
+
+    Args:
+        shape: B H W h d of the call.
+        kernel, dilation: rows and columns.
+        has_bias: with a relative position bias.
+        device: "cpu" or "cuda".
+        rounds: of the timing.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
     bias = torch.randn(shape[3], *(2 * n - 1 for n in kernel), generator=generator).to(device) if has_bias else None

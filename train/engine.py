@@ -176,6 +176,12 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     """Data, model, optimiser and state of a run; its folder is filled last, when nothing else can fail.
 
     Raises FileExistsError for a folder in use, ValueError for what does not fit together.
+
+    Args:
+        config: resolved.
+        accelerator: of this process.
+        resume: go on from the newest intact checkpoint.
+        accept_changes: although the configuration has changed.
     """
     say, folder = accelerator.print, Path(str(config.run.dir))
     world, rank, main = accelerator.num_processes, accelerator.process_index, accelerator.is_main_process

@@ -28,8 +28,15 @@ from train.transforms import describe_evaluation
 def evaluate(
     task: Task, model: nn.Module, data: ImageDataset, accelerator: Accelerator, config: Config, damaged: Damaged | None = None
 ) -> dict[str, float]:
-    """The task's metrics over a dataset, each sample counted once whatever the number of processes. Leaves the model in eval
-    mode. damaged: is told which files were left out.
+    """The task's metrics over a dataset, each sample counted once whatever the number of processes.
+
+    Args:
+        task: whose metric it is.
+        model: left in evaluation mode.
+        data: the validation split.
+        accelerator: of this process.
+        config: of the run.
+        damaged: is told which files were left out.
     """
     model.eval()
     metric = task.metric()
@@ -117,7 +124,16 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
 
 @torch.no_grad()
 def pictures(path: Path, task: Task, model: nn.Module, data: ImageDataset, accelerator: Accelerator, config: Config) -> None:
-    """Image, truth and prediction of a few evenly spaced samples side by side; every process runs the model, one writes."""
+    """Image, truth and prediction of a few evenly spaced samples side by side; every process runs the model, one writes.
+
+    Args:
+        path: of the file.
+        task: that draws.
+        model: in evaluation mode.
+        data: the validation split.
+        accelerator: of this process.
+        config: of the run.
+    """
     if task.show is None:
         return
     model.eval()

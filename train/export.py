@@ -12,11 +12,18 @@ FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
 
 
 def export(model: nn.Module, path: str | Path, size: tuple[int, int], in_chans: int = 3, tolerance: float = 1e-3) -> float:
-    """Writes `model` for images of `size` (H, W) and any batch; the suffix of the path chooses the format.
+    """Writes a model for images of `size` and any batch.
 
     The file is read back and run on random images. Returns the largest absolute difference from the model's own output.
-    Raises ValueError for another suffix, for a model that cannot be exported, and, with the difference, if it exceeds
-    `tolerance` times the largest output; ImportError names the extra to install where ONNX is missing.
+    Raises ValueError for another suffix, for a model that cannot be exported, and, with the difference, if it exceeds the
+    tolerance; ImportError names the extra to install where ONNX is missing.
+
+    Args:
+        model: in evaluation mode.
+        path: of the file; its suffix chooses the format (.onnx, .pt2).
+        size: (H, W) of the images.
+        in_chans: their channels.
+        tolerance: largest difference allowed, as a share of the largest output.
     """
     path = Path(path)
     if path.suffix not in FORMATS:

@@ -195,6 +195,12 @@ def check_folder(folder: Path, config: Config, resume: bool, accept_changes: boo
 
     Raises FileExistsError for a folder in use, FileNotFoundError if there is no run to resume, ValueError with the differences
     if a resumed run's config has changed, or with the key that cannot change.
+
+    Args:
+        folder: of the run.
+        config: resolved.
+        resume: go on from the newest intact checkpoint.
+        accept_changes: although the configuration has changed.
     """
     saved = folder / "config.yaml"
     if not in_use(folder):
@@ -251,7 +257,13 @@ def open_folder(folder: Path, config: Config, resume: bool) -> None:
 def repair_rows(folder: Path, step: int, due: Mapping[str, int], say: Callable[[str], None]) -> None:
     """Brings log.csv and metrics.csv to the state they had at `step`, where a resumed run goes on; says what is lost.
 
-    Later rows are written again. due: file -> steps from one of its rows to the next, where that is known.
+    Later rows are written again.
+
+    Args:
+        folder: of the run.
+        step: of the checkpoint.
+        due: file -> steps from one of its rows to the next, where that is known.
+        say: is told what is lost.
     """
     for name in ("log.csv", "metrics.csv"):
         path = folder / name

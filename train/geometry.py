@@ -56,6 +56,12 @@ def grid(points: Tensor, camera: Tensor, motion: Tensor, size: Sequence[int]) ->
     """Where points B 3 HW lie in the source image: B H W 2 in -1..1, which are the centres of the corner pixels.
 
     Points behind the camera are not marked, as published.
+
+    Args:
+        points: B 3 HW, in the target's camera, metres.
+        camera: B 3 3, of the source.
+        motion: B 4 4, target to source.
+        size: (H, W).
     """
     height, width = size
     seen = camera @ (motion[:, :3, :3] @ points + motion[:, :3, 3:])
@@ -67,8 +73,13 @@ def grid(points: Tensor, camera: Tensor, motion: Tensor, size: Sequence[int]) ->
 def warp(source: Tensor, depth: Tensor, camera: Tensor, motion: Tensor, align_corners: bool = True) -> Tensor:
     """The target view made of the pixels of the source view: B C H W, the border repeated outside.
 
-    source: B C H W; depth: B 1 H W of the target; camera: of both; motion: target to source. align_corners: True is what the
-    coordinates mean (Lite-Mono); False is what monodepth2's code does on torch 1.3 and newer, off by up to half a pixel.
+    Args:
+        source: B C H W.
+        depth: B 1 H W of the target.
+        camera: of both.
+        motion: target to source.
+        align_corners: True is what the coordinates mean (Lite-Mono); False is what monodepth2's code does on torch 1.3 and
+            newer, off by up to half a pixel.
     """
     places = grid(points(depth, camera), camera, motion, depth.shape[-2:])
     return F.grid_sample(source, places, mode="bilinear", padding_mode="border", align_corners=align_corners)

@@ -17,18 +17,20 @@ Output = Tensor | dict[str, Tensor]
 
 
 class Predictor:
-    """images B 3 H W -> averaged output B K H W (B K for classifiers), float32.
-
-    model: a module in evaluation mode or any function of images; its output is B K H W of any size, B K, or a dict of such.
-    mode: "whole" runs the image at once; "slide" runs windows, so the memory of the model is bounded by one window.
-    window, stride: (H, W) in pixels of the scaled image, or int. Windows lie `stride` apart, the last ones flush with the
-        border; an image smaller than the window is one window. Default stride: two thirds of the window.
-    blend: what overlapping windows weigh: "mean" all the same (mmsegmentation), "smooth" less towards their borders.
-    scales: of the image; flip: also the mirrored image.
-    average: "probabilities" averages softmax over K, "values" the outputs themselves (depth); by output name for a dict.
+    """Run a model over images B 3 H W: averaged output B K H W (B K for classifiers), float32.
 
     Within one pass windows are blended, then resized, then softmax is taken; the passes (scales x flips) are averaged equally.
     A single whole pass of "values" is the model's own output. Raises ValueError for settings that make no sense.
+
+    Args:
+        model: a module in evaluation mode or any function of images; its output is B K H W of any size, B K, or a dict of such.
+        mode: "whole" runs the image at once; "slide" runs windows, so the memory of the model is bounded by one window.
+        window: (H, W) in pixels of the scaled image, or int. An image smaller than the window is one window.
+        stride: between windows, the last ones flush with the border; default: two thirds of the window.
+        scales: of the image.
+        flip: also the mirrored image.
+        blend: what overlapping windows weigh: "mean" all the same (mmsegmentation), "smooth" less towards their borders.
+        average: "probabilities" averages softmax over K, "values" the outputs themselves (depth); by output name for a dict.
     """
 
     window: tuple[int, int]  # of mode "slide"

@@ -49,7 +49,8 @@ def share(global_batch: int, world: int, rank: int, micro_batch: int | None = No
 
     Args:
         global_batch: images of a step.
-        world: processes; rank: of this one.
+        world: processes.
+        rank: of this process.
         micro_batch: most images at once; null = the whole share.
         group: neighbours that stay together; the last group of the total batch may be smaller.
     """
@@ -84,7 +85,15 @@ def partners(count: int, repeats: int = 1) -> Tensor:
 
 
 class Steps:
-    """Batch sampler: (sample, position) pairs of this process's micro-batches for the steps start .. stop."""
+    """Batch sampler: (sample, position) pairs of this process's micro-batches for the steps start .. stop.
+
+    Args:
+        order: position -> sample.
+        start: first step.
+        stop: the step after the last.
+        global_batch: images of a step.
+        offsets: of this process's micro-batches inside the total batch.
+    """
 
     def __init__(self, order: Order, start: int, stop: int, global_batch: int, offsets: list[range]):
         self.order, self.start, self.stop, self.global_batch, self.offsets = order, start, stop, global_batch, offsets
@@ -97,14 +106,28 @@ class Steps:
 
 
 def training_batches(dataset: Dataset, steps: Steps, workers: int, pin: bool) -> Iterator[dict[str, Any]]:
-    """Micro-batches in order, of a dataset indexed by (sample, position): train.transforms.Seeded."""
+    """Micro-batches in order.
+
+    Args:
+        dataset: indexed by (sample, position): train.transforms.Seeded.
+        steps: which samples, in order.
+        workers: loader processes.
+        pin: into page-locked memory, for a GPU.
+    """
     return iter(DataLoader(dataset, batch_sampler=steps, **_options(workers, pin)))
 
 
 def take(
     batches: Iterator[dict[str, Any]], count: int, device: torch.device, channels_last: bool = False
 ) -> tuple[list[dict[str, Any]], float]:
-    """The next `count` batches on the device, and the seconds spent waiting for them."""
+    """The next `count` batches on the device, and the seconds spent waiting for them.
+
+    Args:
+        batches: an endless iterator.
+        count: how many.
+        device: where they go.
+        channels_last: memory format of the images.
+    """
     clock = time.perf_counter()
     micro = [next(batches) for _ in range(count)]
     waited = time.perf_counter() - clock
@@ -127,6 +150,14 @@ def evaluation_batches(
     Whole batches are dealt out in turn, so each holds the same images whatever the number of processes. Every process gets the
     same number of batches; one that only fills up the last round repeats a batch and has counts = False, as has one whose files
     are all damaged. Samples that stand for a damaged file are left out of the others.
+
+    Args:
+        dataset: the split.
+        batch: images at once.
+        world: processes.
+        rank: of this process.
+        workers: loader processes.
+        pin: into page-locked memory, for a GPU.
     """
     batches = [list(range(i, min(i + batch, len(dataset)))) for i in range(0, len(dataset), batch)]
     rounds = -(-len(batches) // world)

@@ -30,9 +30,16 @@ COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wai
 class Log:
     """Collects one training step after another and reports them once per interval.
 
-    folder: the run folder; start, steps: first and last step of this process's life; every: steps per report.
-    main: whether this process writes; total: sum of a tensor over processes; images: total batch; epoch_steps: steps per pass.
-    tracker: called with (values, step) for every report, e.g. Accelerate's trackers.
+    Args:
+        folder: the run folder.
+        start, steps: first and last step that this process runs.
+        every: steps per report.
+        images: total batch.
+        epoch_steps: steps per pass.
+        main: whether this process writes.
+        total: sum of a tensor over processes.
+        tracker: called with (values, step) for every report, e.g. Accelerate's trackers.
+        scaled: the loss scale of fp16 skips steps, so that a gradient that is not finite is no failure.
     """
 
     def __init__(
@@ -139,7 +146,14 @@ class Log:
             self.say(f"step {values['step']}/{self.steps}  {text}")
 
     def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float, note: str = "") -> None:
-        """Reports an evaluation."""
+        """Reports an evaluation.
+
+        Args:
+            step: of the weights.
+            metrics: by name.
+            seconds: it took.
+            note: what a reader of the line should know.
+        """
         self.write("metrics.csv", {"step": step, **metrics}, "val")
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.say(f"step {step}/{self.steps}  evaluation: {text}  ({seconds:.1f} s){note}")

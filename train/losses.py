@@ -48,7 +48,14 @@ def cross_entropy_divisor(
     class_weight: Tensor | list[float] | None = None,
     average: Literal["valid", "all"] = "valid",
 ) -> Tensor:
-    """What `cross_entropy` with these arguments divides its sum by: 0-d float."""
+    """What `cross_entropy` with these arguments divides its sum by: 0-d float.
+
+    Args:
+        mask: B H W, class ids.
+        ignore_index: the mask value of void.
+        class_weight: one per class.
+        average: as for `cross_entropy`.
+    """
     if average == "all":
         return torch.tensor(float(mask.numel()), device=mask.device)
     if class_weight is None:
@@ -102,7 +109,15 @@ def focal(
     gamma: float = 2.0,
     class_weight: Tensor | list[float] | None = None,
 ) -> Tensor:
-    """Focal loss (Lin et al. 2017, eq. 4) over the softmax: mean over valid pixels of -w (1 - p)^gamma log p."""
+    """Focal loss (Lin et al. 2017, eq. 4) over the softmax: mean over valid pixels of -w (1 - p)^gamma log p.
+
+    Args:
+        logits: B K H W.
+        mask: B H W, class ids.
+        ignore_index: the mask value of void.
+        gamma: how much easy pixels count less; 0 is cross entropy.
+        class_weight: w, one per class.
+    """
     check_segmentation(logits, mask)
     valid = mask != ignore_index
     weight = weight_vector(class_weight, logits)
@@ -115,11 +130,18 @@ def focal(
 
 
 def ohem(logits: Tensor, mask: Tensor, ignore_index: int = 255, threshold: float = 0.7, min_kept: int = 100_000) -> Tensor:
-    """Online hard example mining: the mean cross entropy of the pixels whose true class has a probability below `threshold`.
+    """Online hard example mining: the mean cross entropy of the pixels whose true class has a low probability.
 
     If fewer than min_kept pixels per image are that hard, the hardest min_kept (times the batch) are taken. The pixels are
     those of mmsegmentation's OHEMPixelSampler; the mean is over the pixels taken, where its decode heads divide the same sum by
     all pixels, so a factor that was tuned there is smaller here by the share of pixels taken.
+
+    Args:
+        logits: B K H W.
+        mask: B H W, class ids.
+        ignore_index: the mask value of void.
+        threshold: of the true class's probability.
+        min_kept: pixels per image that are taken at least.
     """
     check_segmentation(logits, mask)
     if not 0 < threshold <= 1 or min_kept < 1:
@@ -143,7 +165,14 @@ def dice(
 ) -> Tensor:
     """Soft Dice loss (Milletari et al. 2016, without squares): mean over classes of 1 - (2 sum p g + s) / (sum p + sum g + s).
 
-    The sums run over all valid pixels of the batch; "present" leaves out classes that no valid pixel of the batch has.
+    The sums run over all valid pixels of the batch.
+
+    Args:
+        logits: B K H W.
+        mask: B H W, class ids.
+        ignore_index: the mask value of void.
+        smooth: s.
+        classes: "present" leaves out classes that no valid pixel of the batch has.
     """
     check_segmentation(logits, mask)
     if classes not in ("present", "all"):
@@ -166,7 +195,12 @@ def lovasz(
 ) -> Tensor:
     """Lovasz-Softmax (Berman et al. 2018): the convex extension of 1 - IoU, averaged over classes.
 
-    per_image: the loss of each image, averaged, instead of the batch taken as one image.
+    Args:
+        logits: B K H W.
+        mask: B H W, class ids.
+        ignore_index: the mask value of void.
+        classes: "present" leaves out classes that no valid pixel has.
+        per_image: the loss of each image, averaged, instead of the batch taken as one image.
     """
     check_segmentation(logits, mask)
     if classes not in ("present", "all"):
@@ -238,8 +272,13 @@ def safe_log(pred: Tensor, valid: Tensor, floor: float = 1e-6) -> Tensor:
 def silog(pred: Tensor, target: Tensor, mask: Tensor | None = None, lam: float = 0.5) -> Tensor:
     """Scale-invariant log error sqrt(mean d^2 - lam (mean d)^2), d = log target - log pred (Eigen et al. 2014, eq. 4, rooted).
 
-    pred > 0 and target in metres; the mean runs over all valid pixels of the batch. lam 0.5 in GLPN and Depth Anything V2,
-    0.85 (and a factor 10) in BTS. Predictions below 1e-6 count as 1e-6.
+    The mean runs over all valid pixels of the batch. Predictions below 1e-6 count as 1e-6.
+
+    Args:
+        pred: B 1 H W, metres, above 0.
+        target: B 1 H W, metres; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        lam: 0.5 in GLPN and Depth Anything V2, 0.85 (and a factor 10) in BTS.
     """
     pred, target, valid = depth_maps(pred, target, mask)
     d = torch.where(valid, target.log() - safe_log(pred, valid), 0)
@@ -254,7 +293,14 @@ def l1(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def berhu(pred: Tensor, target: Tensor, mask: Tensor | None = None, threshold: float = 0.2) -> Tensor:
-    """Reverse Huber (Laina et al. 2016, eq. 2): |r| up to c, (r^2 + c^2) / 2c above; c = threshold * largest |r|."""
+    """Reverse Huber (Laina et al. 2016, eq. 2): |r| up to c, (r^2 + c^2) / 2c above; c = threshold * largest |r|.
+
+    Args:
+        pred: B 1 H W.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        threshold: c as a share of the largest |r|.
+    """
     pred, target, valid = depth_maps(pred, target, mask)
     residual = torch.where(valid, (pred - target).abs(), 0)
     c = threshold * residual.detach().amax().clamp_min(1e-12)
@@ -272,7 +318,12 @@ def sigloss(
 ) -> Tensor:
     """DINOv2's SigLoss: sqrt(var g + 0.15 (mean g)^2), g = log(pred + 1e-3) - log(target + 1e-3), unbiased variance.
 
-    max_depth: targets beyond it are missing. warmup: without the variance, as their first 100 steps.
+    Args:
+        pred: B 1 H W.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        max_depth: targets beyond it are missing.
+        warmup: without the variance, as their first 100 steps.
     """
     pred, target, valid = depth_maps(pred, target, mask)
     if max_depth is not None:
@@ -295,8 +346,14 @@ def gradient(
     """DINOv2's GradientLoss: |g(i) - g(i + 2)| of the log difference g of `sigloss`, where both ends are valid.
 
     Taken at strides 1, 2, 4, 6; each scale's sum is divided by its valid pixels, and the scales are added.
-    definition: "maps" steps along height and width. "code" does what the authors' code does: step along the first two axes of
-    the tensor it is given, which for B 1 H W are batch and channel; only for reproducing their numbers.
+
+    Args:
+        pred: B 1 H W.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        max_depth: targets beyond it are missing.
+        definition: "maps" steps along height and width. "code" does what the authors' code does: step along the first two axes
+            of the tensor it is given, which for B 1 H W are batch and channel; only for reproducing their numbers.
     """
     shape = pred.shape
     pred, target, valid = depth_maps(pred, target, mask)
@@ -346,9 +403,16 @@ def scale_and_shift(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor
 
 
 def gradient_term(residual: Tensor, valid: Tensor, scales: int, per_image: bool, full_size: bool = False) -> Tensor:
-    """|dx| + |dy| of the residual B H W where both pixels are valid, at strides 1, 2, 4, ..., scales added.
+    """|dx| + |dy| of the residual where both pixels are valid, at strides 1, 2, 4, ..., scales added.
 
-    Each scale is divided by its own valid pixels, or with `full_size` by those of the unsubsampled map.
+    Each scale is divided by its own valid pixels unless full_size is set.
+
+    Args:
+        residual: B H W.
+        valid: B H W, where it counts.
+        scales: how many.
+        per_image: divide each image by its own valid pixels and average, instead of the batch by all of them.
+        full_size: divide by the valid pixels of the map that is not subsampled.
     """
     residual = torch.where(valid, residual, 0)
     total = residual.new_zeros(())
@@ -380,7 +444,14 @@ def ssi_mse(
 ) -> Tensor:
     """Squared error / 2 after a least-squares scale and shift per image, plus alpha times the gradient term.
 
-    reduction: "batch" or "image"; the definition's own if none (see the table above).
+    Args:
+        pred: B 1 H W.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        alpha: factor of the gradient term.
+        scales: of the gradient term.
+        definition: whose, see the table above.
+        reduction: "batch" or "image"; None: the definition's own.
     """
     per_image = check_definition(definition, reduction)
     pred, target, valid = depth_maps(pred, target, mask)
@@ -432,8 +503,17 @@ def trimmed_mae(
 ) -> Tensor:
     """Absolute error / 2 of the robustly normalised maps without the largest residuals, plus alpha times their gradient term.
 
-    The divisor counts the trimmed pixels too. reduction: of the gradient term under "code", whose trimmed
-    part is always over the whole batch; of both under "paper".
+    The divisor counts the trimmed pixels too.
+
+    Args:
+        pred: B 1 H W.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        alpha: factor of the gradient term.
+        scales: of the gradient term.
+        trim: share of the pixels that is left out.
+        definition: whose, see the table above.
+        reduction: of the gradient term under "code", whose trimmed part is always over the whole batch; of both under "paper".
     """
     per_image = check_definition(definition, reduction)
     if not 0 <= trim < 1:
@@ -451,10 +531,17 @@ def trimmed_mae(
 
 
 def omnidata(pred: Tensor, target: Tensor, mask: Tensor | None = None, alpha: float = 0.1, scales: int = 4) -> Tensor:
-    """Omnidata's MidasLoss (Eftekhar et al. 2021), on depth, not inverse depth; pred > 0.
+    """Omnidata's MidasLoss (Eftekhar et al. 2021), on depth, not inverse depth.
 
     Mean absolute difference of the maps normalised by the median and sum |deviation| / (pixels + 1) per image, plus alpha times
     the gradient term of 1 / (x + 1e-6), the prediction's aligned by least squares.
+
+    Args:
+        pred: B 1 H W, above 0.
+        target: B 1 H W; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        alpha: factor of the gradient term.
+        scales: of the gradient term.
     """
     pred, target, valid = depth_maps(pred, target, mask)
     normalised = []

@@ -132,7 +132,14 @@ class PointLosses:
 
     @torch.no_grad()
     def match(self, classes: Tensor, masks: Tensor, target: Masks, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and their masks in one image. classes: N K+1; masks: N h w; places: P 2, shared by all masks."""
+        """Queries and their masks in one image.
+
+        Args:
+            classes: N K+1, scores.
+            masks: N h w, logits.
+            target: the masks of the image.
+            places: P 2, where masks are compared, shared by all of them.
+        """
         values = sample(masks[:, None], places.expand(len(masks), -1, -1))[:, 0]
         truth = sample(target.masks[:, None].float(), places.expand(len(target.masks), -1, -1))[:, 0]
         bce = (F.softplus(-values) @ truth.T + F.softplus(values) @ (1 - truth).T) / len(places)
@@ -250,7 +257,15 @@ class PanopticLosses:
         return -(wanted * (ours.mT @ ours / self.similarity).log_softmax(1)).sum(1)
 
     def semantic(self, scores: Tensor, labels: Tensor, void_label: int, padded: Padded, draw: Draw) -> Tensor:
-        """Cross entropy of the auxiliary head's scores B K h w (or K+1) against labels B H W, on some pixels, void left out."""
+        """Cross entropy of the auxiliary head's scores against labels on some pixels, void left out.
+
+        Args:
+            scores: B K h w, or K+1 with void.
+            labels: B H W.
+            void_label: that is left out.
+            padded: the matched masks.
+            draw: chooses the pixels.
+        """
         area, void, classes = padded.area, padded.void, labels
         if scores.shape[-1] < labels.shape[-1]:
             step = (labels.shape[-1] - 1) // max(scores.shape[-1] - 1, 1)
@@ -261,7 +276,16 @@ class PanopticLosses:
         return over_non_zero(loss)
 
     def places(self, area: Tensor, void: Tensor, draw: Draw, purpose: str, count: int, temperature: float) -> Tensor:
-        """Pixels drawn without replacement, small masks preferred and void last (Gumbel top-k): B count."""
+        """Pixels drawn without replacement, small masks preferred and void last (Gumbel top-k): B count.
+
+        Args:
+            area: B H W, pixels of the mask that each pixel is in.
+            void: B H W, true where no mask is.
+            draw: gives the random numbers.
+            purpose: what they are for.
+            count: pixels to draw.
+            temperature: how strongly small masks are preferred.
+        """
         size = area[0].numel()
         noise = torch.stack([draw(purpose, image, (size,)) for image in range(len(area))])
         score = temperature * (size / area.flatten(1)).log() - 99999 * void.flatten(1) - (-noise.log()).log()

@@ -164,17 +164,18 @@ class DepthMetric(Metric):
     """The usual depth errors: per image over its valid pixels, then the mean over the images that have any.
 
     "silog" is sqrt(mean d^2 - (mean d)^2 / 2), d the difference of the logarithms (Eigen et al. 2014); "silog_1" subtracts the
-    whole square, the standard deviation of d, which KITTI's benchmark, BTS and AdaBins print times 100.
+    whole square, the standard deviation of d, which KITTI's benchmark, BTS and AdaBins print times 100. Raises ValueError for a
+    relative spec without alignment: its numbers would mean nothing.
 
-    spec: valid range, and whether the prediction is relative; crop: None or a name of `crop_rows_columns`.
-    align: None; "median": prediction times median(target) / median(prediction) per image (Zhou et al. 2017);
-        "affine": least-squares scale and shift per image, in inverse depth with a floor of 1 / max_depth if the prediction is
-        relative inverse depth (Ranftl et al. 2020), else in depth.
-    average: "image" (the usual protocol) or "pixel" (all valid pixels of the set pooled).
-    clamp: clamp predictions to the valid range (BTS, DPT); without it an infinite prediction becomes max_depth and NaN or
-        anything not positive min_depth, and nothing else is touched (GLPN, Depth Anything).
-
-    Raises ValueError for a relative spec without alignment: its numbers would mean nothing.
+    Args:
+        spec: valid range, and whether the prediction is relative.
+        crop: None or a name of `crop_rows_columns`.
+        align: None; "median": prediction times median(target) / median(prediction) per image (Zhou et al. 2017); "affine":
+            least-squares scale and shift per image, in inverse depth with a floor of 1 / max_depth if the prediction is
+            relative inverse depth (Ranftl et al. 2020), else in depth.
+        average: "image" (the usual protocol) or "pixel" (all valid pixels of the set pooled).
+        clamp: clamp predictions to the valid range (BTS, DPT); without it an infinite prediction becomes max_depth and NaN or
+            anything not positive min_depth, and nothing else is touched (GLPN, Depth Anything).
     """
 
     NAMES = ("abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "silog", "d1", "d2", "d3", "silog_1")

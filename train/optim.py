@@ -85,6 +85,12 @@ def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, step
     """The learning rate as a function of the step: `schedule.step_update(step)` before the update of that step.
 
     The curve is measured from step 0, warm-up included, as in timm, or from the end of the warm-up (warmup_first).
+
+    Args:
+        built: the optimiser.
+        config: the section.
+        steps: of the run.
+        steps_per_epoch: of a pass, may be a fraction.
     """
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_epochs * steps_per_epoch)
     if warmup >= steps:

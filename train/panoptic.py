@@ -170,9 +170,15 @@ class PanopticQuality(Metric):
             self.compare(*decode(own, self.things), *decode(true.to(own.device), self.things))
 
     def compare(self, predicted: Tensor, segments: Collection[Segment], true: Tensor, truth: Collection[Segment]) -> None:
-        """Add one image. predicted, true: H W segment ids, 0 = none or void; segments, truth: what their ids are.
+        """Add one image.
 
         Raises ValueError for maps of different size, or an id in a map that no segment explains.
+
+        Args:
+            predicted: H W segment ids, 0 = none.
+            segments: what its ids are.
+            true: H W segment ids, 0 = void.
+            truth: what its ids are.
         """
         if predicted.shape != true.shape:
             raise ValueError(f"the predicted map is {tuple(predicted.shape)}, the true one {tuple(true.shape)}")

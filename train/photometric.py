@@ -86,9 +86,14 @@ class ViewSynthesis:
     ) -> tuple[Tensor, Tensor]:
         """(photometric, smoothness) means of one disparity, the second with its weight.
 
-        index: how often the disparity's size was halved; target, sources: images at the full size and at every smaller one
-        that is read; motions: target to each source; camera: B 3 3 at the full size; noise: normal numbers that break ties
-        between frames as they are, B sources H W (1 if averaged).
+        Args:
+            index: how often the disparity's size was halved.
+            disparity: B 1 h w.
+            target: the image at the full size and at every smaller one that is read.
+            sources: the other frames, likewise.
+            motions: target to each source.
+            camera: B 3 3 at the full size.
+            noise: normal numbers that break ties between frames as they are, B sources H W (1 if averaged).
         """
         level = index if self.own_size else 0
         image = target[level]

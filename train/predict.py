@@ -109,7 +109,14 @@ def predict(
 
 
 def outputs_of(pipeline: Pipeline, path: Path, stem: Path, sheet: bool) -> list[Path]:
-    """The files that an input makes; stem: their path without a suffix; sheet: whether one of them is the sheet."""
+    """The files that an input makes.
+
+    Args:
+        pipeline: that predicts.
+        path: of the input.
+        stem: path of the outputs without a suffix.
+        sheet: whether one of them is the sheet.
+    """
     if is_video(path):
         return [stem.with_name(f"{stem.name}_overlay.mp4")]
     return [*pipeline.show.outputs(stem), *([stem.with_name(f"{stem.name}_sheet.png")] if sheet else [])]

@@ -28,13 +28,15 @@ class Prediction:
 
     By task it has `mask` (class ids H W), `depth` (metres H W; `inverse_depth` or `relative_depth` where the model knows no
     scale), `probabilities` (K, or K H W of a segmentation): tensors on the CPU. Asking for what it has not raises
-    AttributeError with what there is.
+    AttributeError with what there is. `size` is (H, W).
 
-    Attributes:
+    Args:
         image: the photograph upright, uint8 H W 3.
-        size: (H, W).
         path: of the file, or what the photograph was called.
+        value: what the task predicts.
+        show: draws it.
         names: of the classes, and their colours.
+        scores: gives the probabilities when asked; None: there are none.
     """
 
     def __init__(

@@ -57,11 +57,23 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def resize(self, value: Tensor, old: Size, new: Size, look: Look) -> Tensor:
-        """The entry of an image that is resized from `old` to `new`."""
+        """The entry of an image that is resized.
+
+        Args:
+            value: of the entry.
+            old, new: (H, W) of the image before and after.
+            look: what the transform sets for all entries.
+        """
 
     @abc.abstractmethod
     def crop(self, value: Tensor, top: int, left: int, size: Size) -> Tensor:
-        """The entry of the part of an image that starts at (top, left)."""
+        """The entry of a part of an image.
+
+        Args:
+            value: of the entry.
+            top, left: where the part starts.
+            size: (H, W) of the part.
+        """
 
     @abc.abstractmethod
     def pad(self, value: Tensor, border: Sequence[int], look: Look) -> Tensor:
@@ -73,7 +85,14 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def rotate(self, value: Tensor, degrees: float, size: Size, look: Look) -> Tensor:
-        """The entry of an image that is turned counter-clockwise about its centre, at the same size."""
+        """The entry of an image that is turned.
+
+        Args:
+            value: of the entry.
+            degrees: counter-clockwise, about the centre.
+            size: (H, W) of the image, which stays.
+            look: what the transform sets for all entries.
+        """
 
     def zoom(self, value: Tensor, factor: float) -> Tensor:
         """The entry where enlarging by `factor` means that the camera came nearer (augment.zoom_depth)."""
@@ -106,7 +125,14 @@ class Pixels(Kind):
         return self.turned(value, degrees, vision.InterpolationMode.NEAREST, look)
 
     def turned(self, value: Tensor, degrees: float, interpolation: vision.InterpolationMode, look: Look) -> Tensor:
-        """The map turned about its centre, as it is."""
+        """The map turned about its centre, as it is.
+
+        Args:
+            value: ... H W.
+            degrees: counter-clockwise, about the centre.
+            interpolation: of the values.
+            look: what the transform sets for all entries.
+        """
         flat = value[None] if value.ndim == 2 else value
         return vision.rotate(flat, degrees, interpolation=interpolation, fill=self.fill(look)).reshape(value.shape)
 

@@ -98,7 +98,12 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
 def load_weights(net: nn.Module, source: str, strict: bool = False, which: str | None = None) -> weights.load.Report:
     """Loads a file, or the result of a run folder, into the whole model if it is one of ours, else into its backbone.
 
-    strict, which: as for weights.load_checkpoint. Raises FileNotFoundError, or ValueError for weights that do not fit.
+    Raises FileNotFoundError, or ValueError for weights that do not fit.
+
+    Args:
+        net: the model.
+        source: file or run folder.
+        strict, which: as for weights.load_checkpoint.
     """
     path = Path(source)
     return weights.load_checkpoint(net, path / "model.safetensors" if path.is_dir() else path, strict, which)

@@ -55,6 +55,12 @@ def save(folder: Path, parts: Parts, state: RunState, main: bool) -> None:
     """Writes one checkpoint, from the main process; all of them gather what is split.
 
     Random numbers, learning rate and the place in the data need no state: they are functions of seed and step.
+
+    Args:
+        folder: of the run.
+        parts: what has a state.
+        state: of the loop.
+        main: whether this process writes.
     """
     tensors = {"model": sharding.whole(parts.net.state_dict())}
     if parts.average is not None:
@@ -103,7 +109,14 @@ def restore(folder: Path, parts: Parts, say: Callable[[str], None]) -> RunState:
 
 
 def require_same_model(path: Path, tensors: Mapping[str, Tensor], net: nn.Module, folder: Path) -> None:
-    """Raises ValueError unless a checkpoint holds exactly the tensors of the model."""
+    """Raises ValueError unless a checkpoint holds exactly the tensors of the model.
+
+    Args:
+        path: of the checkpoint.
+        tensors: it holds.
+        net: the model.
+        folder: of the run, for the advice.
+    """
     own = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in tensors.items()}
     other = [name for name in {**own, **theirs} if own.get(name) != theirs.get(name)]

@@ -72,7 +72,13 @@ def check_eval_resize(rule: EvalResize, dense: bool) -> None:
 
 
 def evaluation_size(height: int, width: int, size: tuple[int, int], rule: EvalResize) -> tuple[int, int]:
-    """(H, W) at which the network sees an image of height x width in the evaluation of a dense task."""
+    """(H, W) at which the network sees an image of height x width in the evaluation of a dense task.
+
+    Args:
+        height, width: of the image.
+        size: data.size.
+        rule: data.eval_resize.
+    """
     if rule is None:
         return size
     if rule == "native":
@@ -172,6 +178,14 @@ class EvalTransform(_Transform):
     """Dense targets: the image resized as `evaluation_size` says, the target untouched.
 
     Labels alone: the image covers size / eval_crop, then the centre of that size is cut out (timm's "center" mode).
+
+    Args:
+        augment: the section.
+        dense: whether the targets are maps.
+        size: (H, W) of the network's input.
+        mean, std: of the normalisation.
+        ignore_index: the mask value of void.
+        eval_resize: data.eval_resize.
     """
 
     def __init__(
@@ -201,7 +215,15 @@ class EvalTransform(_Transform):
 
 
 class TrainTransform(_Transform):
-    """Geometry, then colour, then normalisation, then erasing: the order of timm and mmsegmentation."""
+    """Geometry, then colour, then normalisation, then erasing: the order of timm and mmsegmentation.
+
+    Args:
+        augment: the section.
+        dense: whether the targets are maps.
+        size: (H, W) of the network's input.
+        mean, std: of the normalisation.
+        ignore_index: the mask value of void.
+    """
 
     def __init__(
         self, augment: AugmentConfig, dense: bool, size: Size, mean: Sequence[float], std: Sequence[float], ignore_index: int

@@ -101,6 +101,12 @@ def interleaved(variants: dict[str, Callable[[], Any]], rounds: int, device: str
     """Milliseconds of each variant in each of `rounds` interleaved rounds, after one round that does not count.
 
     Times of the same round are neighbours, so their ratio holds on a machine whose speed drifts.
+
+    Args:
+        variants: name -> what is timed.
+        rounds: that count.
+        device: "cpu" or "cuda".
+        threads: of the CPU.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     clock = time.process_time if threads == 1 else time.perf_counter

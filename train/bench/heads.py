@@ -56,7 +56,11 @@ class Scored(nn.Module):
 class Peer(nn.Module):
     """A decoder of segmentation_models_pytorch and its classifier, as a head: list of maps -> B K h w, without a last resize.
 
-    padding: it also counts an image and a map of stride 2, which it does not read but for the image's size.
+    Args:
+        decoder: reads the maps.
+        classifier: reads what the decoder gives.
+        padding: the decoder also counts an image and a map of stride 2, which it does not read but for the image's size.
+        tokens: the decoder takes prefix tokens beside the maps.
     """
 
     def __init__(self, decoder: nn.Module, classifier: nn.Module, padding: bool = True, tokens: bool = False):
@@ -163,10 +167,18 @@ def bench_heads(
     memory: bool = True,
     cases: Iterable[int] | None = None,
 ) -> list[dict[str, str]]:
-    """A row per head and peer: multiply-adds, times and what ours takes of the peer's (ratios of the minima), peak memory, and
-    for ours the share of the forward time that the head has in the model whose features it got.
+    """A row per head and peer: multiply-adds, times and memory, ours beside the peer's.
 
-    size: of the image; cases: positions in CASES, all by default. ValueError for a size that the peers cannot take.
+    Ratios are of the minima; for ours there is the share of the forward time that the head has in the model whose features it
+    got. ValueError for a size that the peers cannot take.
+
+    Args:
+        size: of the image.
+        rounds: interleaved.
+        device: "cpu" or "cuda".
+        training: time a step with the backward pass too.
+        memory: measure the peak memory too.
+        cases: positions in CASES; None: all.
     """
     if any(n % 32 for n in size):
         raise ValueError(f"the peers take sizes that 32 divides, got {size[0]} x {size[1]}")
@@ -177,7 +189,16 @@ def bench_heads(
 def bench_case(
     index: int, size: tuple[int, int], rounds: int, device: str, training: bool, memory: bool
 ) -> list[dict[str, str]]:
-    """The rows of one head and its peers. RuntimeError if a peer's output is of another size, which nothing would compare."""
+    """The rows of one head and its peers. RuntimeError if a peer's output is of another size, which nothing would compare.
+
+    Args:
+        index: position in CASES.
+        size: of the image.
+        rounds: interleaved.
+        device: "cpu" or "cuda".
+        training: time a step with the backward pass too.
+        memory: measure the peak memory too.
+    """
     case = CASES[index]
     maps, images = maps_of(case, size, device), torch.randn(1, 3, *size, device=device)
     backbone = FeatureBackbone(case.features[0], img_size=size).to(device).eval()
@@ -228,7 +249,14 @@ def multiply_adds(module: nn.Module, maps: list[Tensor]) -> float:
 
 
 def peak_memory(index: int, name: str, size: tuple[int, int], device: str) -> tuple[str, str]:
-    """MB that a forward, and a forward with backward, add to the peak; on a CPU in a process of its own."""
+    """MB that a forward, and a forward with backward, add to the peak; on a CPU in a process of its own.
+
+    Args:
+        index: position in CASES.
+        name: of the head or peer in that case.
+        size: of the image.
+        device: "cpu" or "cuda".
+    """
     if device != "cuda" and sys.platform != "linux":
         return "-", "-"
     call = f"added_peak({index}, {name!r}, {tuple(size)}, {device!r})"
@@ -237,7 +265,14 @@ def peak_memory(index: int, name: str, size: tuple[int, int], device: str) -> tu
 
 
 def added_peak(index: int, name: str, size: tuple[int, int], device: str) -> None:
-    """Prints what peak_memory returns."""
+    """Prints what peak_memory returns.
+
+    Args:
+        index: position in CASES.
+        name: of the head or peer in that case.
+        size: of the image.
+        device: "cpu" or "cuda".
+    """
     case = CASES[index]
     module = case.variants()[name](case.features[1]).to(device).eval()
     small, maps = maps_of(case, (64, 64), device), maps_of(case, size, device)

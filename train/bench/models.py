@@ -119,13 +119,18 @@ def bench_models(
 ) -> dict[str, Any]:
     """Inference and training step (forward, backward, AdamW) of the subjects, interleaved; all are in memory at once.
 
-    texts: subjects, the first of which the others are compared with; one alone is compared with PEER. memory: also the peak, on
-    CUDA and Linux.
-
     Returns {"settings", "ceilings", "rows"}. A row has: subject, pass, batch, ms (median), ms_min, images_per_s, ratio (the
     first subject's time over this one's, median of the rounds) with its quartiles, gmacs of one image, gflops per second, their
     share of the matrix product's, and memory_mb, what a pass adds to the peak beyond the weights.
     Raises ValueError for a subject that is not known, or cannot take the first one's size.
+
+    Args:
+        texts: subjects, the first of which the others are compared with; one alone is compared with PEER.
+        settings: what all of them share.
+        batches: batch sizes.
+        rounds: interleaved.
+        training: training steps too.
+        memory: also the peak, on CUDA and Linux.
     """
     subjects = [parse(text, settings) for text in texts]
     if len({subject.label for subject in subjects}) < len(subjects):
@@ -149,7 +154,17 @@ def bench_models(
 def bench_pass(
     built: dict[str, Runner], settings: Settings, batch: int, rounds: int, train: bool, memory: bool, matmul: float
 ) -> list[dict[str, Any]]:
-    """The rows of one pass at one batch size."""
+    """The rows of one pass at one batch size.
+
+    Args:
+        built: name -> the subject, ready to run.
+        settings: what all of them share.
+        batch: images at once.
+        rounds: interleaved.
+        train: training steps instead of inference.
+        memory: also the peak.
+        matmul: the matrix product's speed, of which each row states its share.
+    """
     able = {label: runner for label, runner in built.items() if not train or runner.subject.trains}
     calls = {label: (runner.step if train else runner.inference)(batch) for label, runner in able.items()}
     times = interleaved(calls, rounds, settings.device, settings.threads) if calls else {}
@@ -388,6 +403,12 @@ def added_memory(subject: Subject, settings: Settings, batch: int, train: bool) 
     """MB that a pass adds to the peak beyond the weights; a training step's gradients and optimiser state count.
 
     Measured in a process of its own. None where the system does not tell.
+
+    Args:
+        subject: that runs.
+        settings: of the benchmark.
+        batch: images at once.
+        train: a training step instead of inference.
     """
     if settings.device != "cuda" and sys.platform != "linux":
         return None
@@ -396,7 +417,14 @@ def added_memory(subject: Subject, settings: Settings, batch: int, train: bool) 
 
 
 def print_added(text: str, settings: Settings, batch: int, train: bool) -> None:
-    """Prints what added_memory returns."""
+    """Prints what added_memory returns.
+
+    Args:
+        text: names the subject.
+        settings: of the benchmark.
+        batch: images at once.
+        train: a training step instead of inference.
+    """
     with tempfile.TemporaryDirectory() as folder, one_thread(settings.threads):
         runner = Runner(parse(text, settings), settings, folder)
         runner.inference(1)()  # loads libraries, compiles

@@ -43,9 +43,18 @@ def bench_ops(
 ) -> list[dict[str, str]]:
     """A row per case and backend: forward, forward + backward (gradients of q, k, v, bias), share of the matmul speed, error.
 
-    cases: (batch, map side or (H, W), heads, dilation). With a bias throughout, except where the row says so; bfloat16 on CUDA
-    and float32 on a CPU. q, k, v lie in one tensor, as behind a model's linear layer; joining their gradients is not counted.
-    The error is the largest absolute difference of the output to the definition in float32.
+    With a bias throughout, except where the row says so; bfloat16 on CUDA and float32 on a CPU. q, k, v lie in one tensor, as
+    behind a model's linear layer; joining their gradients is not counted. The error is the largest absolute difference of the
+    output to the definition in float32.
+
+    Args:
+        cases: (batch, map side or (H, W), heads, dilation).
+        rounds: interleaved.
+        device: "cpu" or "cuda".
+        training: time forward and backward too.
+        backends: names; None: all that can run the call.
+        kernel: side of the neighbourhood.
+        dim: of a head.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left = torch.randn(1024, 1024, device=device, dtype=dtype)
@@ -95,7 +104,15 @@ def bench_ops(
 def attentions(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: int, dilation: int, backends: Sequence[str] | None
 ) -> dict[str, Callable[[], Tensor]]:
-    """The backends that can run this call (but for the definition, which is no contender), and peers where there are any."""
+    """The backends that can run this call (but for the definition, which is no contender), and peers where there are any.
+
+    Args:
+        q, k, v: B H W h d.
+        bias: h 2k-1 2k-1.
+        kernel: side of the neighbourhood.
+        dilation: of the neighbourhood.
+        backends: names; None: all.
+    """
 
     def attention(name: str, bias: Tensor | None) -> Callable[[], Tensor]:
         return lambda: neighborhood.neighborhood_attention(q, k, v, kernel, dilation, bias, backend=name)
@@ -125,7 +142,15 @@ def can_train(name: str, device: str) -> bool:
 def flex_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kernel: int, dilation: int, compiled: bool
 ) -> Callable[[], Tensor]:
-    """The same attention through torch's flex_attention: raster order, block mask, the bias as a score_mod (a peer)."""
+    """The same attention through torch's flex_attention: raster order, block mask, the bias as a score_mod (a peer).
+
+    Args:
+        q, k, v: B H W h d.
+        bias: h 2k-1 2k-1.
+        kernel: side of the neighbourhood.
+        dilation: of the neighbourhood.
+        compiled: with torch.compile.
+    """
     from torch.nn.attention import flex_attention as flex
 
     height, width = q.shape[1:3]
@@ -175,7 +200,14 @@ def bench_memory(side: int = 256, device: str = "cpu", backends: Sequence[str] |
 
 
 def peak_memory(backend: str, side: int, device: str, backward: bool) -> float:
-    """What one call adds to the peak of this process, in sizes of q."""
+    """What one call adds to the peak of this process, in sizes of q.
+
+    Args:
+        backend: its name.
+        side: of the map.
+        device: "cuda" or "cpu".
+        backward: with the gradients.
+    """
     q, k, v = (torch.randn(1, side, side, 2, 32, device=device).requires_grad_(backward) for _ in range(3))
     small = [torch.randn(1, 14, 14, 2, 32, device=device).requires_grad_(backward) for _ in range(3)]
     bias = torch.randn(2, 13, 13, device=device).requires_grad_(backward)

@@ -114,6 +114,15 @@ def cpu_seconds(command: list[str]) -> float:
 
 
 def timm_command(run: Run, script: str, images: Path, steps: int, out: str) -> list[str]:
+    """The command line of timm's own script for a run.
+
+    Args:
+        run: which of RUNS.
+        script: path of timm's train.py.
+        images: folder of the images.
+        steps: of the run, a multiple of a pass.
+        out: folder for its results.
+    """
     per_pass = TRAIN_IMAGES // BATCH
     return [
         *(sys.executable, script, "--data-dir", str(images), "--train-split", "train", "--val-split", "val"),
@@ -140,6 +149,14 @@ def timm_command(run: Run, script: str, images: Path, steps: int, out: str) -> l
 
 
 def our_command(run: Run, images: Path, steps: int, out: str) -> list[str]:
+    """The command line of `zoo train` for the same run.
+
+    Args:
+        run: which of RUNS.
+        images: folder of the images.
+        steps: of the run, a multiple of a pass.
+        out: run folder.
+    """
     changes = {
         "data.name": "class_folder",
         "data.root": images,

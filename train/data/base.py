@@ -115,13 +115,27 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         palette: Sequence[Sequence[int]] | None = None,
         id_map: Mapping[int, int] | None = None,
     ) -> np.ndarray:
-        """The class ids of a mask file, int64 H W: train.data.files.read_mask."""
+        """The class ids of a mask file, int64 H W: train.data.files.read_mask.
+
+        Args:
+            source: path of the file, or an open one.
+            place: what errors call it; None: its path.
+            palette: colours in class order, for masks in colour.
+            id_map: file id -> class id.
+        """
         return read_mask(source, place, palette, id_map, self.ignore_index, self.pixels.max_pixels, self.notes)
 
     def metres(
         self, path: Path, divisor: float, invalid: Sequence[float] = (0,), content: BinaryIO | None = None
     ) -> np.ndarray:
-        """The depth map of a file: train.data.files.read_depth."""
+        """The depth map of a file: train.data.files.read_depth.
+
+        Args:
+            path: of the file, or what errors call it.
+            divisor: file units per metre.
+            invalid: file values without a reading.
+            content: the open file, where it is not read from `path`.
+        """
         return read_depth(path, divisor, invalid, content, self.pixels.max_pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -172,7 +186,14 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         return {**out, "path": str(path)}
 
     def check_size(self, sample: dict[str, Any], target: str, found: Sequence[int] | None, size: Sequence[int]) -> None:
-        """ValueError naming both files if an entry has another height and width than its image."""
+        """ValueError naming both files if an entry has another height and width than its image.
+
+        Args:
+            sample: with its paths, for the error.
+            target: the entry's name.
+            found: (H, W) of the entry; None: it has none.
+            size: (H, W) of the image.
+        """
         if found is None or tuple(found) == tuple(size):
             return
         place = sample.get(f"{target}_path", sample["path"])

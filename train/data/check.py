@@ -95,7 +95,14 @@ def describe(dataset: ImageDataset, facts: SplitFacts) -> list[str]:
 
 
 def histogram(dataset: ImageDataset, counts: Counter, total: int, most: int = 30) -> list[str]:
-    """One line per id with a bar, the commonest first where there are many."""
+    """One line per id with a bar, the commonest first where there are many.
+
+    Args:
+        dataset: whose classes they are.
+        counts: id -> pixels or images.
+        total: of which each line states a share.
+        most: lines at most.
+    """
     chosen = sorted(counts) if len(counts) <= most else [i for i, _ in counts.most_common(most)]
     biggest = max(counts.values())
     lines = []
@@ -151,9 +158,14 @@ def run(
     count: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Facts and findings of the splits (training first); with `out` also data_check.{png,json,txt} in that folder.
+    """Facts and findings of the splits.
 
-    task: its `check` is asked whether it can use the data; count: samples of each split to read.
+    Args:
+        datasets: the splits, training first.
+        task: its `check` is asked whether it can use the data.
+        out: folder for data_check.{png,json,txt}; None: nothing is written.
+        count: samples of each split to read; None: all.
+        progress: is told how many of how many are read.
     """
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")

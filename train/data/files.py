@@ -318,7 +318,14 @@ def read_image(source: Source, place: str | None = None, rules: PixelRules = RGB
 
 
 def image_array(image: Image.Image, place: str, rules: PixelRules = RGB, notes: FileNotes | None = None) -> np.ndarray:
-    """A PIL image as uint8 C H W."""
+    """A PIL image as uint8 C H W.
+
+    Args:
+        image: of Pillow.
+        place: what errors call it.
+        rules: channels and range.
+        notes: what was seen is counted there.
+    """
     bands = len(image.getbands())
     if image.mode.startswith(DEEP):
         values = np.asarray(image)[None]
@@ -345,7 +352,14 @@ def image_array(image: Image.Image, place: str, rules: PixelRules = RGB, notes: 
 
 
 def array_image(values: np.ndarray, place: str, rules: PixelRules, notes: FileNotes | None = None) -> np.ndarray:
-    """An array H W, C H W or H W C as uint8 C H W; the axis of channels is the one that has the wanted number of them."""
+    """An array H W, C H W or H W C as uint8 C H W; the axis of channels is the one that has the wanted number of them.
+
+    Args:
+        values: of the file.
+        place: what errors call it.
+        rules: channels and range.
+        notes: what was seen is counted there.
+    """
     if values.ndim == 3:
         first, last = (values.shape[axis] in {rules.channels, 1, 3} for axis in (0, -1))
         exact = [axis for axis in (0, -1) if values.shape[axis] == rules.channels]
@@ -496,6 +510,13 @@ def ids_from_table(
 
     A table that agrees with `palette`, or is grey (no colours at all), makes the indices the ids. The ignore id may have a
     colour of its own. ValueError names the file (path) and the first unknown colour.
+
+    Args:
+        image: of Pillow, with its colour table.
+        indices: H W, into that table.
+        palette: colours in class order.
+        ignore_index: void.
+        path: for errors.
     """
     table = np.asarray(image.getpalette("RGB") or [], np.int64).reshape(-1, 3)
     used = [int(index) for index in np.unique(indices) if index != ignore_index]
@@ -518,6 +539,12 @@ def ids_from_colors(colors: np.ndarray, palette: Sequence[Sequence[int]], ignore
 
     Black and white pixels that are not in the palette are void. ValueError names the file (path) and the first unknown colour,
     or two classes of one colour.
+
+    Args:
+        colors: uint8 3 H W.
+        palette: colours in class order.
+        ignore_index: void.
+        path: for errors.
     """
     colors = colors.astype(np.int64)
     codes = (colors[0] << 16) + (colors[1] << 8) + colors[2]
@@ -539,7 +566,14 @@ def ids_from_colors(colors: np.ndarray, palette: Sequence[Sequence[int]], ignore
 
 
 def map_ids(ids: np.ndarray, id_map: Mapping[int, int] | None, ignore_index: int, path: Path | str) -> np.ndarray:
-    """File ids -> class ids; void stays void. ValueError names the file (path) and the first id that id_map leaves out."""
+    """File ids -> class ids; void stays void. ValueError names the file (path) and the first id that id_map leaves out.
+
+    Args:
+        ids: of the file.
+        id_map: file id -> class id; None: they are class ids.
+        ignore_index: void.
+        path: for errors.
+    """
     if id_map is None:
         return ids
     found, positions = np.unique(ids, return_inverse=True)

@@ -189,7 +189,14 @@ def split_names(text: str, columns: int) -> list[str]:
 
 
 def text_between(text: str, words: Sequence[str], first: int, last: int) -> str:
-    """The part of a line from one word to another, with the spaces it has there."""
+    """The part of a line from one word to another, with the spaces it has there.
+
+    Args:
+        text: the line.
+        words: of the line, in order.
+        first: position of the first word of the part.
+        last: position of its last word.
+    """
     places = [match.span() for match in re.finditer(r"\S+", text)]
     return text[places[first][0] : places[last][1]]
 

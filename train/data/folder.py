@@ -20,13 +20,13 @@ class Folder(DescribedDataset, FileDataset):
     for an id_map or palette that leaves the classes.
 
     Args:
-        images: folder below root; masks and depths likewise.
-        image_suffix: what follows the common name before the extension, for files such as 7_color.jpg beside 7_depth.png
-            ("_color", "_depth"); mask_suffix and depth_suffix likewise.
+        images, masks, depths: folders below root.
+        image_suffix, mask_suffix, depth_suffix: what follows the common name before the extension, for files such as
+            7_color.jpg beside 7_depth.png ("_color", "_depth").
         lists: a text file with one name per line (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
-        palette: colours in class order. With it masks may be colour images, and the colour table of a palette image counts
-            by its colours, unless there is an id_map.
-        Others: as in DescribedDataset.
+        palette: colours in class order. With it masks may be colour images, and the colour table of a palette image counts by
+            its colours, unless there is an id_map.
+        described: as in DescribedDataset.
     """
 
     provides = ("mask", "depth")

@@ -109,8 +109,16 @@ class TinyImageNet(ClassFolder):
 class TimmDataset(ImageDataset):
     """Any map-style reader of timm: folders, tar files, Hugging Face data sets ("hfds/owner/name") with an image and a label.
 
-    name: timm's data set name ("" lets it choose folder or tar from what root holds); train_split, val_split: its names for
-    them; num_classes: for the check of labels. Raises ValueError for a streaming reader (wds, tfds, hfids): it has no index.
+    Raises ValueError for a streaming reader (wds, tfds, hfids): it has no index.
+
+    Args:
+        root: folder, or what timm's reader takes for one.
+        split: "train" or "val".
+        targets: "label", or nothing.
+        transform: called with every sample.
+        name: timm's data set name; "" lets it choose folder or tar from what root holds.
+        train_split, val_split: its names for them.
+        num_classes: for the check of labels.
     """
 
     provides = ("label",)

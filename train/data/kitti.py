@@ -19,6 +19,11 @@ class Kitti(FileDataset):
     The Eigen lists have rows without ground truth ("None"): those are left out. Frames differ in size (about 375x1242); with
     `benchmark_crop` every sample is the 352x1216 at the bottom centre. GLPN takes the garg and eigen crops of that; BTS,
     AdaBins, DPT and Monodepth2 take them of the full frame, which are other pixels: `frame` puts it into the protocol.
+
+    Args:
+        train_list, val_list: files below root.
+        images, depths: folders below root that the lists' paths start from.
+        benchmark_crop: every sample is the 352x1216 at the bottom centre.
     """
 
     provides = ("depth",)

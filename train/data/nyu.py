@@ -23,9 +23,12 @@ CLASSES = [
 class NYUv2(FileDataset):
     """The layout of BTS, AdaBins and GLPDepth: `<folder>/<scene>/rgb_NNNNN.jpg` with `sync_depth_NNNNN.png` in millimetres.
 
-    Folders are official_splits/train and official_splits/test; nyu_train.txt and nyu_test.txt ("image depth focal", relative to
-    the folder), where present, say which pairs to use. All four can be set: train_folder="sync" for the 24k training frames.
     Masks are `labels40/NNNNN.png`, 0..38 = NYU40 class minus 1; 39 mixes "other prop" with unlabelled pixels and is ignored.
+
+    Args:
+        train_folder, val_folder: below root; "sync" for the 24k training frames.
+        train_list, val_list: "image depth focal" per line, relative to the folder; where absent, all of its pairs are taken.
+        labels: folder of the masks.
     """
 
     provides = ("depth", "mask")

@@ -51,15 +51,18 @@ class Packed(DescribedDataset):
 
 
 class Shards(Packed, FileDataset):
-    """Tar files as webdataset writes them: members with one name up to the first dot of the file name are a sample, such as
-    0001.jpg, 0001.cls, 0001.mask.png and 0001.depth.png.
+    """Tar files as webdataset writes them.
 
-    train_shards, val_shards: files below root, with wildcards and braces: "train-*.tar", "train-{0000..0063}.tar".
-    images: endings that hold the image; label, mask, depth: ending of each target (a label is a number as text).
-    Other arguments: as in DescribedDataset.
-    Every process reads the headers of all shards once at the start and then only the bytes it needs; compressed tars cannot be
-    read so and are refused. Raises FileNotFoundError for missing shards, ValueError naming the shard for one that is damaged,
-    and for a sample without one of its parts.
+    Members with one name up to the first dot of the file name are a sample, such as 0001.jpg, 0001.cls, 0001.mask.png and
+    0001.depth.png. Every process reads the headers of all shards once at the start and then only the bytes it needs; compressed
+    tars cannot be read so and are refused. Raises FileNotFoundError for missing shards, ValueError naming the shard for one
+    that is damaged, and for a sample without one of its parts.
+
+    Args:
+        train_shards, val_shards: files below root, with wildcards and braces: "train-*.tar", "train-{0000..0063}.tar".
+        images: endings that hold the image.
+        label, mask, depth: ending of each target (a label is a number as text).
+        described: as in DescribedDataset.
     """
 
     def find(
@@ -158,10 +161,17 @@ def shard_files(root: Path, pattern: str) -> list[Path]:
 class HuggingFace(Packed):
     """A data set of the `datasets` library with columns for image and targets.
 
-    root: "owner/name" of the hub, or a folder of parquet files. name: its configuration, if it has several.
-    train_split, val_split: what it calls them. image, label, mask, depth: column names.
-    Other arguments: as in DescribedDataset.
     Needs the `data` extra. Raises ImportError without it, ValueError for a column that is not there.
+
+    Args:
+        root: "owner/name" of the hub, or a folder of parquet files.
+        split: "train" or "val".
+        targets: which of label, mask and depth to read.
+        transform: called with every sample.
+        name: its configuration, if it has several.
+        train_split, val_split: what it calls them.
+        image, label, mask, depth: column names.
+        described: as in DescribedDataset.
     """
 
     def __init__(

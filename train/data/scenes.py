@@ -58,10 +58,19 @@ class Scene:
 
 
 class Scenes(ImageDataset):
-    """`count` training and `val_count` validation scenes of `size` (H, W), rendered when first asked for and kept in memory.
+    """Scenes of shaded bodies, rendered when first asked for and kept in memory.
 
     The same seed gives the same scenes on every machine; training and validation never share one.
     Raises ValueError for counts or sizes below 1 and 16.
+
+    Args:
+        split: "train" or "val".
+        targets: which of mask and depth to give.
+        transform: called with every sample.
+        count: training scenes.
+        val_count: validation scenes.
+        size: (H, W).
+        seed: of all scenes.
     """
 
     provides = ("mask", "panoptic", "depth", "normal")
@@ -204,7 +213,16 @@ def shade(
     colours: np.ndarray,
     bodies: Sequence[Solid],
 ) -> np.ndarray:
-    """Diffuse light from one lamp with cast shadows, a highlight, and sky light from above; P 3 in 0..1."""
+    """Diffuse light from one lamp with cast shadows, a highlight, and sky light from above; P 3 in 0..1.
+
+    Args:
+        rng: chooses the lamp.
+        rays: P 3, directions from the camera.
+        points: P 3, where they end.
+        normals: P 3, there.
+        colours: P 3, there.
+        bodies: that cast shadows.
+    """
     light = np.array([rng.uniform(-0.9, 0.9), 1.0, rng.uniform(-1.0, -0.1)], np.float32)
     light /= np.linalg.norm(light)
     lit = np.clip(normals @ light, 0, None)
@@ -222,7 +240,12 @@ def shade(
 
 
 def smallest_root(a: np.ndarray, b: np.ndarray, c: np.ndarray, accept: Callable | None = None) -> np.ndarray:
-    """Smallest positive t with a t^2 + 2 b t + c = 0 for which accept(t) holds (infinity if none)."""
+    """Smallest positive t with a t^2 + 2 b t + c = 0 for which accept(t) holds (infinity if none).
+
+    Args:
+        a, b, c: of the equation.
+        accept: says which roots count; None: all.
+    """
     disc = b * b - a * c
     real = disc >= 0
     root = np.sqrt(np.where(real, disc, 0))

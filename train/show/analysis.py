@@ -34,7 +34,14 @@ def sheet(columns: int, rows: int = 1, side: float = 3.4) -> tuple[Any, Any]:
 
 
 def label(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
-    """Titles of an axis, and its legend where several lines need one."""
+    """Titles of an axis, and its legend where several lines need one.
+
+    Args:
+        axis: of matplotlib.
+        title: of the axis.
+        x, y: what its directions are.
+        legend: with the legend.
+    """
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)

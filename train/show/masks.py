@@ -82,7 +82,14 @@ def color_mask(mask: Tensor | np.ndarray, palette: Sequence[Color]) -> np.ndarra
 
 
 def overlay(image: np.ndarray, mask: Tensor | np.ndarray, palette: Sequence[Color], strength: float = 0.55) -> np.ndarray:
-    """The mask's colours over a uint8 H W 3 image, which is resized to the mask; void pixels show the image, darkened."""
+    """The mask's colours over a uint8 H W 3 image, which is resized to the mask; void pixels show the image, darkened.
+
+    Args:
+        image: uint8 H W 3; it is resized to the mask.
+        mask: class ids h w.
+        palette: a colour per class.
+        strength: share of the colour.
+    """
     colors = color_mask(mask, palette).astype(np.float32)
     under = resize_rgb(image, (colors.shape[0], colors.shape[1])).astype(np.float32)
     return ((1 - strength) * under + strength * colors).round().astype(np.uint8)

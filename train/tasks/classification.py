@@ -34,22 +34,27 @@ Distillation = Literal[
 class Classification(Task):
     """Cross entropy over the backbone's own classifier.
 
-    num_classes: of the data.
-    label_smoothing: share of the target spread over all classes.
-    mixup, cutmix: alpha of the Beta distribution of each, 0 = off; mixup_prob: share of batches mixed; mixup_switch: share of
-        mixed batches that get cutmix where both are on. One draw a step; pairs are neighbours in the
-        total batch (loader.partners).
-    binary: one binary cross entropy per class, averaged over classes (Wightman et al. 2021), instead of the softmax.
-    teacher: timm name of a frozen model to learn from; teacher_args: arguments of it; teacher_pretrained: load its released
-        weights; teacher_checkpoint: load a file or the result of a run folder instead.
-    distillation: "hard" learns the teacher's best class, "soft" its distribution at `temperature` (Touvron et al. 2021,
-        section 4). "attention", "queries", "keys" and "values" learn those of the teacher, a ViT with as many tokens and heads;
-        "copy_attention" and so on take them from the teacher, which stays a part of the model (Li et al. 2024,
-        backbones/attention_transfer.py).
-    distillation_blocks: how many of the first blocks learn or copy; null = all.
-    distillation_weight: of the teacher's term. "hard", "soft": its share of the loss, default 0.5; a distilled backbone (two
-        classifiers) gives the teacher its own. "attention" and so on: its factor beside the whole loss of the labels, default
-        3, for a term that is the sum over blocks.
+    Args:
+        num_classes: of the data.
+        label_smoothing: share of the target spread over all classes.
+        mixup, cutmix: alpha of the Beta distribution of each, 0 = off. One draw a step; pairs are neighbours in the total batch
+            (loader.partners).
+        mixup_prob: share of batches mixed.
+        mixup_switch: share of mixed batches that get cutmix where both are on.
+        binary: one binary cross entropy per class, averaged over classes (Wightman et al. 2021), instead of the softmax.
+        teacher: timm name of a frozen model to learn from.
+        teacher_args: arguments of it.
+        teacher_pretrained: load its released weights.
+        teacher_checkpoint: load a file or the result of a run folder instead.
+        distillation: "hard" learns the teacher's best class, "soft" its distribution at `temperature` (Touvron et al. 2021,
+            section 4). "attention", "queries", "keys" and "values" learn those of the teacher, a ViT with as many tokens and
+            heads; "copy_attention" and so on take them from the teacher, which stays a part of the model (Li et al. 2024,
+            backbones/attention_transfer.py).
+        distillation_blocks: how many of the first blocks learn or copy; null = all.
+        distillation_weight: of the teacher's term. "hard", "soft": its share of the loss, default 0.5; a distilled backbone
+            (two classifiers) gives the teacher its own. "attention" and so on: its factor beside the whole loss of the labels,
+            default 3, for a term that is the sum over blocks.
+        temperature: of "soft".
     """
 
     best = ("top1", "max")

@@ -24,17 +24,20 @@ if TYPE_CHECKING:
 class Depth(DenseTask):
     """Monocular depth.
 
-    min_depth, max_depth: metres; readings outside count as missing in loss and metric.
-    rule: what the head's channels mean, a name of heads.depth.RULES; rule_args: its other arguments (bins, scale, shift,
-        signed; min_depth and max_depth unless they are the task's).
-    inverse: the rule gives inverse depth; metric: the prediction has a true scale. Relative inverse depth (false) needs align
-        "affine".
-    losses: names of DEPTH_LOSSES, each with its arguments (train/losses.py) and a factor, on depth, or on inverse depth if
-        `inverse`: {silog: {lam: 0.85, factor: 10.0}}.
-    over: "image": the loss of each image, averaged over the images that have readings; the same for any cut of the total batch.
-        "batch": one loss over the pixels of a micro-batch, as published code does; all but l1 then depend on the cut.
-    aux_weight: of the auxiliary head's loss.
-    crop, align, average, clamp: of the metric (train/metrics.py DepthMetric).
+    Args:
+        max_depth: metres; readings beyond it count as missing in loss and metric.
+        min_depth: likewise, on the near side.
+        rule: what the head's channels mean, a name of heads.depth.RULES.
+        rule_args: its other arguments (bins, scale, shift, signed; min_depth and max_depth unless they are the task's).
+        inverse: the rule gives inverse depth.
+        metric: the prediction has a true scale. Relative inverse depth (false) needs align "affine".
+        losses: names of DEPTH_LOSSES, each with its arguments (train/losses.py) and a factor, on depth, or on inverse depth if
+            `inverse`: {silog: {lam: 0.85, factor: 10.0}}.
+        over: "image": the loss of each image, averaged over the images that have readings; the same for any cut of the total
+            batch. "batch": one loss over the pixels of a micro-batch, as published code does; all but l1 then depend on the
+            cut.
+        aux_weight: of the auxiliary head's loss.
+        crop, align, average, clamp: of the metric (train/metrics.py DepthMetric).
     """
 
     target = "depth"

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 class Segmentation(DenseTask):
     """Semantic segmentation.
 
-    num_classes: of the data, void not counted; ignore_index: the mask value of void.
-    losses: names of SEGMENTATION_LOSSES, each with its arguments (train/losses.py) and a factor: {cross_entropy: {}, dice:
-        {factor: 3.0}}. cross_entropy and focal are means over pixels and do not depend on how the total batch is cut; dice,
-        lovasz and ohem are taken over a micro-batch.
-    class_weights: one per class, for the losses that take them. aux_weight: of the auxiliary head's loss.
+    Args:
+        num_classes: of the data, void not counted.
+        ignore_index: the mask value of void.
+        losses: names of SEGMENTATION_LOSSES, each with its arguments (train/losses.py) and a factor: {cross_entropy: {}, dice:
+            {factor: 3.0}}. cross_entropy and focal are means over pixels and do not depend on how the total batch is cut; dice,
+            lovasz and ohem are taken over a micro-batch.
+        aux_weight: of the auxiliary head's loss.
+        class_weights: one per class, for the losses that take them.
     """
 
     target = "mask"

@@ -27,11 +27,14 @@ class SparsifinerPhase(Classification):
     The student starts from the teacher's weights, unless model.checkpoint holds its own, as the second phase needs it: the run
     folder of the first. Only the phase's parameters train.
 
-    phase: "attn_recon" fits the mask predictors to the teacher's attention, with the student's own unmasked; "cls_distill"
-        trains the rest under the predicted masks, on the labels and the teacher's logits and tokens.
-    teacher: timm name of a model with the names and shapes of the dense network, whose released weights the teacher gets;
-        teacher_pretrained: false leaves it untrained; teacher_checkpoint: a file instead of released weights.
-    Other arguments: as in Classification.
+    Args:
+        num_classes: of the data.
+        phase: "attn_recon" fits the mask predictors to the teacher's attention, with the student's own unmasked; "cls_distill"
+            trains the rest under the predicted masks, on the labels and the teacher's logits and tokens.
+        teacher: timm name of a model with the names and shapes of the dense network, whose released weights the teacher gets.
+        teacher_pretrained: false leaves it untrained.
+        teacher_checkpoint: a file instead of released weights.
+        label_smoothing, mixup, cutmix, mixup_prob, mixup_switch: as in Classification.
     """
 
     def __init__(
@@ -94,15 +97,19 @@ class SparsifinerPhase(Classification):
 
 
 def loss_terms(student: Details, teacher: Details, target: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
-    """Weighted terms of the authors' losses, 0-d each; their sum is the loss.
+    """Weighted terms of the authors' losses, 0-d each; their sum is the loss. Raises ValueError for a name that is none.
 
-    target: B classes, probabilities. weights: RECONSTRUCTION (with `details(x, reconstruct=True)`), DISTILLATION, or any of
     cls: cross-entropy with the target, mean over images;
     cls_distill: KL divergence of the student's from the teacher's class probabilities, mean over images;
     token_distill: mean squared difference of the normalised patch tokens (auxiliary logits of an LV-ViT) that are not dropped;
     attn_recon: sum of squares, over everything, of predicted minus teacher's attention of the patch queries, mean over blocks;
     attn_self_distill: the same against the student's own unmasked attention, held fixed (weight 0 in the released recipe).
-    The teacher's gradients are the caller's business (run it under no_grad). Raises ValueError for another name.
+
+    Args:
+        student: what the model gives with details (with `reconstruct=True` for the terms of RECONSTRUCTION).
+        teacher: what the dense model gives; run it under no_grad, its gradients are the caller's business.
+        target: B classes, probabilities.
+        weights: RECONSTRUCTION, DISTILLATION, or any of the terms above.
     """
 
     def reconstruction(maps: list[Tensor]) -> Tensor:
