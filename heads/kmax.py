@@ -115,9 +115,15 @@ class KMax(Head):
 def full_masks(
     masks: Tensor, padded: Sequence[int], images: Sequence[int] | None = None, size: Sequence[int] | None = None
 ) -> Tensor:
-    """Mask logits B N h w at the size of the padded images, cut to that of the images, resized to `size`; each (H, W).
+    """Mask logits at the size of the padded images, cut to that of the images, resized to `size`.
 
     Both resizes align corners if the logits' own width is odd.
+
+    Args:
+        masks: B N h w.
+        padded: (H, W) of the padded images.
+        images: (H, W) to cut to; None: nothing is cut.
+        size: (H, W) of the result; None: as cut.
     """
     odd = masks.shape[-1] % 2 == 1
     masks = resize(masks, like=padded, align_corners=odd)

@@ -97,7 +97,14 @@ class Mask2Former(Head):
 def full_masks(
     masks: Tensor, padded: Sequence[int], images: Sequence[int] | None = None, size: Sequence[int] | None = None
 ) -> Tensor:
-    """Mask logits B N h w at the size of the padded images, cut to that of the images, resized to `size`; each (H, W)."""
+    """Mask logits at the size of the padded images, cut to that of the images, resized to `size`.
+
+    Args:
+        masks: B N h w.
+        padded: (H, W) of the padded images.
+        images: (H, W) to cut to; None: nothing is cut.
+        size: (H, W) of the result; None: as cut.
+    """
     masks = resize(masks, like=padded)
     masks = masks if images is None else masks[..., : images[0], : images[1]]
     return masks if size is None else resize(masks, like=size)

@@ -67,7 +67,15 @@ def read_facts(
 
 
 def add_ids(dataset: ImageDataset, facts: SplitFacts, ids: list[int], pixels: list[int], place: str) -> None:
-    """Counts the class ids of one map, each with its pixels; place: the map's file."""
+    """Counts the class ids of one map.
+
+    Args:
+        dataset: whose map it is.
+        facts: that are added to.
+        ids: that occur.
+        pixels: of each of them.
+        place: the map's file.
+    """
     for value, number in zip(ids, pixels, strict=True):
         facts.ids[value] += number
         facts.id_files.setdefault(value, place)

@@ -214,7 +214,14 @@ def read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
 def numbered(
     segments: list[dict[str, Any]], labels: Mapping[int, int], things: set[int], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, values class * 1000 + number) of an annotation's segments; where: names it in errors."""
+    """(ids, values class * 1000 + number) of an annotation's segments.
+
+    Args:
+        segments: of an annotation.
+        labels: its category -> class.
+        things: classes whose segments are numbered.
+        where: names the annotation in errors.
+    """
     counts: dict[int, int] = {}
     ids, values = [], []
     for segment in segments:

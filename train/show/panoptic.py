@@ -111,7 +111,14 @@ def outline(segments: Tensor | np.ndarray) -> np.ndarray:
 def overlay_segments(
     image: np.ndarray, segments: Tensor | np.ndarray, palette: Sequence[Color], strength: float = 0.5
 ) -> np.ndarray:
-    """The colours of segments over a uint8 H W 3 image, which is resized to them; outlines are solid."""
+    """The colours of segments over an image; outlines are solid.
+
+    Args:
+        image: uint8 H W 3; it is resized to the segments.
+        segments: h w, class * 1000 + number.
+        palette: a colour per class.
+        strength: share of the colour.
+    """
     colors = color_segments(segments, palette)
     under = resize_rgb(image, (colors.shape[0], colors.shape[1]))
     mixed = ((1 - strength) * under.astype(np.float32) + strength * colors).round().astype(np.uint8)
@@ -120,7 +127,14 @@ def overlay_segments(
 
 
 def numbered_segments(image: np.ndarray, segments: np.ndarray, palette: Sequence[Color], least: int = 480) -> np.ndarray:
-    """Segments over an image, each with its number class * 1000 + number written inside; at least `least` pixels wide."""
+    """Segments over an image, each with its number class * 1000 + number written inside.
+
+    Args:
+        image: uint8 H W 3.
+        segments: h w, class * 1000 + number.
+        palette: a colour per class.
+        least: width of the picture in pixels.
+    """
     factor = max(1, -(-least // segments.shape[1]))
     large = np.repeat(np.repeat(segments, factor, 0), factor, 1)
     picture = Image.fromarray(overlay_segments(image, large, palette))
