@@ -17,23 +17,23 @@ Shapes: B batch, N tokens with the class token first, C channels, h heads, d hea
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from backbones.base import OpenNames, check_size, init_linear, register_variants, take_indices
+from backbones.base import OpenNames, check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates, sdpa
+from backbones.ops.predicted_keys import Rule, choose_keys, class_attention, fit_matrices, masked_attention
 from backbones.tracing import leaf
+from backbones.vit import Tokens, TokenStream, checkpointed, finish, project
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import resample_predictor
 
 default_cfgs = _default_cfgs("sparsifiner")
 
@@ -74,17 +74,6 @@ class Details:
             "attn_mask": [(~there(block.attn_mask)).float().mean() for block in self.blocks],
         }
         return {name: torch.stack(values).mean() for name, values in zeros.items()}
-
-
-class Rule(NamedTuple):
-    """How keys are chosen from the estimate of an attention map; see `MaskPredictor`."""
-
-    scale: float
-    keep_rate: float
-    basis_threshold: float
-    coef_top: int
-    coef_threshold: float
-    score_threshold: float | None
 
 
 class MaskPredictor(nn.Module):
@@ -172,85 +161,6 @@ class MaskPredictor(nn.Module):
 
 
 @leaf
-def choose_keys(
-    q: Tensor,
-    k: Tensor,
-    down: Tensor,
-    back: Tensor,
-    rule: Rule,
-    native: tuple[int, int],
-    grid: tuple[int, int],
-    kept: Tensor | None,
-    alive: Tensor | None,
-    raw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `MaskPredictor` returns, from its reduced queries B h n-1 d' and keys B h n d'; down, back: made for `native`."""
-    down, basis = fit_matrices(down, back, native, grid)
-    budget = math.ceil(rule.keep_rate * (1 + grid[0] * grid[1]))
-    if kept is not None:
-        down, basis = down[kept][:, None], basis[kept][:, None]  # B 1 n r
-        budget = min(budget, kept.shape[1] - 1)
-    if alive is not None:
-        q, k = q * alive[:, None, 1:, None], k * alive[:, None, :, None]
-        budget = min(budget, int(alive[0, 1:].sum()))
-    coef = (q @ (k.mT @ down) * rule.scale).softmax(-1)
-    if not raw:
-        basis = basis.abs()
-        basis = basis * (basis > rule.basis_threshold)
-        coef = strongest(coef, rule)
-    scores = coef @ basis.mT
-    chosen = scores.detach()  # no gradient passes the choice
-    if alive is not None:
-        chosen = chosen.masked_fill(~alive[:, None, None], -math.inf)
-    if rule.score_threshold is not None:
-        return chosen > rule.score_threshold, scores, coef, basis
-    index = chosen.topk(budget, dim=-1, sorted=False).indices
-    return torch.zeros_like(chosen, dtype=torch.bool).scatter(-1, index, True), scores, coef, basis
-
-
-def strongest(coef: Tensor, rule: Rule) -> Tensor:
-    """Coefficients with the weak ones zero, not renormalised."""
-    if not rule.coef_top:
-        return coef * (coef > rule.coef_threshold) if rule.coef_threshold > 0 else coef
-    values, index = coef.topk(min(rule.coef_top, coef.shape[-1]), dim=-1)
-    return torch.zeros_like(coef).scatter(-1, index, values)
-
-
-def fit_matrices(down: Tensor, back: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A predictor's matrices proj_n and proj_back_n, made for the grid `native`, for another.
-
-    The first sums over keys: with more patches each counts less. The second holds scores of single keys, whose thresholds keep
-    their meaning only if it is not rescaled.
-    """
-    if tuple(grid) == tuple(native):
-        return down, back
-    return resample_predictor(down, grid, True, native), resample_predictor(back, grid, False, native)
-
-
-@leaf
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, may_be_empty: bool) -> Tensor:
-    """Attention B h n d under a bool mask. Queries without any key give zeros, not NaN; only asked for if there may be some."""
-    if not may_be_empty:
-        bias = torch.where(mask, q.new_zeros(()), q.new_full((), -math.inf))  # the kernel's own way from bool costs twice this
-        return sdpa(q, k, v, bias, scale)
-    some = mask.any(-1, keepdim=True)
-    return sdpa(q, k, v, mask | ~some, scale) * some
-
-
-@leaf
-def class_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropped: int) -> tuple[Tensor, Tensor]:
-    """The class token's attention to all that is left: output B h 1 d and weights B h 1 n.
-
-    Dropped tokens have zero keys and values in the source, so each still takes exp(0) of the softmax's sum.
-    """
-    scores = q @ k.mT * scale
-    if dropped:
-        scores = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), math.log(dropped))], -1)
-    attention = scores.softmax(-1)[..., : k.shape[2]]
-    return attention @ v, attention
-
-
-@leaf
 def keep_most_attended(
     x: Tensor, attention: Tensor, kept: Tensor | None, grid: tuple[int, int], rate: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -272,9 +182,26 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+@dataclass
+class SparseTokens(Tokens):
+    """Tokens of which pruning has dropped some.
+
+    Attributes:
+        grid: (rows, columns) of the image's patches.
+        kept: B T, which of all N the tokens are; None while all are there.
+    """
+
+    grid: tuple[int, int] = (0, 0)
+    kept: Tensor | None = None
+
+    def full(self) -> Tensor:
+        """B N C: zeros for the dropped tokens, as the source leaves them."""
+        return restore(self.x, self.kept, self.grid)
+
+
 @leaf
 def restore(x: Tensor, kept: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """Tokens B n C -> B N C with zeros for the dropped ones, as the source leaves them."""
+    """Tokens B n C -> B N C with zeros for the dropped ones."""
     if kept is None:
         return x
     full = x.new_zeros(x.shape[0], 1 + grid[0] * grid[1], x.shape[-1])
@@ -287,27 +214,20 @@ def used(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
     return x + 0 * sum(parameter.sum() for parameter in parameters)
 
 
-class Attention(nn.Module):
-    """Self-attention under the mask of its predictor; ordinary attention if it has none (`predictor` None)."""
+class SparseAttention(Attention):
+    """timm's self-attention under the mask of its predictor; ordinary attention if it has none (`predictor` None)."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, predictor: dict | None):
-        super().__init__()
-        self.heads, self.scale = heads, (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(dim, heads, qkv_bias=qkv_bias)
         self.mask_predictor = None if predictor is None else MaskPredictor(dim, heads, **predictor)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # B n C -> q, k, v, each B h n d
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(
+    def forward(  # type: ignore[override]  # the mask is predicted here
         self, x: Tensor, grid: tuple[int, int], kept: Tensor | None, prunes: bool
     ) -> tuple[Tensor, Tensor | None]:  # B n C -> B n C
         """Output, and the class token's weights B h 1 n if the block prunes or tokens are missing."""
-        (q, k, v), weights = self.project(x), None
+        (q, k, v), weights = project(self, x), None
         if self.mask_predictor is None:
-            out = sdpa(q, k, v, scale=self.scale)
-            return self.proj(out.transpose(1, 2).flatten(2)), None
+            return finish(self, x, sdpa(q, k, v, scale=self.scale)), None
         mask = self.mask_predictor(q, k, grid, kept)[0]
         attend = partial(masked_attention, scale=self.scale, may_be_empty=self.mask_predictor.rule.score_threshold is not None)
         if prunes or kept is not None:
@@ -316,14 +236,14 @@ class Attention(nn.Module):
             out = torch.cat([first, attend(q[:, :, 1:], k, v, mask)], 2)
         else:
             out = attend(q, k, v, F.pad(mask, (0, 0, 1, 0), value=True))
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        out = finish(self, x, out)
         return (used(out, tuple(self.mask_predictor.parameters())) if self.training else out), weights
 
     def detailed(
         self, x: Tensor, grid: tuple[int, int], alive: Tensor | None, reconstruct: bool
     ) -> tuple[Tensor, BlockDetails]:
         """The same over all tokens, as in the source, with every map. alive: B N bool, tokens not dropped before."""
-        q, k, v = self.project(x)
+        q, k, v = project(self, x)
         if alive is not None:
             q, k, v = (t * alive[:, None, :, None] for t in (q, k, v))
         scores = q @ k.mT * self.scale
@@ -335,7 +255,7 @@ class Attention(nn.Module):
             if not reconstruct:
                 masked = scores.masked_fill(~mask, -math.inf).softmax(-1).nan_to_num()
             details = BlockDetails(unmasked, masked, coef, approx, mask, (basis == 0).float().mean())
-        return self.proj((masked @ v).transpose(1, 2).flatten(2)), details
+        return finish(self, x, masked @ v), details
 
 
 class Block(nn.Module):
@@ -359,21 +279,21 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads, qkv_bias, predictor)
+        self.attn = SparseAttention(dim, heads, qkv_bias, predictor)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
         self.token_keep_rate, self.skip = token_keep_rate, skip
 
-    def add(self, x: Tensor, branch: Tensor) -> Tensor:
-        branch = self.drop_path(branch)
-        return x + (branch if self.skip == 1 else branch / self.skip)
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's tokens, from those that came and what its attention made of them."""
+        x = torch.add(x, self.drop_path(attended), alpha=1 / self.skip)
+        return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=1 / self.skip)
 
     def forward(self, x: Tensor, grid: tuple[int, int], kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens B n C and which of all N they are, B n (None for all) -> the same after this block."""
         out, attention = self.attn(self.norm1(x), grid, kept, self.token_keep_rate is not None)
-        x = self.add(x, out)
-        x = self.add(x, self.mlp(self.norm2(x)))
+        x = self.after_attention(x, out)
         if self.token_keep_rate is not None:
             x, kept = keep_most_attended(x, attention, kept, grid, self.token_keep_rate)
         return x, kept
@@ -383,8 +303,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, BlockDetails, Tensor | None]:
         """The same over all N tokens, dropped ones being zero: tokens B N C, every map, and which are alive, B N bool."""
         out, details = self.attn.detailed(self.norm1(x), grid, alive, reconstruct)
-        x = self.add(x, out)
-        x = self.add(x, self.mlp(self.norm2(x)))
+        x = self.after_attention(x, out)
         if self.token_keep_rate is not None:
             importance = details.masked_attn[:, :, 0, 1:].mean(1)
             if alive is not None:
@@ -429,7 +348,7 @@ def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tupl
     return torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1) + pos_embed
 
 
-class Sparsifiner(OpenNames, VisionTransformer):
+class Sparsifiner(OpenNames, TokenStream, VisionTransformer):
     """timm's ViT with predicted attention masks.
 
     `forward` has the masks of training's second phase; `details` gives both phases and all maps. Weights of DeiT-S or LV-ViT-S
@@ -453,6 +372,7 @@ class Sparsifiner(OpenNames, VisionTransformer):
     """
 
     family = "sparsifiner"
+    differs = "predicts which keys its queries see"
     default_out_indices = 3  # the last three blocks, as in timm's ViTs
     min_size = 16
 
@@ -504,16 +424,9 @@ class Sparsifiner(OpenNames, VisionTransformer):
             raise ValueError("the authors' LV-ViT cannot prune tokens: its logits need all of them; leave token_keep_rate at 1")
         if dense and min(tokens) < 1:
             raise ValueError("a dense network prunes no tokens: leave token_keep_rate at 1, or mask nothing with keep_rate 1")
-        predictor = {
-            "grid": self.patch_embed.grid_size,
-            "reduce_n": reduce_n,
-            "reduce_c": reduce_c,
-            "share_proj": share_proj,
-            "basis_threshold": basis_threshold,
-            "coef_top": coef_top,
-            "coef_threshold": coef_threshold,
-            "score_threshold": score_threshold,
-        }
+        choice = {"coef_top": coef_top, "coef_threshold": coef_threshold, "score_threshold": score_threshold}
+        predictor = {"grid": self.patch_embed.grid_size, "reduce_n": reduce_n, "reduce_c": reduce_c, "share_proj": share_proj}
+        predictor |= choice | {"basis_threshold": basis_threshold}
         self.blocks = nn.Sequential(
             *(
                 Block(
@@ -538,30 +451,22 @@ class Sparsifiner(OpenNames, VisionTransformer):
             init_linear(self.aux_head)
         self.training_phase: str | None = None
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images B 3 H W -> tokens B N C with positions, and (rows, columns) of the patches."""
-        x = self.patch_embed(check_size(x, self.min_size))
+    def start(self, images: Tensor) -> "SparseTokens":
+        x = self.patch_embed(check_size(images, self.min_size))
         assert self.cls_token is not None and self.pos_embed is not None
-        return with_positions(x, self.cls_token, self.pos_embed, self.patch_embed.grid_size), (x.shape[1], x.shape[2])
+        positioned = with_positions(x, self.cls_token, self.pos_embed, self.patch_embed.grid_size)
+        return SparseTokens(positioned, self.num_prefix_tokens, grid=(x.shape[1], x.shape[2]))
 
-    def step(self, block: nn.Module, x: Tensor, grid: tuple[int, int], kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, grid, kept, use_reentrant=False)
-        return block(x, grid, kept)
+    def step(self, index: int, tokens: Tokens) -> Tokens:
+        assert isinstance(tokens, SparseTokens)
+        x, kept = self.blocks[index](tokens.x, tokens.grid, tokens.kept)
+        return replace(tokens, x=x, kept=kept)
 
-    # The masks that timm's forwards take are predicted here.
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]  # B 3 H W -> B num_classes, or Details
         """Logits; during `set_training_phase`, while training, the details that its losses need."""
         if self.training and self.training_phase is not None:
             return self.details(x, reconstruct=self.training_phase == "attn_recon")
         return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]  # B 3 H W -> B N C
-        """Normalised tokens, the class token first; dropped tokens are zero before the norm."""
-        (x, grid), kept = self.embed(x), None
-        for block in self.blocks:
-            x, kept = self.step(block, x, grid, kept)
-        return self.norm(restore(x, kept, grid))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normalised tokens B N C -> B num_classes, or B C when pre_logits (or without a classifier)."""
@@ -571,52 +476,17 @@ class Sparsifiner(OpenNames, VisionTransformer):
         return used(out, tuple(self.aux_head.parameters())) if self.training else out + 0.5 * self.aux_head(x[:, 1:]).amax(1)
 
     @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
-        """Outputs of blocks as maps B C rows columns ("NCHW") or patch tokens ("NLC"), as `indices` orders them.
-
-        Dropped tokens are zero. indices: last n blocks (int), block numbers (negative from the end), or all (None);
-        return_prefix_tokens: pairs with the class token, B 1 C; norm: final norm on each; stop_early: do not run blocks after
-        the last one asked for. Before them, unless intermediates_only, the output of `forward_features`.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        take, last = take_indices(len(self.blocks), indices)
-        (x, grid), kept, found = self.embed(x), None, {}
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x, kept = self.step(block, x, grid, kept)
-            if i in take:
-                out = restore(x, kept, grid)
-                out = self.norm(out) if norm else out
-                patches = out[:, 1:]
-                if output_fmt == "NCHW":
-                    patches = patches.mT.unflatten(2, grid).contiguous()
-                found[i] = (patches, out[:, :1]) if return_prefix_tokens else patches
-        outputs = [found[i] for i in take]
-        return outputs if intermediates_only else (self.norm(restore(x, kept, grid)), outputs)
-
-    @torch.jit.ignore
     def details(self, x: Tensor, reconstruct: bool = False) -> Details:
         """Logits, features and every attention map and mask, computed over all tokens as in the source.
 
         reconstruct: the first phase of training, where attention is not masked and the scores keep their signs. The attention
         maps of a dense model are a teacher's.
         """
-        (x, grid), alive, blocks = self.embed(x), None, []
-        block: Any
-        for block in self.blocks:
-            if self.grad_checkpointing and self.training:
-                x, details, alive = checkpoint(block.detailed, x, grid, alive, reconstruct, use_reentrant=False)
-            else:
-                x, details, alive = block.detailed(x, grid, alive, reconstruct)
+        tokens, alive, blocks = self.start(x), None, []
+        x = tokens.x
+        for block in cast(Any, self.blocks):
+            given = (x, tokens.grid, alive, reconstruct)
+            x, details, alive = checkpointed(self.grad_checkpointing, block.detailed, *given)
             blocks.append(details)
         x = self.norm(x)
         return Details(self.forward_head(x), x[:, 1:] if self.aux_head is None else self.aux_head(x[:, 1:]), blocks)

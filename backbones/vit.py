@@ -45,7 +45,8 @@ def blocks_of(model: Part) -> nn.Sequential:
             continue
         if type(block) not in BLOCKS:
             kinds = ", ".join(kind.__name__ for kind in BLOCKS)
-            raise ValueError(f"blocks.{i} of this {name} is a {type(block).__name__}; understood are {kinds}")
+            own_kind = f"{type(block).__module__}.{type(block).__name__}"
+            raise ValueError(f"blocks.{i} of this {name} is a {own_kind}; understood are timm's {kinds}")
         if type(block.attn) not in ATTENTIONS and not getattr(block.attn, "by_parts", False):
             kinds = ", ".join(kind.__name__ for kind in ATTENTIONS)
             raise ValueError(f"blocks.{i}.attn of this {name} is a {type(block.attn).__name__}; understood are {kinds}")
@@ -250,8 +251,8 @@ def checkpointed(enabled: bool, step: Callable[..., Any], *inputs: Any) -> Any:
 class TokenStream(nn.Module):
     """A mixin over a ViT's class: the model runs through `step`, and what leaves it has the tokens of the whole image.
 
-    A subclass says in `step` what happens at a block, and in `differs` what that makes of the model; `restream` puts it over a
-    model in place.
+    A subclass says in `step` what happens at a block, in `start` what comes before them, and in `differs` what that makes of the
+    model; `restream` puts it over a model in place, a family of ours names it among its bases.
     """
 
     differs = "runs through steps of its own"
@@ -262,9 +263,11 @@ class TokenStream(nn.Module):
     grad_checkpointing: bool
 
     def start(self, images: Tensor) -> Tokens:
+        """Images B 3 H W -> the tokens that the first block takes."""
         return embed(self, images)
 
     def step(self, index: int, tokens: Tokens) -> Tokens:
+        """The tokens after block `index`."""
         return run_block(self, index, tokens)
 
     def stream(self, images: Tensor, depth: int | None = None) -> Iterator[Tokens]:
@@ -294,25 +297,25 @@ class TokenStream(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """timm's forward_intermediates; every map is un-merged with the tokens that were left after its block."""
+        """timm's forward_intermediates, maps in the order of `indices`; each is filled from the tokens left after its block."""
         refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, deepest = feature_take_indices(
             len(self.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
         )
-        found: list[Any] = []
+        found: dict[int, Tensor] = {}
         for i, tokens in enumerate(self.stream(x, deepest + 1 if stop_early else None)):
             if i - 1 in take:
-                found.append(self.norm(tokens.full()) if norm else tokens.full())
-        prefix = [y[:, : self.num_prefix_tokens] for y in found]
-        found = [y[:, self.num_prefix_tokens :] for y in found]
+                found[i - 1] = self.norm(tokens.full()) if norm else tokens.full()
+        prefix = [found[i][:, : self.num_prefix_tokens] for i in take]
+        outputs: list[Any] = [found[i][:, self.num_prefix_tokens :] for i in take]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
-            found = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in found]
+            outputs = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in outputs]
         if return_prefix_tokens and self.num_prefix_tokens:
-            found = list(zip(found, prefix, strict=True))
-        return found if intermediates_only else (self.norm(tokens.full()), found)
+            outputs = list(zip(outputs, prefix, strict=True))
+        return outputs if intermediates_only else (self.norm(tokens.full()), outputs)
 
 
 def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:

@@ -52,9 +52,9 @@ def vit_of(model: nn.Module) -> Part:
     for wrapped in ("backbone", "model"):
         if isinstance(inner := getattr(model, wrapped, None), nn.Module):
             return vit_of(inner)
+    blocks_of(model)
     if isinstance(model, TokenStream):
         raise ValueError(f"this model {model.differs}, which an analysis would not see: analyse it before that")
-    blocks_of(model)
     return model
 
 
