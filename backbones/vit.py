@@ -251,8 +251,8 @@ def checkpointed(enabled: bool, step: Callable[..., Any], *inputs: Any) -> Any:
 class TokenStream(nn.Module):
     """A mixin over a ViT's class: the model runs through `step`, and what leaves it has the tokens of the whole image.
 
-    A subclass says in `step` what happens at a block, in `start` what comes before them, and in `differs` what that makes of the
-    model; `restream` puts it over a model in place, a family of ours names it among its bases.
+    A subclass says in `step` what happens at a block, in `start` what comes before them, and in `differs` what that makes of
+    the model. `restream` puts it over a model in place; a family of ours names it among its bases.
     """
 
     differs = "runs through steps of its own"

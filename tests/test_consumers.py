@@ -3,25 +3,23 @@
 import importlib
 import importlib.util
 
+import families
 import pytest
 import timm
 import torch
 
-import backbones
+import backbones  # noqa: F401
 
-# One model of each kind whose maps have strides 4, 8, 16, 32: what SMP reads as a transformer pyramid.
-PYRAMIDS = ["nat_mini", "dinat_mini", "dinat_s_tiny", "lit_ti", "lit_s", "litv2_s", "swin_t", "poolformer_s12_gn"]
-PYRAMIDS += ["slab_pvt_t", "stvit_small", "flatten_pvt_v2_b0", "fan_xlarge_16_p4_hybrid", "fcaformer_l2"]
+PYRAMIDS = families.every("pyramid")  # strides 4, 8, 16, 32: what SMP reads as a transformer pyramid
 FEW = {"depths": (1, 1, 1, 1)}
 
 
-def test_the_list_of_pyramids_is_complete():
-    """Every family with that pattern is in the list, so that a new one is not forgotten."""
-    families = {timm.model_entrypoint(name).__module__ for name in PYRAMIDS}
-    for name in backbones.list_models():
-        if timm.model_entrypoint(name).__module__ not in families:
+def test_a_family_with_that_pattern_has_a_model_among_the_pyramids():
+    for row in families.FAMILIES.values():
+        for name in row.pyramid or row.promised():
             info = timm.create_model(name, device="meta").feature_info
-            assert [entry["reduction"] for entry in info] != [4, 8, 16, 32], f"add {name} to PYRAMIDS"
+            found = [entry["reduction"] for entry in info] == [4, 8, 16, 32]
+            assert found == bool(row.pyramid), f"{name}: `pyramid` in tests/families.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What timm and its consumers expect of every model that is registered; a new model is tested the moment it is.
 
 Shapes and names are checked for every name, on the meta device. What must be computed is computed for one model of each kind of
-network (all of a family that has none in KINDS), with few blocks, on small images.
+network (`kinds` in tests/families.py), with few blocks, on small images.
 """
 
 import copy
@@ -12,6 +12,7 @@ import math
 import re
 from pathlib import Path
 
+import families
 import pytest
 import timm
 import torch
@@ -23,54 +24,8 @@ import backbones
 import weights
 
 NAMES = backbones.list_models()
-KINDS = [
-    "nat_mini",
-    "nat_small",  # with LayerScale
-    "dinat_mini",
-    "dinat_s_tiny",
-    "nat_isotropic_small",
-    "dinat_isotropic_small",
-    "vitrpb_small",
-    "lit_ti",
-    "lit_s",
-    "litv2_s",
-    "cvt_13",
-    "sparsifiner_deit_s",
-    "sparsifiner_lvvit_s",
-    "swin_t",
-    "pit_ti",
-    "pit_ti_distilled",
-    "poolformer_s12_gn",
-    "stvit_base",  # with LayerScale
-    "hvt_s_4",
-    "slab_cswin_t",
-    "slab_pvt_t",
-    "slab_swin_t",
-    "slab_deit_t",
-    "slab_deit_t_prepbn",
-    "flatten_cswin_t",
-    "flatten_pvt_v2_b0",
-    "flatten_pvt_t",
-    "flatten_swin_t",
-    "tap_fan_base_16_p4_hybrid",
-    "fan_tiny_12_p16_224",
-    "sret_t",
-    "fcaformer_l1",
-    "lite_mono_tiny",
-    "vit_small_patch14_ttreg_dinov2",
-    "deit_small_irpe_ctx_product_50_shared_qkv",
-]
-# Exported with free height and width as well (docs/export.md); the others fix a grid, or a range of sizes, when traced.
-DYNAMIC_SIZE = ["poolformer_s12_gn", "cvt_13", "pit_ti", "lit_s", "lit_ti", "litv2_s", "stvit_base", "lite_mono_tiny"]
+CHECKED = [name for name in families.every("kinds") if name in NAMES]
 QUICK = ["swin_t", "lit_s", "poolformer_s12_gn"]  # exported to ONNX in the gate, the others in the slow tests
-
-
-def module_of(name: str) -> str:
-    return timm.model_entrypoint(name).__module__
-
-
-covered = {module_of(name) for name in KINDS if name in NAMES}
-CHECKED = [name for name in NAMES if name in KINDS or module_of(name) not in covered]
 
 
 @functools.cache
@@ -125,9 +80,9 @@ def channels_of(features: Tensor) -> int:
 
 
 def comparable(name, model, image):
-    """(model, image) whose outputs can be compared number by number: SLAB divides by sums that come near 0, so float32 shows
-    the order of summation in the third digit, and float64 does not."""
-    return (copy.deepcopy(model).double(), image.double()) if name.startswith("slab_") else (model, image)
+    """(model, image) whose outputs can be compared number by number: where a network divides by sums that come near 0 (SLAB),
+    float32 shows the order of summation in the third digit, and float64 does not."""
+    return (copy.deepcopy(model).double(), image.double()) if families.family_of(name).float64 else (model, image)
 
 
 def needs_maps(model: nn.Module) -> None:
@@ -139,6 +94,19 @@ def needs_maps(model: nn.Module) -> None:
 # ---------------------------------------------------------------- every name, shapes only
 
 
+def test_every_family_has_a_row_that_promises_its_names():
+    ours = {}
+    for each in NAMES:
+        ours.setdefault(families.file_of(each), []).append(each)
+    assert ours.keys() == families.FAMILIES.keys(), "a family of backbones/ is one row of tests/families.py"
+    for file, row in families.FAMILIES.items():
+        assert sorted(row.promised()) == sorted(ours[file]), file
+        assert {*row.kinds, *row.free_size, *row.pyramid} <= set(ours[file]) and set(row.free_size) <= set(
+            row.kinds or ours[file]
+        )
+        assert all(families.narrow(each) for each in ours[file]), file
+
+
 @pytest.mark.parametrize("each", NAMES)
 def test_the_configuration_describes_the_model(each):
     model = timm.create_model(each, device="meta").eval()
@@ -147,6 +115,7 @@ def test_the_configuration_describes_the_model(each):
     pooled = model.forward_head(features, pre_logits=True)
     assert model.num_classes == cfg["num_classes"]
     assert channels_of(features) == model.num_features and pooled.shape == (1, model.head_hidden_size)
+    assert (features.ndim == 3) == families.gives_tokens(each), "`tokens` in tests/families.py"
     if features.ndim == 4:
         assert tuple(features.shape[2:]) == tuple(cfg["pool_size"])
     assert model.forward_head(features).shape == (1, model.num_classes or model.head_hidden_size)
@@ -553,7 +522,7 @@ def test_compile_breaks_no_graph(name, model):
 
 @torch.no_grad()
 def test_export_keeps_the_batch_free_and_the_size_where_it_can(name, model):
-    free = (0, 2, 3) if name in DYNAMIC_SIZE else (0,)
+    free = (0, 2, 3) if name in families.every("free_size") else (0,)
     model, image = comparable(name, model, images(2, 75, 110))
     program = torch.export.export(model, (image,), dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC),))
     for batch, size in [(3, (75, 110)), *([(2, (96, 64)), (4, (101, 134))] if 2 in free else [])]:
@@ -566,8 +535,9 @@ def test_the_table_of_the_documentation_names_the_models_with_free_sizes():
     rows = [[cell.strip() for cell in row.split("|")[1:4]] for row in table.splitlines() if row.startswith("| ")]
     free = {name for names, batch, size in rows if size.startswith("free") for name in names.split(", ")}
     assert all(batch == "free" for names, batch, size in rows if names not in ("models", "---"))
-    assert {name.split("_")[0] for name in free} == {name.split("_")[0] for name in DYNAMIC_SIZE}
-    assert all(any(name.startswith(row) for row in free) for name in DYNAMIC_SIZE)
+    promised = families.every("free_size")
+    assert {name.split("_")[0] for name in free} == {name.split("_")[0] for name in promised}
+    assert all(any(name.startswith(row) for row in free) for name in promised)
 
 
 def test_double_precision_is_taken_at_creation(name):

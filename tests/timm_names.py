@@ -5,16 +5,17 @@ The names come from timm.list_models, which the test file calls when it is impor
 
 import fnmatch
 
+import families
 import timm
 import timm.models
 from timm.models import _registry
 
 import backbones
 
-# timm's file separates, by name, the models that give tokens (B N C) from those that give maps; these of ours give tokens.
-TOKENS = ["sparsifiner_*", "vit_*", "lit_ti*", "cvt_*", "hvt_*", "fan_*", "tap_fan_*", "slab_deit_*_prepbn"]
-NO_MAPS = ["hvt_*"]
 OURS = set(backbones.list_models())
+# timm's file separates, by name, the models that give tokens (B N C) from those that give maps; these of ours give tokens.
+TOKENS = families.every("tokens")
+NO_MAPS = [name for name in OURS if not timm.create_model(name, device="meta").feature_info]
 _list_models = _registry.list_models
 
 

@@ -3,43 +3,14 @@
 import re
 from pathlib import Path
 
+import families
 import pytest
-import timm
 import torch
 
 from train import config, engine, optim, recipes, setup
 from train.tasks.base import stacked
 
 SIZE = 64
-NARROW = {  # backbone file -> arguments that make its models narrow; depths stay
-    "nat": {"embed_dim": 16, "num_heads": [1, 2, 4, 8]},
-    "swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8]},
-    "poolformer": {"dims": [16, 16, 32, 32]},
-    "lit": {"dims": [16, 32, 32, 64], "heads": [1, 2, 2, 4]},
-    "litv2": {"dims": [32, 32, 64, 64], "heads": [2, 2, 4, 4]},
-    "pit": {"base_dims": [16, 16, 16], "heads": [1, 2, 4]},
-    "cvt": {"dims": [16, 32, 32], "heads": [1, 1, 1]},
-    "hvt": {"embed_dim": 32, "num_heads": 2},
-    "fcaformer": {"dims": [16, 16, 32, 32], "heads": [0, 0, 2, 2]},
-    "sret": {"base_dims": [8, 8, 8], "heads": [1, 2, 4]},
-    "fan": {"embed_dim": 16, "num_heads": 2},
-    "stvit": {"dims": [16, 16, 32, 32], "heads": [1, 1, 2, 2], "projection": 32},
-    "sparsifiner": {"embed_dim": 32, "heads": 2},
-    "monodepth": {"dims": [16, 16, 32]},
-    "vision_transformer": {"embed_dim": 32, "num_heads": 2},
-    "eva": {"embed_dim": 32, "num_heads": 2},
-}
-
-
-def narrow(backbone):
-    """Arguments that make this model narrow."""
-    args = NARROW.get(timm.model_entrypoint(backbone).__module__.rsplit(".", 1)[-1], {})
-    if backbone.startswith(("flatten_", "slab_")):
-        args = {"dims": [16, 16, 32, 32]} if "pvt" in backbone else {"embed_dim": 16}
-        args["num_heads"] = [2, 2, 4, 4]
-    if "isotropic" in backbone or "vitrpb" in backbone:
-        args = {"embed_dim": 32, "num_heads": 1}
-    return args
 
 
 def batch_for(task, loaded):
@@ -63,14 +34,14 @@ def test_a_shipped_configuration_takes_a_step(name):
     loaded.model.img_size = (size, size)
     own = dict(loaded.model.backbone_args)
     own.pop("img_size", None)
-    loaded.model.backbone_args = {**own, **narrow(loaded.model.backbone)}
+    loaded.model.backbone_args = {**own, **families.narrow(loaded.model.backbone)}
     for args in (loaded.model.head_args, loaded.model.aux_args):
         if "width" in args:
             args["width"] = 16
     if loaded.task.get("teacher") is not None:
         vit = loaded.task["name"] == "classification" and "attention" in loaded.task["distillation"]
         teacher = (
-            {"teacher_args": {**loaded.task["teacher_args"], **narrow(loaded.task["teacher"])}}
+            {"teacher_args": {**loaded.task["teacher_args"], **families.narrow(loaded.task["teacher"])}}
             if vit
             else {"teacher": "resnet10t"}
         )
