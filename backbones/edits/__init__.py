@@ -16,7 +16,7 @@ from torch import nn
 
 from backbones.arguments import nearest
 from backbones.edits.depth import drop_blocks, expand_depth, repeat_blocks
-from backbones.edits.initialisation import mimetic_init, sub_ln
+from backbones.edits.initialisation import deepnet, mimetic_init, sub_ln
 from backbones.edits.merging import token_merging
 from backbones.edits.progressive_norm import prepbn
 from backbones.edits.pruning import prune
@@ -26,6 +26,7 @@ from backbones.edits.sigma import sigma_reparam
 from backbones.edits.sparsity import topk_mlp
 
 EDITS: dict[str, Callable[..., nn.Module]] = {
+    "deepnet": deepnet,
     "drop_blocks": drop_blocks,
     "expand_depth": expand_depth,
     "irpe": irpe,

@@ -2,6 +2,7 @@
 
 Papers: Trockman and Kolter 2023, "Mimetic Initialization of Self-Attention Layers", https://arxiv.org/abs/2305.09828
         Wang et al. 2022, "Foundation Transformers" (Sub-LN), https://arxiv.org/abs/2210.06423
+        Wang et al. 2022, "DeepNet: Scaling Transformers to 1,000 Layers", https://arxiv.org/abs/2203.00555
 From the papers; no code of the authors of the first exists. timm stores the transposes of the papers' matrices.
 
 Shapes: C channels, h heads, d channels of a head, gh gw grid of patches.
@@ -11,9 +12,10 @@ import math
 
 import torch
 from timm.layers import Mlp, build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from backbones.vit import Part, blocks_of, plain_weights
+from backbones.vit import Part, blocks_of, mixed_into, plain_weights
 
 
 def query_key(noise: Tensor, alpha: float, beta: float, width: int) -> tuple[Tensor, Tensor]:
@@ -117,12 +119,54 @@ def sub_ln(model: nn.Module) -> nn.Module:
         like = attn.proj.weight
         attn.norm = nn.LayerNorm(attn.proj.in_features, eps=eps, device=like.device, dtype=like.dtype)
         mlp.norm = nn.LayerNorm(mlp.fc2.in_features, eps=eps, device=like.device, dtype=like.dtype)
-        width = attn.proj.in_features
-        weights = attn.qkv.weight.split(width) if attn.qkv is not None else [
-            layer.weight for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
-        ]  # fmt: skip
-        for weight, scale in zip(weights, (1.0, 1.0, gain), strict=True):
-            nn.init.xavier_normal_(weight, gain=scale)
-        for layer in (attn.proj, mlp.fc1, mlp.fc2):
-            nn.init.xavier_normal_(layer.weight, gain=gain)
+        draw_by_depth(block, gain)
+    return model
+
+
+def draw_by_depth(block: Part, gain: float) -> None:
+    """Draw the weights of a block Xavier-normal, with this gain for values, projection and MLP and 1 for queries and keys."""
+    attn: Part = block.attn
+    width = attn.proj.in_features
+    weights = attn.qkv.weight.split(width) if attn.qkv is not None else [
+        layer.weight for layer in (attn.q_proj, attn.k_proj, attn.v_proj)
+    ]  # fmt: skip
+    for weight, scale in zip(weights, (1.0, 1.0, gain), strict=True):
+        nn.init.xavier_normal_(weight, gain=scale)
+    for layer in (attn.proj, block.mlp.fc1, block.mlp.fc2):
+        nn.init.xavier_normal_(layer.weight, gain=gain)
+
+
+class DeepNorm(nn.Module):
+    """A mixin over timm's block: norms after the residuals, which are scaled by `residual`: LN(residual * x + branch(x))."""
+
+    residual: float
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        block: Part = self
+        attended = block.attn(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = block.norm1(self.residual * x + block.drop_path1(attended))
+        return block.norm2(self.residual * x + block.drop_path2(block.mlp(x)))
+
+
+@torch.no_grad()
+def deepnet(model: nn.Module) -> nn.Module:
+    """DeepNet, from the paper: norms after scaled residuals and weights scaled to the depth; from scratch only, in place.
+
+    For L blocks x = LN((2L)^(1/4) x + branch(x)), and values, projections and MLPs are drawn Xavier-normal with gain
+    (8L)^(-1/4), queries and keys with 1. The ViT's final norm stays.
+
+    Args:
+        model: timm's VisionTransformer with its plain blocks and MLPs, without LayerScale.
+    """
+    plain_weights(model, "deepnet")
+    blocks = [block for block in blocks_of(model) if hasattr(block, "attn")]
+    for i, block in enumerate(blocks):
+        if type(block) is not Block or type(block.mlp) is not Mlp or block.attn.qkv is None:
+            raise ValueError(f"blocks.{i}: deepnet needs timm's Block with its Mlp and a joint qkv, got {type(block).__name__}")
+        if not isinstance(block.ls1, nn.Identity):
+            raise ValueError(f"blocks.{i} has LayerScale, which contradicts deepnet's scale of the residual")
+    for block in blocks:
+        draw_by_depth(block, (8 * len(blocks)) ** -0.25)
+        mixed_into(block, DeepNorm)
+        block.residual = (2 * len(blocks)) ** 0.25
     return model

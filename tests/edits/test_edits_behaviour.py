@@ -20,6 +20,7 @@ from backbones.prepbn import Affine, PRepBN
 from backbones.vit import Skip
 
 ARGS = {
+    "deepnet": {},
     "drop_blocks": {"blocks": [1]},
     "expand_depth": {"depth": 4},
     "irpe": {"rpe_on": "qk"},
@@ -34,7 +35,13 @@ ARGS = {
     "topk_mlp": {"k": 20},
 }
 VITS = ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "beit_base_patch16_224"]
-CASES = [(name, vit) for name in ARGS for vit in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")]
+PLAIN_BLOCKS = ("deepnet",)  # edits of VisionTransformer alone
+CASES = [
+    (name, vit)
+    for name in ARGS
+    for vit in ("vit_tiny_patch16_224", "vit_small_patch16_dinov3")
+    if vit == "vit_tiny_patch16_224" or name not in PLAIN_BLOCKS
+]
 
 
 def edited(model: nn.Module, *names: str) -> nn.Module:
@@ -370,3 +377,19 @@ def test_sub_ln_scales_what_the_paper_scales():
     assert isinstance(block.attn.norm, nn.LayerNorm) and block.mlp.norm.normalized_shape == (768,)
     plain = (2 / (192 + 768)) ** 0.5
     assert block.mlp.fc1.weight.std().item() == pytest.approx(plain * torch.tensor(6.0).log().sqrt().item(), rel=0.02)
+
+
+def test_deepnet_is_what_the_paper_says():
+    model, x = small("vit_tiny_patch16_224", embed_dim=192, num_heads=3)
+    edited(model, "deepnet")
+    block, tokens = model.blocks[1], torch.randn(2, 5, 192)
+    plain = (2 / (192 + 768)) ** 0.5
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(plain * 24**-0.25, rel=0.02)
+    assert block.attn.qkv.weight[:192].std().item() == pytest.approx((2 / 384) ** 0.5, rel=0.02)
+    assert block.attn.qkv.weight[384:].std().item() == pytest.approx((2 / 384) ** 0.5 * 24**-0.25, rel=0.02)
+    with torch.no_grad():
+        middle = block.norm1(6**0.25 * tokens + block.attn(tokens))
+        close(block(tokens), block.norm2(6**0.25 * middle + block.mlp(middle)))
+    for other, message in (("vit_small_patch14_dinov2", "has LayerScale"), ("eva02_tiny_patch14_224", "got EvaBlock")):
+        with pytest.raises(ValueError, match=message):
+            edited(small(other)[0], "deepnet")
