@@ -214,7 +214,7 @@ class Fusion(nn.Module):
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, path: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
-        """like: the next finer map, whose size the result takes unless it is doubled exactly; None doubles."""
+        """The fused path at the size of `like`, the next finer map, unless it is doubled exactly; None doubles."""
         if skip is not None and self.unit1 is not None:
             path = path + self.unit1(resize(skip, like=path))
         path = self.out(self.unit2(path))  # published code resizes first: the same map from four times the work

@@ -385,7 +385,7 @@ class Predictor(nn.Module):
         self.void_bias = math.log(classes * 0.9 / 0.1)  # a constant of the source, not in its files
 
     def forward(self, class_embeddings: Tensor, mask_embeddings: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-        """class_embeddings, mask_embeddings: B Q N; pixels: B C H W."""
+        """Class and mask logits of clusters, from embeddings B Q N and pixels B C H W."""
         x = self._pixel_space_head_conv1bnact(self._pixel_space_head_conv0bnact(pixels))
         feature = F.normalize(self._pixel_space_head_last_convbn(x), dim=1)
         classes = self._transformer_class_head(class_embeddings).mT
@@ -454,7 +454,7 @@ class KMeansLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, pixels: Tensor, centres: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """pixels: B C H W; centres: B Q N. Returns the new centres and the prediction that moved them."""
+        """The centres B Q N after one step over pixels B C H W, and the prediction that moved them."""
         pixels = self._pixel_conv1_bn_act(F.gelu(pixels))
         query = self._query_conv1_bn_act(centres)
         value = self._pixel_v_conv_bn(pixels)
@@ -522,7 +522,7 @@ class KMeansDecoder(nn.Module):
         )
 
     def forward(self, pixels: Sequence[Tensor], maps: Sequence[Tensor]) -> dict[str, Any]:
-        """pixels: of the pixel decoder, as `channels`; maps: the backbone's, finest first."""
+        """The last prediction, from the pixel decoder's maps (as `channels`) and the backbone's, finest first."""
         centres = self._cluster_centers.weight.expand(len(pixels[0]), -1, -1)
         aux = []
         for level, layer in zip(self.level, self._kmax_transformer_layers, strict=True):

@@ -430,7 +430,7 @@ class QueryDecoder(nn.Module):
         self.mask_embed = MLP(width, width, width, mask_width)
 
     def forward(self, features: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
-        """features: B M h w, what mask kernels are multiplied with; levels: B C H W, coarsest first."""
+        """Predict from features B M h w, which mask kernels are multiplied with, and levels B C H W, coarsest first."""
         sizes = [(m.shape[2], m.shape[3]) for m in levels]
         levels = [project(m) for project, m in zip(self.input_proj, levels, strict=True)]
         positions = [sine_position(*size, m.shape[1], m).flatten(1).T for size, m in zip(sizes, levels, strict=True)]

@@ -28,7 +28,9 @@ NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only 
 def row(
     backbone: str | nn.Module, size: Sequence[int] = (128, 160), heads: Iterable[str] = tuple(HEADS), **backbone_args: Any
 ) -> dict[str, str]:
-    """head -> "ok", or the sentence why not: one step forward and backward on two images of `size`, not square on purpose.
+    """Try a backbone under heads: head -> "ok", or why not.
+
+    Each takes one step forward and backward on two images of `size`, not square on purpose.
 
     Weights are random and heads narrow. A backbone that cannot be built or cannot take the size fails under every head, with
     the same sentence.

@@ -158,8 +158,10 @@ def _midas() -> dict[str, Published]:
 
 
 def _depth_anything() -> dict[str, Published]:
-    """DepthAnything/Depth-Anything-V2 @ a561b84 (Small Apache-2.0, Base and Large CC BY-NC 4.0): inverse relative depth; the
-    metric files (indoor 20 m, outdoor 80 m) give metres through a sigmoid."""
+    """DepthAnything/Depth-Anything-V2 @ a561b84 (Small Apache-2.0, Base and Large CC BY-NC 4.0): inverse relative depth.
+
+    The metric files (indoor 20 m, outdoor 80 m) give metres through a sigmoid.
+    """
     found: dict[str, Published] = {}
     for letter, size, width, reassemble, blocks in (
         ("s", "small", 64, (48, 96, 192, 384), (2, 5, 8, 11)),

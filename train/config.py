@@ -182,7 +182,7 @@ def _check_infer(config: Config, task: Task) -> None:
 
 
 def released(backbone: str) -> Any:
-    """timm's description of a model's released weights, None for a model from elsewhere. ValueError for an unknown tag."""
+    """Find timm's description of a model's released weights; None for a model from elsewhere. ValueError for an unknown tag."""
     if not timm.is_model(backbone):
         return None
     try:

@@ -17,8 +17,10 @@ from train.schema import Config
 
 
 class Stop:
-    """Set by SIGTERM and SIGINT. A second SIGINT acts as usual; a second SIGTERM changes nothing, because a cluster sends it to
-    the launcher and to its processes, and the launcher passes it on.
+    """Whether the run was asked to end, by SIGTERM or SIGINT.
+
+    A second SIGINT acts as usual; a second SIGTERM changes nothing, because a cluster sends it to the launcher and to its
+    processes, and the launcher passes it on.
     """
 
     def __init__(self) -> None:
@@ -35,8 +37,9 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Stop]:
-    """Catches the signals that ask a run to end. Outside the main thread, where Python allows no handlers, they act as
-    usual.
+    """Catches the signals that ask a run to end.
+
+    Outside the main thread, where Python allows no handlers, they act as usual.
     """
     stop = Stop()
     before: dict[int, Any] = {}
@@ -87,8 +90,9 @@ def readable(config: Config, folder: Path) -> Iterator[None]:
 
 
 def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that a file could not grow: by its number, or in safetensors' or torch's
-    words, which carry none.
+    """Whether an error, or one that led to it, says that a file could not grow.
+
+    It says so by its number, or in safetensors' or torch's words, which carry none.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

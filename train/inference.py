@@ -86,7 +86,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, size: Sequence[int] | None = None) -> Output:
-        """size: (H, W) of the result, default that of the images; each pass is resized to it before softmax (bilinear)."""
+        """The averaged output at `size`, default that of the images; each pass is resized to it before softmax (bilinear)."""
         size = tuple(images.shape[-2:]) if size is None else tuple(size)
         total: dict[str | None, Tensor] = {}
         count = 0

@@ -219,8 +219,9 @@ def truncate(path: Path, step: int) -> None:
 
 
 def widen(path: Path, names: list[str]) -> list[str]:
-    """The header of a CSV file of a run, with `names` in it: written if there is none, widened if a resumed run has other terms
-    or metrics than its first rows.
+    """The header of a CSV file of a run, with `names` in it.
+
+    It is written if there is none, and widened if a resumed run has other terms or metrics than its first rows.
     """
     rows = []
     if path.is_file():

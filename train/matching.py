@@ -98,7 +98,7 @@ class PointLosses:
     dice_cost: float = 5.0
 
     def __call__(self, prediction: Mapping[str, Tensor], targets: Sequence[Masks], draw: Draw) -> dict[str, Tensor]:
-        """ "class", "mask", "dice" of {"class_logits": B N K+1, "mask_logits": B N h w}.
+        """The terms "class", "mask" and "dice" of {"class_logits": B N K+1, "mask_logits": B N h w}.
 
         class: over all queries, "no object" with its weight; mask and dice: over the masks of the batch (0 if there is none).
         """
@@ -231,7 +231,7 @@ class PanopticLosses:
             return Padded(padded, void, labels, mask_weight, class_weight, area)
 
     def __call__(self, prediction: Mapping[str, Tensor], padded: Padded, draw: Draw) -> dict[str, Tensor]:
-        """ "class", "mask", "dice", "pixels" of {"class_logits", "mask_logits", "pixel_feature"}; 0 where nothing counts."""
+        """The terms "class", "mask", "dice" and "pixels" of {"class_logits", "mask_logits", "pixel_feature"}."""
         classes, masks = prediction["class_logits"].float(), prediction["mask_logits"].float()
         feature = prediction["pixel_feature"].float()
         per_query = F.cross_entropy(classes.flatten(0, 1), padded.labels.flatten(), reduction="none").view_as(padded.labels)

@@ -15,7 +15,12 @@ from train.depth import DepthSpec
 
 
 class Metric(abc.ABC):
-    """sums: float64 or int64 tensors, added to by `update`; protocol: how the numbers were made, printed beside them."""
+    """A measure over a data set, as sums that batches and processes add to.
+
+    Attributes:
+        sums: float64 or int64 tensors, added to by `update`.
+        protocol: how the numbers are made, printed beside them.
+    """
 
     protocol: str
 
@@ -55,8 +60,9 @@ class ClassificationMetric(Metric):
         self.topk = tuple(topk)
 
     def update(self, prediction: Tensor, batch: dict) -> None:
-        """prediction: B C scores (float), or B k class ids ranked best first (integer, k >= 5); batch["label"]: B class ids.
+        """Add a batch.
 
+        prediction: B C scores (float), or B k class ids ranked best first (integer, k >= 5); batch["label"]: B class ids.
         With C < 5 scores every label is among the five best. Raises ValueError for other shapes or too few ranked ids.
         """
         label = batch["label"].to(prediction.device)
@@ -92,8 +98,9 @@ class SegmentationMetric(Metric):
         )
 
     def update(self, prediction: Tensor, batch: dict) -> None:
-        """prediction and batch["mask"]: B H W class ids of the same size (the mask's own, not the network's).
+        """Add a batch.
 
+        prediction and batch["mask"]: B H W class ids of the same size (the mask's own, not the network's).
         Raises ValueError if the sizes differ or an id that is not ignored lies outside the classes.
         """
         mask = torch.as_tensor(batch["mask"]).to(prediction.device)
@@ -109,7 +116,7 @@ class SegmentationMetric(Metric):
         self.add("matrix", pairs.view(self.num_classes, self.num_classes))
 
     def per_class(self) -> dict[str, Tensor]:
-        """iou, acc (recall), precision, dice: float64 K, NaN where undefined; share: of the counted pixels, by truth."""
+        """By name iou, acc (recall), precision, dice (NaN where undefined) and the share of the true pixels: float64 K each."""
         matrix = self.sums["matrix"].double()
         hit, truth, guess = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         return {
@@ -217,8 +224,9 @@ class DepthMetric(Metric):
         )
 
     def update(self, prediction: Tensor, batch: dict) -> None:
-        """prediction: B 1 H W (or B H W), metres, or relative as `spec` says; batch["depth"]: metres, same size, 0 = missing.
+        """Add a batch.
 
+        prediction: B 1 H W (or B H W), metres, or relative as `spec` says; batch["depth"]: metres, same size, 0 = missing.
         Raises ValueError if the sizes differ.
         """
         target = torch.as_tensor(batch["depth"]).to(prediction.device)

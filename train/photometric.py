@@ -124,7 +124,7 @@ class ViewSynthesis:
         camera: Tensor,
         noise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """ "photometric" and "smoothness", each the mean over the disparities (finest first); arguments as in `scale`.
+        """The terms "photometric" and "smoothness", each the mean over the disparities (finest first); arguments as in `scale`.
 
         noise: scale, shape -> normal numbers.
         """

@@ -13,8 +13,10 @@ DEPTH = 40  # of brackets within brackets
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the booleans of YAML 1.2, true and false (`no` stays the text that run.precision takes), dates
-    as the text they are, and an error for a key that is given twice.
+    """PyYAML's safe loader with fewer surprises.
+
+    Booleans are those of YAML 1.2, true and false (`no` stays the text that run.precision takes), dates stay text, and a key
+    that is given twice is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -10,7 +10,7 @@ EvalResize = tuple[int, int] | Literal["native"] | None
 
 @dataclass
 class ModelConfig:
-    """What is trained.
+    """The model: backbone, head, and the weights they start from.
 
     Attributes:
         backbone: any timm model name; ours are listed by `zoo list`.
@@ -49,7 +49,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where samples come from.
+    """The data set, and how its samples are read.
 
     Attributes:
         name: a name of train.data.DATASETS.
@@ -132,7 +132,7 @@ class AugmentConfig:
 
 @dataclass
 class OptimConfig:
-    """How the weights move.
+    """Optimiser, schedule and averaging.
 
     Attributes:
         name: any optimiser of timm (timm.optim.list_optimizers()).
@@ -191,7 +191,7 @@ class OptimConfig:
 
 @dataclass
 class RunConfig:
-    """Where and how it runs.
+    """Run folder, device, precision and intervals.
 
     Attributes:
         dir: run folder; null = runs/<config name>.

@@ -343,7 +343,7 @@ def timm_policy(text: str, fill: Sequence[int], side: int) -> Callable[[Image.Im
 
 
 def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """The highest `bits` of every value. None of them is black: magnitude 10 asks for that, and Pillow 13 refuses it."""
+    """The highest `bits` of every value. No bits, which magnitude 10 asks for, make black; Pillow 13 refuses that."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

@@ -44,7 +44,9 @@ def shifted(ids: np.ndarray, path: Path | str, ignore_index: int) -> np.ndarray:
 
 
 class ADE20K(FileDataset):
-    """root is ADEChallengeData2016 or the folder that holds it: {images,annotations}/{training,validation}.
+    """ADE20K as the scene parsing challenge has it, 150 classes.
+
+    root is ADEChallengeData2016 or the folder that holds it: {images,annotations}/{training,validation}.
 
     Class names come from objectInfo150.txt where it is present.
     """

@@ -70,8 +70,9 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     notes: FileNotes | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the arguments that are passed on to `find` and `describe` in the signature, for help() and for the checks of a
-        configuration.
+        """Show the arguments that are passed on to `find` and `describe` in the signature.
+
+        help() and the checks of a configuration read it.
         """
         super().__init_subclass__(**kwargs)
         cls.__signature__ = inspect.Signature(list(parameters(cls, cls.__init__)))  # type: ignore[attr-defined]  # inspect's own hook

@@ -19,7 +19,7 @@ VOID = 11
 
 
 class CamVid(FileDataset):
-    """root holds `<split>/*.png` and `<split>annot/*.png`, ids 0..10 and 11 for void (read as 255).
+    """CamVid, 11 classes: root holds `<split>/*.png` and `<split>annot/*.png`, ids 0..10 and 11 for void (read as 255).
 
     `<split>.txt`, where present, says which pairs to use. The original lists carry an absolute prefix of their author's
     machine: only the last two parts of each path count. val: which list is the validation split (papers report on "test").

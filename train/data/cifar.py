@@ -59,7 +59,7 @@ def text(value: str | bytes) -> str:
 
 
 class Cifar10(FileDataset):
-    """root holds `cifar-10-batches-py` (or is that folder): data_batch_1..5 train, test_batch is the validation split."""
+    """CIFAR-10: data_batch_1..5 train, test_batch validates; root holds `cifar-10-batches-py` or is that folder."""
 
     provides = ("label",)
     any_channels = False
@@ -101,7 +101,7 @@ class Cifar10(FileDataset):
 
 
 class Cifar100(Cifar10):
-    """root holds `cifar-100-python` (or is that folder); labels: the 100 fine classes or the 20 coarse ones."""
+    """CIFAR-100, the 100 fine classes or the 20 coarse ones (`labels`); root holds `cifar-100-python` or is that folder."""
 
     folder, train_files, val_files, meta_file = "cifar-100-python", ["train"], ["test"], "meta"
 

@@ -1,5 +1,6 @@
-"""What the facts of a data set say: "error" for what training must not start with, "warning" for what is probably a mistake,
-"note" for what is good to know.
+"""Judge the facts of a data set.
+
+"error" is what training must not start with, "warning" what is probably a mistake, "note" what is good to know.
 """
 
 from collections.abc import Callable

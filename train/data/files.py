@@ -295,7 +295,7 @@ def finite_range(values: np.ndarray) -> tuple[float, float]:
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """uint8 3 H W; grey and palette images are converted to RGB."""
+    """Read an image as RGB, uint8 3 H W; grey and palette images are converted."""
     return read_image(path)
 
 
@@ -424,7 +424,7 @@ def check_deep_colour(values: np.ndarray, rules: PixelRules, place: str) -> None
 
 
 def change_channels(pixels: np.ndarray, channels: int, place: str) -> np.ndarray:
-    """uint8 C H W with another number of channels: grey is repeated, RGB becomes grey. ValueError for other changes."""
+    """Give pixels, uint8 C H W, another number of channels: grey is repeated, RGB becomes grey. ValueError for others."""
     if len(pixels) == channels:
         return pixels
     if len(pixels) == 1 and channels == 3:

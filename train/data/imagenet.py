@@ -11,7 +11,7 @@ from train.data.finding import hidden, image_suffixes, need, read_list, read_tex
 
 
 class ClassFolder(FileDataset):
-    """root holds `train/<class>/...` and `val/<class>/...`, images at any depth below the class folder.
+    """A folder per class: `train/<class>/...` and `val/<class>/...` below root, images at any depth in them.
 
     Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
     train_folder, val_folder: other names of the two; the same one twice trains and evaluates on the same images.

@@ -80,9 +80,9 @@ class NYUv2(FileDataset):
 
 
 class NYUv2Mat(FileDataset):
-    """nyu_depth_v2_labeled.mat (HDF5) with splits.mat: the official 795 training and 654 test frames. Needs h5py and scipy.
+    """NYUv2's official 795 training and 654 test frames, from nyu_depth_v2_labeled.mat (HDF5) and splits.mat.
 
-    Raises ImportError naming the extra to install, ValueError if the file is not that file.
+    Needs h5py and scipy. Raises ImportError naming the extra to install, ValueError if the file is not that file.
     """
 
     provides = ("depth",)

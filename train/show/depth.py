@@ -43,7 +43,7 @@ class DepthMaps(Show):
         return [stem.with_name(f"{stem.name}_{name}") for name in (names if self.spec.metric else names[::2])]
 
     def write(self, stem: Path, image: np.ndarray, prediction: Tensor, names: Names) -> list[Path]:
-        """float32 H W as .npy; metres also as a 16-bit PNG, 1000 units per metre (256 above 65 m); and the picture."""
+        """Write float32 H W as .npy; metres also as a 16-bit PNG, 1000 units per metre (256 above 65 m); and the picture."""
         files, values = self.outputs(stem), prediction[0, 0].float().cpu()
         np.save(files[0], values.numpy())
         if self.spec.metric:
