@@ -23,7 +23,7 @@ from backbones import (  # noqa: F401
     stvit,
     swin,
 )
-from backbones.fuse import fuse  # noqa: F401
+from backbones.fuse import fuse, unfuse  # noqa: F401
 
 __version__ = "0.1.0"  # of the whole zoo; pyproject.toml reads it here
 

@@ -142,6 +142,8 @@ class FullAttention(nn.Module):
 class Block(nn.Module):
     """x + DP(s1 * attention(norm1 x)), then x + DP(s2 * MLP(norm2 x)); without LayerScale s1 and s2 do not exist."""
 
+    layer_scales = (("attn.proj", "scale1"), ("mlp.fc2", "scale2"))
+
     def __init__(self, attn: nn.Module, dim: int, mlp_ratio: float, layer_scale: float | None, drop: float, drop_path: float):
         super().__init__()
         scale = nn.Identity if layer_scale is None else lambda: LayerScale(dim, layer_scale)

@@ -54,6 +54,8 @@ class PoolMixer(nn.Module):
 class Block(nn.Module):
     """x + DP(s1 * mix(norm1 x)), then x + DP(s2 * MLP(norm2 x))."""
 
+    layer_scales = (("mlp.fc2", "scale2"),)
+
     def __init__(self, dim: int, pool_size: int, mlp_ratio: float, layer_scale: float | None, drop: float, drop_path: float):
         super().__init__()
         scale = nn.Identity if layer_scale is None else lambda: LayerScale2d(dim, layer_scale)

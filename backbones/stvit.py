@@ -142,6 +142,8 @@ class ConvMlp(nn.Module):
 class Block(nn.Module):
     """x + depth-wise convolution of x, then x + DP(s1 * attn(LN x)), then x + DP(s2 * MLP(BN x))."""
 
+    layer_scales = (("mlp.fc2", "scale2"),)
+
     def __init__(self, dim: int, attn: SuperTokenAttention, mlp_ratio: float, layer_scale: bool, drop_path: float):
         super().__init__()
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)

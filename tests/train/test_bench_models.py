@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from train import cli, config
-from train.bench import clock, models, training
+from train.bench import clock, linear, models, training
 from train.bench.models import Settings, parse
 
 
@@ -127,6 +127,12 @@ def test_both_programs_train_as_many_steps(run, tmp_path):
         assert int(theirs[theirs.index("--epochs") + 1]) == found.optim.epochs
         assert theirs[theirs.index("--model") + 1].startswith(found.model.backbone.split("_patch")[0])
         assert float(theirs[theirs.index("--lr") + 1]) == found.optim.lr
+
+
+def test_packed_layers_are_compared_by_rows():
+    (row,) = linear.bench_linear(rounds=1, widths=[(384, 512)], rows=[16])
+    assert (row["layer"], row["rows"], row["fuse packs"]) == ("384 -> 512", "16", "yes")
+    assert float(row["packed / plain"].split()[0]) > 0
 
 
 def test_a_program_that_fails_is_named_with_its_last_line():

@@ -96,8 +96,8 @@ def parse(text: str, settings: Settings) -> Subject:
         return Subject(text, source, engine if path.suffix == ".onnx" else "eager", False, False, None)
     if not path.is_dir() and not is_model(source):
         raise ValueError(
-            f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of ops, heads and "
-            f"train; {nearest(source, ['ops', 'heads', 'train', *timm.list_models()])}"
+            f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of ops, heads, "
+            f"linear and train; {nearest(source, ['ops', 'heads', 'linear', 'train', *timm.list_models()])}"
         )
     return Subject(
         text,

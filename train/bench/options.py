@@ -8,6 +8,7 @@ MODEL@openvino.
 Or one of
   ops      neighbourhood attention: the backends beside each other
   heads    dense heads beside other libraries' on the same features
+  linear   linear layers with weights packed once, as `backbones.fuse` has them, beside plain ones
   train    steps of `zoo train` beside timm's train.py (--script)
 """
 

@@ -12,11 +12,12 @@ from rich.console import Console
 
 from train.bench.clock import machine, machine_facts, table
 from train.bench.heads import bench_heads
+from train.bench.linear import bench_linear
 from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
 
-WHOLE = ("ops", "heads", "train")
+WHOLE = ("ops", "heads", "linear", "train")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,6 +73,10 @@ def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str
             size or (512, 512), min(args.rounds, 3), device, training, memory
         )  # a round takes minutes of one core
         return {"dense heads: time, peak memory in MB, share of the model's forward time": rows}
+    if what == "linear":
+        if device != "cpu":
+            raise ValueError("packed weights are oneDNN's, for the CPU: give --device cpu")
+        return {"linear layers: weights packed once, and plain": bench_linear(args.rounds, args.threads)}
     if what == "train":
         return {"training step in this program and in timm's": bench_training(args.script, args.rounds)}
     engine = args.engine
