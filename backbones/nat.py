@@ -7,8 +7,8 @@ Source: github.com/SHI-Labs/Neighborhood-Attention-Transformer @ d334f5b (MIT), 
 Differs from the source: the isotropic models take any image size (the authors' take the constructed one).
 
 DiNAT is NAT with dilated neighbourhoods; dilations are not stored in checkpoints, and dense prediction uses others than
-classification with the same weights (DENSE_DILATIONS). DiNAT_s has Swin's stem and downsampling. An exported program keeps the
-batch open and fixes the image size, on which the tiles of the attention depend; vitrpb's may keep both open.
+classification with the same weights (DENSE_DILATIONS). DiNAT_s has Swin's stem and downsampling. An exported program may keep
+the batch and the image size open.
 
 Shapes: B batch, H W map height and width, C channels, h heads, d = C // h.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backbones.arguments import nearest
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
-from backbones.layers import PatchEmbed, PatchMerging, drop_path_rates, relative_bias, sdpa
+from backbones.layers import PatchEmbed, PatchMerging, crop, drop_path_rates, relative_bias, sdpa
 from backbones.ops.neighborhood import neighborhood_attention
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
@@ -46,6 +46,8 @@ DENSE_DILATIONS = {  # the authors' recipes for dense prediction, by data set an
 def pad_to_least(x: Tensor, least: int) -> Tensor:
     """Zeros at the bottom and on the right of B H W C until both sides have `least` rows."""
     height, width = x.shape[1:3]
+    if torch.compiler.is_exporting():  # an exported program may keep the sizes open
+        return F.pad(x, (0, 0, 0, torch.sym_max(width, least) - width, 0, torch.sym_max(height, least) - height))
     if height < least or width < least:
         x = F.pad(x, (0, 0, 0, max(least - width, 0), 0, max(least - height, 0)))
     return x
@@ -58,7 +60,7 @@ def attend(
     """Neighbourhood attention on a padded map, cropped to the size of `like`."""
     q, k, v = qkv.unbind(3)  # each B H' W' h d
     out = neighborhood_attention(q, k, v, kernel_size, dilation, bias, scale, backend)
-    return out[:, : like.shape[1], : like.shape[2]].flatten(3)
+    return crop(out.flatten(3), *like.shape[1:3])
 
 
 class NeighborhoodAttention(nn.Module):

@@ -66,6 +66,7 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
             "dinat_isotropic_small",
             "vitrpb_small",
         ),
+        free_size=("vitrpb_small",),
         pyramid=("nat_mini", "dinat_mini", "dinat_s_tiny"),
     ),
     "lit": Family(
@@ -163,6 +164,7 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         },
         narrow={"*": {"embed_dim": 16, "num_heads": 2}},
         kinds=("tap_fan_base_16_p4_hybrid", "fan_tiny_12_p16_224"),
+        free_size=("tap_fan_base_16_p4_hybrid", "fan_tiny_12_p16_224"),
         pyramid=("fan_xlarge_16_p4_hybrid",),
         tokens=("fan_*", "tap_fan_*"),
         unpublished=True,

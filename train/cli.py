@@ -113,7 +113,7 @@ def build_parser() -> Parser:
     sub.add_argument("--weights", default="model.safetensors", help="file in the run folder: model.safetensors (best) or last")
 
     sub = command("predict", predict, "Predict a folder of images and videos with a run's weights.", keys=True)
-    sub.add_argument("folder", metavar="RUN", help="run folder")
+    sub.add_argument("folder", metavar="RUN", help="run folder, or an .onnx file that zoo export wrote")
     sub.add_argument("images", help="folder of images and videos, or one of them")
     sub.add_argument("--out", required=True, help="folder for overlays and raw maps")
     sub.add_argument("--sheet", action="store_true", help="also each photograph beside its prediction")
@@ -136,10 +136,16 @@ def build_parser() -> Parser:
     sub.add_argument("--which", help="of several weights in the file: a part of their place, e.g. student or model_ema")
     sub.add_argument("--args", default="{}", help="further arguments of the model as YAML, e.g. '{img_size: 384}'")
 
-    sub = command("export", export, "Write a model as ONNX or torch.export, and compare.")
-    sub.add_argument("source", help="run folder or model name")
-    sub.add_argument("destination", help="file ending in .onnx or .pt2")
+    sub = command("export", export, "Write a model as ONNX, torch.export or safetensors, and compare.")
+    sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder or model name")
+    sub.add_argument("destination", metavar="FILE", help="file ending in .onnx, .pt2 or .safetensors")
+    sub.add_argument("--to", choices=("onnx", "pt2", "safetensors"), help="format; default: as the file ends")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
+    sub.add_argument("--dynamic", default="batch", help="what stays free: batch, hw (height and width), batch,hw or none")
+    sub.add_argument("--opset", type=int, help="of ONNX; default: torch's own")
+    sub.add_argument("--half", action="store_true", help="float16 weights, input and output")
+    sub.add_argument("--pretrained", action="store_true", help="released weights for a model by name; default: random ones")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     sub = command("analyze", analyze, "What a vision transformer attends to and how its layers differ: numbers and pictures.")
     sub.add_argument("model", help="model name, or run folder")
@@ -320,26 +326,12 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    import timm
+    from train.export import export_source
 
-    import backbones  # noqa: F401  (registers our models with timm)
-    from train.evaluation import open_run
-    from train.export import export
-    from train.plugins import is_model
-
-    model: Any
-    size: Sequence[int]
-    if Path(args.source).is_dir():
-        config, _, model, _ = open_run(args.source)
-        size, in_chans = tuple(config.data.size), config.model.in_chans
-    elif is_model(args.source):
-        model = timm.create_model(args.source, pretrained=False)
-        in_chans, *size = model.pretrained_cfg["input_size"]
-        print("a model by name has random weights; export a run folder for trained ones", file=sys.stderr)
-    else:
-        raise ValueError(f"{args.source!r} is neither a run folder nor a model; {nearest(args.source, timm.list_models())}")
-    worst = export(model, args.destination, tuple(args.size or size), in_chans)
-    print(json.dumps({"file": args.destination, "largest difference": worst}))
+    dynamic = [] if args.dynamic == "none" else args.dynamic.split(",")
+    options = (args.to, dynamic, args.opset, args.half, args.overwrite)
+    done = export_source(args.source, args.destination, tuple(args.size) if args.size else None, args.pretrained, *options)
+    print(json.dumps(done))
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -52,7 +52,7 @@ def predict(
     or if nothing is missing.
 
     Args:
-        run: run folder.
+        run: run folder, or an ONNX file of `zoo export`.
         images: folder, or one image or video.
         out: folder for overlays and raw maps; made if need be.
         overwrite: replace files that are there.
@@ -75,7 +75,7 @@ def predict(
     if any(is_video(path) for path in files):
         require_av()
     done = Predicted()
-    made = {"weights": digest(Path(run) / weights), "overrides": sorted(overrides)}
+    made = {"weights": digest(Path(run) if Path(run).is_file() else Path(run) / weights), "overrides": sorted(overrides)}
     if not overwrite:
         taken = [path for path in files if any(file.exists() for file in outputs[path])]
         done.there = [path for path in taken if all(file.exists() for file in outputs[path])]

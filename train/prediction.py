@@ -217,11 +217,18 @@ def open_model(
     Raises FileNotFoundError if the folder is no run, ValueError for overrides that its weights do not fit.
 
     Args:
-        folder: of the run.
+        folder: of the run, or an ONNX file that `zoo export` wrote, which runs on the CPU and takes no overrides.
         weights: file in it.
         overrides: configuration keys, as "--data.max_pixels=1e9".
         device: None: the run's own, else the GPU where there is one.
     """
+    if Path(folder).suffix == ".onnx":
+        from train.exported import open_onnx
+
+        if overrides:
+            raise ValueError(f"{folder} is a program, which {overrides[0]!r} cannot change: export it again, or name the run")
+        config, task, network, names = open_onnx(folder)
+        return network, Pipeline(config, task, names)
     config, task, model, names = open_run(folder, overrides, weights)
     pipeline = Pipeline(config, task, names)
     where = device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -237,19 +237,6 @@ def test_predict_says_the_limit_of_a_large_image(capsys, run_folder, images, tmp
     assert code == 2 and "40x50 are 2000 pixels, more than data.max_pixels=1999" in err
 
 
-def test_export_of_a_run_gives_its_numbers(capsys, run_folder, tmp_path):
-    code, out, _ = zoo(capsys, "export", run_folder, tmp_path / "model.pt2")
-    assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and (tmp_path / "model.pt2").is_file()
-    code, _, err = zoo(capsys, "export", run_folder, tmp_path / "model.tflite")
-    assert code == 2 and "export to .onnx or .pt2" in err
-
-
-def test_export_to_onnx_runs_in_onnxruntime(capsys, tmp_path):
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install backbone-zoo[export]")
-    code, out, err = zoo(capsys, "export", "poolformer_s12_gn", tmp_path / "model.onnx", "--size", 64, 64)
-    assert code == 0 and yaml.safe_load(out)["largest difference"] < 1e-3 and "random weights" in err
-
-
 def test_the_version_is_the_packages_own(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import open_size, reference
 
 if TYPE_CHECKING:
     from . import Call
@@ -121,6 +121,8 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
     batch, height, width, heads, dim = call.q.shape
     if not torch.compiler.is_compiling() and batch == 0:
         return reference.run(call)  # the gradient that SDPA gives the mask of an empty batch is uninitialised memory
+    if torch.compiler.is_exporting() and open_size.is_open(call):
+        return open_size.run(call)
     if torch.compiler.is_compiling():  # a tracing compiler warns about lru_cache
         cut = _cut((height, width), call.kernel, call.dilation, functools.partial(torch.tensor, device=call.q.device))
     else:
