@@ -231,7 +231,10 @@ class PanopticLosses:
             return Padded(padded, void, labels, mask_weight, class_weight, area)
 
     def __call__(self, prediction: Mapping[str, Tensor], padded: Padded, draw: Draw) -> dict[str, Tensor]:
-        """The terms "class", "mask", "dice" and "pixels" of {"class_logits", "mask_logits", "pixel_feature"}."""
+        """The terms "class", "mask", "dice" and "pixels" of {"class_logits", "mask_logits", "pixel_feature"}.
+
+        Each is 0 where nothing counts.
+        """
         classes, masks = prediction["class_logits"].float(), prediction["mask_logits"].float()
         feature = prediction["pixel_feature"].float()
         per_query = F.cross_entropy(classes.flatten(0, 1), padded.labels.flatten(), reduction="none").view_as(padded.labels)
