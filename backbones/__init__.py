@@ -13,6 +13,7 @@ from backbones import (  # noqa: F401
     lit,
     litv2,
     monodepth,
+    mvit,
     nat,
     pit,
     poolformer,

@@ -23,7 +23,7 @@ COUNT: Rule = (lambda value: _whole(value) and value >= 0, "a whole number, 0 fo
 RULES: dict[str, Rule] = {
     "in_chans": POSITIVE,
     "num_classes": COUNT,
-    **dict.fromkeys(("embed_dim", "depth", "patch_size", "window_size", "stride", "projection"), POSITIVE),
+    **dict.fromkeys(("embed_dim", "depth", "patch_size", "window_size", "stride", "kv_stride", "projection"), POSITIVE),
     **dict.fromkeys(("depths", "dims", "base_dims"), POSITIVES),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"), RATE),
     **dict.fromkeys(("kernel_size", "pool_size"), ODD),

@@ -135,6 +135,13 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         tokens=("deit_*",),
         unpublished=True,
     ),
+    "mvit": Family(
+        names={"mvit_v1": "b_16"},
+        narrow={"*": {"embed_dim": 16}},
+        free_size=("mvit_v1_b_16",),
+        pyramid=("mvit_v1_b_16",),
+        tokens=("mvit_v1_*",),
+    ),
     "hvt": Family(
         names={"hvt": "ti_1 s_0 s_1 s_2 s_3 s_4"},
         narrow={"*": FLAT},
