@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weights
-from backbones.analysis import activations, attention, dimension, explain, heads, registers, similarity, spectrum
+from backbones.analysis import activations, attention, dimension, explain, heads, local, registers, similarity, spectrum
 from backbones.analysis.run import evaluation, grid_of, vit_of
 from train.checks import nearest
 from train.data.files import PixelRules, read_image
@@ -124,8 +124,23 @@ def measured_heads(subject: Subject, images: Tensor, files: Sequence[Path], batc
     return heads.head_importance(subject.model, images, labels, batch)
 
 
+def looked_at(subject: Subject, images: Tensor, files: Sequence[Path], batch: int) -> Any:
+    """Attention statistics of a flat ViT, or of a network whose attention is local."""
+    measure = local.local_attention_statistics if local.local_attentions(subject.model) else attention.attention_statistics
+    return measure(subject.model, images, batch)
+
+
+def check_subject(subject: Subject, what: Sequence[str]) -> None:
+    """Raises ValueError, with the reason, unless the analyses `what` are defined for this model."""
+    if not local.local_attentions(subject.model):
+        vit_of(subject.model)
+    elif others := [name for name in what if name != "attention"]:
+        lost = ", ".join(others)
+        raise ValueError(f"{subject.name} attends in parts of its map, and {lost} need a flat ViT: use --what attention")
+
+
 ANALYSES: dict[str, Callable[[Subject, Tensor, Sequence[Path], int], Any]] = {
-    "attention": lambda s, x, f, b: attention.attention_statistics(s.model, x, b),
+    "attention": looked_at,
     "spectrum": lambda s, x, f, b: spectrum.feature_spectrum(s.model, x, b),
     "similarity": lambda s, x, f, b: similarity.layer_similarity(s.model, x, batch_size=max(b, 4)),
     "dimension": lambda s, x, f, b: dimension.effective_dimension(s.model, x, b),
@@ -180,7 +195,7 @@ def analyze(
     sample: list[Panel] = []
     for source in sources:
         subject = open_subject(source, size, checkpoint, untrained, which)
-        vit_of(subject.model)
+        check_subject(subject, what)
         tensors = subject.images(files)
         found[subject.name] = {name: ANALYSES[name](subject, tensors, files, batch) for name in what}
         if "artefacts" in what:

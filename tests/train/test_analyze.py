@@ -69,6 +69,14 @@ def test_models_share_a_picture_and_sizes_may_be_given(images, tmp_path):
     assert all(0 < one["attention"]["uniform_distance"] < 48 for one in models.values())
 
 
+def test_a_network_with_local_attention_stands_beside_a_flat_one(images, tmp_path):
+    beside = ["--beside", "dinat_mini", "--untrained", "--size", "32", "32", "--what", "attention"]
+    assert cli.main(["analyze", "vit_tiny_patch16_224", str(images), "--out", str(tmp_path / "out"), *beside]) == 0
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())["models"]["dinat_mini"]["attention"]
+    assert len(found["layers"]) == len(found["distance"]) == len(found["uniform_entropy"]) == 18
+    assert picture(tmp_path / "out" / "attention.png").std() > 5
+
+
 def test_an_explanation_names_the_class_and_shows_three_pictures_a_row(images, run, tmp_path):
     assert cli.main(["explain", run, str(images / "3" / "3.png"), "--class", "3", "--out", str(tmp_path)]) == 0
     (fact,) = json.loads((tmp_path / "explain.json").read_text())
@@ -93,6 +101,10 @@ def test_a_pixel_of_a_dense_run_is_explained(images, tmp_path):
     [
         (["analyze", "vit_tiny_patch16_225"], "neither a run folder nor a model; did you mean"),
         (["analyze", "resnet18", "--untrained"], "ResNet is not one of timm's"),
+        (
+            ["analyze", "dinat_mini", "--untrained"],
+            "attends in parts of its map, and spectrum, similarity, dimension, activations",
+        ),
         (["analyze", *SMALL, "--what", "atention"], "unknown analysis 'atention'; did you mean 'attention'"),
         (["analyze", *SMALL, "--what", "heads"], "has no class names"),
         (["analyze", *SMALL, "--beside", "vit_tiny_patch16_224"], "the same model twice"),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from backbones.analysis import activations, attention, dimension, heads, similarity, spectrum
+from backbones.analysis import activations, attention, dimension, heads, local, similarity, spectrum
 
 
 def short(name: str) -> str:
@@ -50,14 +50,19 @@ def label(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
         axis.legend(fontsize=7, frameon=False)
 
 
-def draw_attention(found: dict[str, attention.AttentionStatistics]) -> Any:
+def draw_attention(found: dict[str, attention.AttentionStatistics | local.LocalAttention]) -> Any:
     figure, axes = sheet(3)
     for i, (model, one) in enumerate(found.items()):
-        for axis, values in zip(axes[0], (one.distance, one.nmi, one.entropy), strict=True):
-            axis.plot(one.layers, values.mean(1), color=f"C{i}", label=short(model))
-            axis.scatter(np.repeat(one.layers, values.shape[1]), values.flatten(), s=8, color=f"C{i}", alpha=0.5, linewidths=0)
-        axes[0][0].axhline(one.uniform_distance, color=f"C{i}", linestyle=":", linewidth=1)
-        axes[0][2].axhline(one.uniform_entropy, color=f"C{i}", linestyle=":", linewidth=1)
+        blocks = one.layers if isinstance(one, attention.AttentionStatistics) else range(len(one.layers))
+        nmi: Any = one.nmi if isinstance(one, attention.AttentionStatistics) else []
+        for axis, values in zip(axes[0], (one.distance, nmi, one.entropy), strict=True):
+            if len(values):
+                axis.plot(blocks, [heads.mean() for heads in values], color=f"C{i}", label=short(model))
+                points = [(block, head) for block, heads in zip(blocks, values, strict=True) for head in heads]
+                axis.scatter(*zip(*points, strict=True), s=8, color=f"C{i}", alpha=0.5, linewidths=0)
+        for axis, level in ((axes[0][0], one.uniform_distance), (axes[0][2], one.uniform_entropy)):
+            levels = np.broadcast_to(level, len(blocks))
+            axis.plot(blocks, levels, color=f"C{i}", linestyle=":", linewidth=1)
     label(axes[0][0], "distance (dotted: uniform)", "block", "pixels")
     label(axes[0][1], "normalised mutual information", "block", "", legend=False)
     label(axes[0][2], "entropy (dotted: uniform)", "block", "nats", legend=False)
