@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from train import checkpoint
 from train.checks import NonFiniteLoss
+from train.show.sheet import lines, wrapped
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "memory_mb")
 
@@ -263,7 +264,7 @@ def curves(folder: Path) -> None:
     """RUN/curves.png: the loss with its terms, the learning rate, and the metrics over the steps, in at most six panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
     training, metrics = read(folder / "log.csv"), read(folder / "metrics.csv")
     names = [name for name in metrics if name != "step"]
@@ -272,17 +273,19 @@ def curves(folder: Path) -> None:
     groups = [["loss", *(terms if len(terms) > 1 else [])], ["lr"], *([name] for name in names[:3]), *last]
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.4), layout="constrained")
+    title = wrapped(folder.absolute().name, 4 * columns, 12)
+    figure = Figure(figsize=(4 * columns, 2.9 * rows + 0.25 * lines(title) + 0.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(folder.name, fontsize=12)
+    figure.suptitle(title, fontsize=12)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for place, (axis, group) in enumerate(zip(axes.flat, groups, strict=False)):
-        source, marker = (training, None) if place < 2 else (metrics, ".")
+        source = training if place < 2 else metrics
+        marker = "." if place > 1 or len(training.get("step", [])) < 20 else None  # a line of one point cannot be seen
         for name in group:
             width = 2.0 if name == "loss" else 1.2
             axis.plot(source.get("step", []), source.get(name, []), marker=marker, linewidth=width, label=name)
-        title = "learning rate" if group[0] == "lr" else group[0]
-        axis.set_title("other metrics" if group in last else title)
+        name = "learning rate" if group[0] == "lr" else group[0]
+        axis.set_title("other metrics" if group in last else name)
         if len(group) > 1:
             axis.legend(fontsize=7)
         shown = [value for name in group for value in source.get(name, []) if math.isfinite(value)]
@@ -292,8 +295,9 @@ def curves(folder: Path) -> None:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         elif place == 1:
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if place + columns >= len(groups):  # the lowest of its column
             axis.set_xlabel("step")

@@ -4,9 +4,11 @@ import csv
 import math
 import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -186,6 +188,18 @@ def test_curves_have_at_most_six_panels_with_terms_by_name_on_one_axis(tmp_path,
     assert list(panels[0].lines[1].get_ydata()) == [8.5, 0.3] and list(panels[5].lines[1].get_ydata()) == [0.5]
     assert len({axis.get_xlim() for axis in panels}) == 1 and panels[0].get_yscale() == "log"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_one_step_can_be_seen_and_a_long_name_is_not_cut_off(tmp_path):
+    folder = tmp_path / ("a_run_with_a_name_" * 12)
+    folder.mkdir()
+    (folder / "log.csv").write_text("step,epoch,loss,lr\n10,0.1,2.0,0.0003\n")
+    log.curves(folder)
+    gray = np.asarray(Image.open(folder / "curves.png").convert("L"))
+    for edge in (gray[:2], gray[-2:], gray[:, :2], gray[:, -2:]):
+        assert edge.min() == 255
+    blue = np.asarray(Image.open(folder / "curves.png").convert("RGB"))
+    assert ((blue[..., 2] > 150) & (blue[..., 0] < 60)).sum() > 20  # the points
 
 
 def test_a_system_that_does_not_say_how_much_memory_is_used_stops_nothing(monkeypatch):
