@@ -171,6 +171,11 @@ def build_parser() -> Parser:
     sub.add_argument("--at", type=place, metavar="X,Y", help="the place, shares of width and height; default: the most salient")
     analysis_options(sub)
 
+    sub = command("demo", demo, "A page in the browser: drop an image, see prediction, features and attention.")
+    sub.add_argument("runs", nargs="*", metavar="RUN", help="run folders to offer; default: those below ./runs")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
+    sub.add_argument("--port", type=int, default=7860)
+
     options.add_to(command("bench", bench, "Measure speed.", formatter_class=argparse.RawDescriptionHelpFormatter))
 
     sub = command("doctor", doctor, "What works on this machine, and why not.")
@@ -352,6 +357,12 @@ def look(args: argparse.Namespace) -> None:
     from train.look import look
 
     look(args.model, args.images, args.out, args.at, args.size, args.checkpoint, args.untrained)
+
+
+def demo(args: argparse.Namespace) -> None:
+    from train.demo import demo
+
+    demo(args.runs, args.host, args.port)
 
 
 def bench(args: argparse.Namespace) -> None:
