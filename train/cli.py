@@ -356,7 +356,7 @@ def explain(args: argparse.Namespace) -> None:
 def look(args: argparse.Namespace) -> None:
     from train.look import look
 
-    look(args.model, args.images, args.out, args.at, args.size, args.checkpoint, args.untrained)
+    look(args.model, args.images, args.out, args.at, args.size, args.checkpoint, args.untrained, args.which)
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ def look(
     size: Sequence[int] | None = None,
     checkpoint: str | None = None,
     untrained: bool = False,
+    which: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Draw what a backbone sees: features of each stage by their main components, and what one place attends to.
@@ -43,6 +44,7 @@ def look(
         size: height and width of the images; None: the run's or the model's own.
         checkpoint: weights for a model by name.
         untrained: leave a model by name with random weights.
+        which: of several weights in that file, as for weights.load_checkpoint.
         say: is told what happens, a line at a time.
     """
     if at is not None and not all(0 <= value <= 1 for value in at):
@@ -57,7 +59,7 @@ def look(
     there = next((target for target in targets if target.exists()), None)
     if there is not None:
         raise FileExistsError(f"{there} exists; choose another --out or remove it")
-    subject = open_subject(source, size, checkpoint, untrained)
+    subject = open_subject(source, size, checkpoint, untrained, which)
     features = features_of(subject.model)
     make_folder(out)
     for target, file in targets.items():

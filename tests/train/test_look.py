@@ -83,6 +83,7 @@ def test_a_model_without_attention_says_so(image):
         (("nowhere",), "'nowhere' is neither a run folder nor a model"),
         (("vit_tiny_patch16_224", "--untrained", "--at", "2,0"), "--at is x,y as shares of width and height"),
         (("vit_tiny_patch16_224", "--untrained", "--checkpoint", "no.pth"), "no.pth"),
+        (("vit_tiny_patch16_224", "--untrained", "--which", "student"), "name it with --checkpoint"),
     ],
 )
 def test_a_wrong_call_is_one_sentence_and_leaves_nothing(image, tmp_path, capsys, arguments, message):
