@@ -178,6 +178,15 @@ def build_parser() -> Parser:
 
     options.add_to(command("bench", bench, "Measure speed.", formatter_class=argparse.RawDescriptionHelpFormatter))
 
+    sub = command("plan", plan, "Memory, communication and storage that a configuration needs on N GPUs.", keys=True)
+    sub.add_argument("config", help="shipped name or path")
+    sub.add_argument("--gpus", type=int, default=8, help="of one node, one process each")
+    sub.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    sub.add_argument("--utilisation", type=float, default=0.4, help="share of the GPU's peak that training reaches")
+    sub.add_argument("--image-kb", type=float, default=110.0, help="mean size of an image file; 110 is ImageNet's")
+    sub.add_argument("--images", type=int, help="of an epoch, for its time")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
@@ -369,6 +378,18 @@ def bench(args: argparse.Namespace) -> None:
     from train.bench.run import run
 
     run(args)
+
+
+def plan(args: argparse.Namespace) -> None:
+    from train import config
+    from train.plan import plan, shown
+
+    loaded = config.load(args.config, args.overrides)
+    found = plan(loaded, args.gpus, args.gpu, args.utilisation, args.image_kb, args.images)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print_pairs(shown(found))
 
 
 def doctor(args: argparse.Namespace) -> None:
