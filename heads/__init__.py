@@ -6,7 +6,7 @@ This package knows timm and torch only. Models of the zoo are timm models once `
 from .base import Head
 from .features import FeatureBackbone
 from .model import DensePredictor, MultiPredictor, build_head
-from .runs import Classifier
+from .runs import RunModel
 from .table import HEADS
 
-__all__ = ["HEADS", "Classifier", "DensePredictor", "FeatureBackbone", "Head", "MultiPredictor", "build_head"]
+__all__ = ["HEADS", "RunModel", "DensePredictor", "FeatureBackbone", "Head", "MultiPredictor", "build_head"]

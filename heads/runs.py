@@ -29,8 +29,8 @@ class FromRun(nn.Module):
     ) -> Any:
         """The trained model of a run, in evaluation mode, whose `predict` takes photographs.
 
-        Returns what the run trained: a DensePredictor, a MultiPredictor for several tasks, a Classifier for labels. Raises
-        FileNotFoundError if the folder is no run, ImportError if the package that trains is missing.
+        Returns what the run trained: a DensePredictor, a MultiPredictor for several tasks, a RunModel for any other task.
+        Raises FileNotFoundError if the folder is no run, ImportError if the package that trains is missing.
 
         Args:
             folder: of the run.
@@ -44,7 +44,7 @@ class FromRun(nn.Module):
             raise ImportError(f"opening a run needs {error.name}: pip install 'backbone-zoo[train]'") from error
         model, pipeline = opener(folder, weights, overrides, device)
         if not isinstance(model, FromRun):
-            model = Classifier(model)
+            model = RunModel(model)
         model.pipeline = pipeline
         return model.eval()
 
@@ -62,15 +62,22 @@ class FromRun(nn.Module):
                 f"this {type(self).__name__} does not know how its images are normalised and what its outputs mean: open a "
                 "run with from_run(folder), or call the model on normalised images"
             )
-        return self.pipeline(self, photos)
+        return self.pipeline(self.trained(), photos)
+
+    def trained(self) -> nn.Module:
+        """The module that the run's task built."""
+        return self
 
 
-class Classifier(FromRun):
-    """A timm model that gives an image one label: images B 3 H W -> scores B K."""
+class RunModel(FromRun):
+    """Any other model of a run, `model`: a classifier of timm's, or what another task builds."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return self.model(images)
+
+    def trained(self) -> nn.Module:
+        return self.model

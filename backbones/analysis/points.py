@@ -122,7 +122,7 @@ def of_vit(model: Any, image: Tensor, at: Place) -> Iterator[PointAttention]:
 
 def of_sparsifiner(model: Any, image: Tensor, at: Place) -> Iterator[PointAttention]:
     """The blocks of a Sparsifiner with the keys that each head keeps; stage = block."""
-    _, grid = model.embed(image)
+    grid = model.start(image).grid
     row, column = cell(at, *grid)
     query = 1 + row * grid[1] + column
     for i, block in enumerate(model.details(image).blocks):

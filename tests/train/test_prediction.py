@@ -11,7 +11,8 @@ import tiny
 import torch
 from PIL import Image
 
-from heads import Classifier, DensePredictor, MultiPredictor
+from heads import DensePredictor, MultiPredictor, RunModel
+from heads.matrix import NARROW
 from train import cli
 from train.data.files import read_ids
 from train.prediction import Prediction
@@ -21,6 +22,7 @@ needs_av = pytest.mark.skipif(not HAS_AV, reason="needs PyAV: pip install 'backb
 PIXELS = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
 CLASSES = ["sky", "ground", "box", "ball", "cone", "wall"]
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+EVERY_QUERY = {"score": 0.0, "overlap": 0.0}
 TASKS = {
     "mask": ({"name": "segmentation", "num_classes": 6}, CLASSES),
     "depth": ({"name": "depth", "max_depth": 12.0}, None),
@@ -29,6 +31,10 @@ TASKS = {
         None,
     ),
     "both": ({"name": "multitask", "parts": {"segmentation": {"num_classes": 6}, "depth": {"max_depth": 12.0}}}, CLASSES),
+    "panoptic": (
+        {"name": "panoptic", "num_classes": 6, "things": [2, 3, 4, 5], "merge": {"score": 0.0, "overlap": 0.0}},
+        CLASSES,
+    ),
     "label": ({"name": "classification", "num_classes": 10}, DIGITS),
 }
 
@@ -39,6 +45,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, (task, classes) in TASKS.items():
         values = tiny.values(data={"size": [48, 64]}) | {"task": task}
+        if name == "panoptic":
+            values["model"] |= {"head": "mask2former", "head_args": NARROW["mask2former"]}
         if name == "label":
             del values["model"]["head"], values["augment"]
             values["data"] = {"name": "digits", "size": [32, 32]}
@@ -159,13 +167,19 @@ def test_depth_is_metres_and_what_has_no_scale_is_not_called_depth(runs):
 
 def test_labels_come_best_first(runs):
     model = DensePredictor.from_run(runs / "label")
-    assert isinstance(model, Classifier)
+    assert isinstance(model, RunModel)
     found = model.predict(PIXELS)
     best = found.top(3)
     assert [name for name, _ in best] == [DIGITS[i] for i in found.probabilities.topk(3).indices]
     assert best[0][1] >= best[1][1] > 0 and len(found.top(50)) == 10
     with pytest.raises(AttributeError, match="top"):
         DensePredictor.from_run(runs / "mask").predict(PIXELS).top()
+
+
+def test_segments_come_with_their_classes(runs):
+    found = DensePredictor.from_run(runs / "panoptic").predict(PIXELS)
+    assert found.panoptic.shape == (60, 90) and set((found.panoptic[found.panoptic >= 0] // 1000).tolist()) <= set(range(6))
+    assert found.fields() == ["panoptic"] and found.overlay().height > 60 and found.overlay(legend=False).size == (90, 60)
 
 
 def test_several_tasks_come_together(runs):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from train.panoptic import PanopticQuality
 from train.sample import SEGMENTS
-from train.show.base import Names, Show
+from train.show.base import Moving, Names, Show
 from train.show.masks import VOID, class_legend
 from train.show.sheet import Color, Panel, make_palette, resize_rgb
+from train.show.strip import with_legend
 
 SHADES = (0.0, 0.4, -0.3, 0.65, -0.5, 0.2)  # of the things of one class, towards white and towards black, repeated
 OUTLINE: Color = (255, 255, 255)
@@ -56,8 +57,31 @@ class Segments(Show):
         Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(files[0])
         rows = [self.describe(segments == value, int(value), names) for value in np.unique(segments[segments >= 0])]
         files[1].write_text(json.dumps({"segments_info": rows}, indent=1) + "\n", encoding="utf-8")
-        Image.fromarray(overlay_segments(image, prediction[0], self.palette(names))).save(files[2])
+        Image.fromarray(self.picture(image, prediction, names)).save(files[2])
         return files
+
+    def fields(self, prediction: Tensor) -> dict[str, Tensor]:
+        """panoptic: class * 1000 + number H W, -1 for none."""
+        return {"panoptic": prediction[0].cpu()}
+
+    def picture(self, image: np.ndarray, prediction: Tensor, names: Names, legend: bool = True) -> np.ndarray:
+        """The segments over the photograph, and the classes that occur."""
+        drawn = overlay_segments(image, prediction[0], self.palette(names))
+        return with_legend(drawn, self.entries(prediction[0], names)) if legend else drawn
+
+    def moving(self, names: Names) -> Moving:
+        """Frames with a legend of the classes that each shows, in a strip of two lines."""
+
+        def draw(image: np.ndarray, prediction: Tensor) -> np.ndarray:
+            drawn = self.picture(image, prediction, names, legend=False)
+            return with_legend(drawn, self.entries(prediction[0], names), lines=2) if names.classes else drawn
+
+        return draw
+
+    def entries(self, segments: Tensor, names: Names) -> list[tuple[str, Color]]:
+        """Name and colour of the classes that occur."""
+        labels = segments.cpu().div(SEGMENTS, rounding_mode="floor")
+        return list(class_legend(names.classes, self.palette(names), labels).values())
 
     def describe(self, inside: np.ndarray, value: int, names: Names) -> dict[str, Any]:
         """One entry of segments_info."""

@@ -38,6 +38,7 @@ class Panoptic(MaskClassification):
     target = "panoptic"
     best = ("pq", "max")
     average = None  # queries of two passes do not correspond
+    gives_probabilities = False
 
     def __init__(
         self,
