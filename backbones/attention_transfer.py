@@ -101,7 +101,14 @@ def selected(attn: Part, qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None
 
 @torch.no_grad()
 def teach(teacher: Part, images: Tensor, kind: str, pairs: Sequence[int]) -> list[Tensor]:
-    """What the teacher's blocks `pairs` give of `kind` for images B 3 H W; blocks behind the last of them do not run."""
+    """What the teacher's blocks `pairs` give of `kind` for images B 3 H W; blocks behind the last of them do not run.
+
+    Args:
+        teacher: the frozen ViT.
+        images: B 3 H W.
+        kind: what is transferred.
+        pairs: numbers of the teacher's blocks.
+    """
     tokens, found = embed(teacher, images), {}
     for i in range(max(pairs) + 1):
         if isinstance(teacher.blocks[i], Skip):

@@ -110,7 +110,12 @@ class TokenStage(Stage):
 class TokenHead(nn.Module):
     """Dropout and a linear layer on the first class token ("token"), or on the mean over the map ("avg"); "" pools nothing.
 
-    tokens: how many class tokens stand in front of the map's tokens.
+    Args:
+        dim: channels of a token.
+        num_classes: 0 for no classifier.
+        tokens: how many class tokens stand in front of the map's tokens.
+        pool: one of `pools`.
+        drop_rate: dropout before the linear layer.
     """
 
     pools: tuple[str, ...] = ("token", "avg", "")
@@ -286,7 +291,14 @@ class StagedBackbone(OpenNames):
         return self.output(*(self.final_norm(*state) if i == len(self.stages) - 1 else state)), maps
 
     def feature(self, x: Tensor, tokens: Tensor | None, index: int, norm: bool) -> tuple[Tensor, Tensor]:
-        """What stage `index` leaves as a returned feature: its own norm where there is one, else the final norm if asked."""
+        """What stage `index` leaves as a returned feature: its own norm where there is one, else the final norm if asked.
+
+        Args:
+            x: the map as the stage leaves it, in the family's layout.
+            tokens: class tokens B T C, None for none.
+            index: of the stage.
+            norm: the final norm on the last stage's, where the stage has no norm of its own.
+        """
         if self.feature_norms is not None:
             x = self.feature_norms[str(index)](x)
         elif norm and index == len(self.stages) - 1:
@@ -391,9 +403,15 @@ def build(
 ) -> nn.Module:
     """Model `name` of class `cls` as timm builds it: pretrained cfg, weights in any known format, features_only.
 
-    device, dtype: where and in which type parameters are made ("meta" makes none). With pretrained, the file is the manifest's,
-    fetched and its hash checked, or the one that pretrained_cfg_overlay names; weights that it lacks are a ValueError.
-    img_size: side or (height, width); a family that builds no size in runs any, so there it is only checked.
+    Args:
+        cls: class of the model.
+        name: under which timm knows it.
+        pretrained: load the manifest's file, fetched and its hash checked, or the one that pretrained_cfg_overlay names.
+        device: where parameters are made; "meta" makes none.
+        dtype: in which type they are made.
+        kwargs: further arguments of `cls` and of timm; img_size is only checked where a family builds no size in.
+
+    Raises ValueError for weights that the file lacks.
     """
     family: Any = cls  # has the min_size and default_out_indices of StagedBackbone, though timm's ViT may be its base
     if kwargs.get("features_only") and (reason := getattr(cls, "no_maps", None)):

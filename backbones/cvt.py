@@ -24,7 +24,15 @@ default_cfgs = _default_cfgs("cvt")
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches by a strided convolution, then LayerNorm over channels (paper, sec. 3.1)."""
+    """Overlapping patches by a strided convolution, then LayerNorm over channels (paper, sec. 3.1).
+
+    Args:
+        in_chans: channels that come in.
+        dim: channels that leave.
+        kernel: side of a patch.
+        stride: between patches.
+        padding: zeros at each side.
+    """
 
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int):
         super().__init__()
@@ -36,7 +44,14 @@ class ConvEmbed(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Depthwise convolution and BatchNorm, with no activation between or after (paper, sec. 3.2)."""
+    """Depthwise convolution and BatchNorm, with no activation between or after (paper, sec. 3.2).
+
+    Args:
+        dim: channels.
+        kernel: side of the convolution.
+        stride: of the convolution.
+        padding: zeros at each side.
+    """
 
     def __init__(self, dim: int, kernel: int, stride: int, padding: int):
         super().__init__()
@@ -54,8 +69,17 @@ class ConvNorm(nn.Module):
 class Attention(nn.Module):
     """Attention over projections of convolved maps; the class token skips the convolutions.
 
-    convolution: "dw_bn", or "avg": q is left as it is, k and v are one average-pooled map; kernel, stride, padding: of k and v
-    (q has stride 1 and keeps the size); class_token: whether the first token is one; qkv_bias: of the three projections only.
+    Args:
+        dim: channels.
+        heads: number of heads.
+        convolution: "dw_bn", or "avg": q is left as it is, k and v are one average-pooled map.
+        kernel: of k and v; q keeps the map's size.
+        stride: likewise.
+        padding: likewise.
+        class_token: whether the first token is one.
+        qkv_bias: of the three projections only.
+        attn_drop: dropout of the weights.
+        proj_drop: dropout of the output.
     """
 
     def __init__(
@@ -128,7 +152,16 @@ class QuickGeluMlp(Mlp):
 
 
 class Block(nn.Module):
-    """x + attn(norm1 x), then x + mlp(norm2 x), on all tokens; arguments after drop_path are Attention's."""
+    """x + attn(norm1 x), then x + mlp(norm2 x), on all tokens.
+
+    Args:
+        dim: channels.
+        heads: of the attention.
+        mlp_ratio: hidden channels per channel.
+        proj_drop: dropout of the attention's output and in the MLP.
+        drop_path: stochastic depth.
+        attention: further arguments of Attention.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, proj_drop: float, drop_path: float, **attention):
         super().__init__()
@@ -144,10 +177,26 @@ class Block(nn.Module):
 
 
 class CvT(StagedBackbone):
-    """patches: (kernel, stride, padding) of each stage's embedding; convolutions: "dw_bn" (released) or "avg" per stage;
-    kv: (kernel, stride, padding) of each stage's keys and values; class_tokens, qkv_bias: per stage; global_pool: "token"
-    (default where the last stage has a class token), "avg" or ""; drop_path_rate: of the last block, rising linearly from 0
-    within the last stage, the others having none (the authors trained with 0.1, W24 with 0.3).
+    """Convolutional vision transformer; sequences have an entry a stage.
+
+    Args:
+        dims: channels.
+        depths: blocks.
+        heads: of the attentions.
+        mlp_ratios: hidden channels per channel.
+        patches: (kernel, stride, padding) of the embeddings.
+        convolutions: "dw_bn" (released) or "avg".
+        kv: (kernel, stride, padding) of keys and values.
+        class_tokens: whether a stage has a class token.
+        qkv_bias: whether the projections have a bias.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "token" (default where the last stage has a class token), "avg" or "".
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout of attention outputs and in MLPs.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: of the last block, rising linearly from 0 within the last stage, the others having none (the authors
+            trained with 0.1, W24 with 0.3).
     """
 
     family = "cvt"

@@ -105,7 +105,14 @@ class Positions(nn.Module):
 
 
 class TokenMixing(nn.Module):
-    """Self-attention over all tokens. With `fused_attn` off, the softmax passes through `attn_drop`, where it can be read."""
+    """Self-attention over all tokens. With `fused_attn` off, the softmax passes through `attn_drop`, where it can be read.
+
+    Args:
+        dim: channels.
+        heads: number of heads.
+        qkv_bias: whether q, k and v have a bias.
+        attn_drop: dropout of the weights.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, attn_drop: float):
         super().__init__()
@@ -152,7 +159,14 @@ class SpatialMlp(nn.Module):
 
 
 class ChannelProcessing(nn.Module):
-    """An MLP whose output channels are scaled by their affinity with the tokens (FAN, eq. 5 f.)."""
+    """An MLP whose output channels are scaled by their affinity with the tokens (FAN, eq. 5 f.).
+
+    Args:
+        dim: channels.
+        heads: number of heads.
+        hidden: channels inside the MLP.
+        qkv_bias: whether the queries' projection has a bias.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, qkv_bias: bool):
         super().__init__()
@@ -198,7 +212,17 @@ def mixed_means(x: Tensor, shares: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + g1 DP(mix(norm1 x)), the mixed tokens pooled first where there is TAP; then x + g2 DP(channels(norm2 x))."""
+    """x + g1 DP(mix(norm1 x)), the mixed tokens pooled first where there is TAP; then x + g2 DP(channels(norm2 x)).
+
+    Args:
+        dim: channels.
+        heads: of both attentions.
+        mlp_ratio: hidden channels per channel.
+        qkv_bias: whether projections have a bias.
+        scales: of token-aware average pooling; 1 for none.
+        attn_drop: dropout of the attention's weights.
+        drop_path: stochastic depth.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool, scales: int, attn_drop: float, drop_path: float):
         super().__init__()
@@ -233,6 +257,12 @@ class ClassBlock(nn.Module):
     """Class attention as FAN has it: the other tokens add their normed value, and the normed stream replaces the residual one.
 
     So the other tokens leave it doubled.
+
+    Args:
+        dim: channels.
+        heads: of the attention.
+        mlp_ratio: hidden channels per channel.
+        qkv_bias: whether projections have a bias.
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, qkv_bias: bool):
@@ -258,7 +288,14 @@ class FANStage(Stage):
 
 
 class ClassStage(FANStage):
-    """The last stage: after its blocks the class token joins, and the class blocks run over both."""
+    """The last stage: after its blocks the class token joins, and the class blocks run over both.
+
+    Args:
+        downsample: of the map.
+        blocks: on the map's tokens.
+        class_blocks: on class token and map's tokens.
+        dim: channels of the class token.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], class_blocks: Sequence[nn.Module], dim: int):
         super().__init__(downsample, blocks)
@@ -327,7 +364,8 @@ class FAN(StagedBackbone):
             class_depth: blocks of class attention.
             dense_positions: the position frequencies of the authors' dense code, which weights fine-tuned there expect.
             unbiased_stem_norm: divide by C - 1 in the hybrid stem's norms.
-            in_chans, num_classes, drop_rate: as timm's; global_pool: None for the class token, "avg" or "".
+            in_chans, num_classes, drop_rate: as timm's.
+            global_pool: None for the class token, "avg" or "".
             attn_drop_rate: dropout of the attention of FAN blocks.
             drop_path_rate: stochastic depth, the same in every FAN block; none in the stem and the class attention.
         """

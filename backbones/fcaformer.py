@@ -65,7 +65,14 @@ class Merging(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """ConvNeXt's block: 7x7 depth-wise, LayerNorm (eps 1e-6), MLP, layer scale, residual."""
+    """ConvNeXt's block: 7x7 depth-wise, LayerNorm (eps 1e-6), MLP, layer scale, residual.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value.
+        drop_path: stochastic depth.
+    """
 
     def __init__(self, dim: int, mlp_ratio: float, layer_scale: float, drop_path: float):
         super().__init__()
@@ -219,7 +226,14 @@ def from_windows(x: Tensor, like: Tensor, size: tuple[int, int], front: bool) ->
 
 
 class FcaStage(Stage):
-    """Blocks in windows of `size` tokens, each given what the last `memory` blocks (None: all) left behind, oldest first."""
+    """Blocks in windows of `size` tokens, each given what the last `memory` blocks (None: all) left behind, oldest first.
+
+    Args:
+        downsample: of the map.
+        blocks: in windows.
+        size: tokens of a window, (rows, columns).
+        memory: how many earlier blocks' tokens a block is given, None for all.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], size: tuple[int, int], memory: int | None):
         super().__init__(downsample, blocks)

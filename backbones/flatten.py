@@ -36,7 +36,14 @@ Size = tuple[int, int]
 
 
 def is_linear(attn_type: str, stages: int, stage: int, block: int) -> bool:
-    """Whether a block attends linearly; ValueError for letters that say nothing."""
+    """Whether a block attends linearly; ValueError for letters that say nothing.
+
+    Args:
+        attn_type: letters, see the top of the file.
+        stages: how many there are.
+        stage: number of the stage.
+        block: number of the block in it.
+    """
     letters, count = attn_type[:stages], attn_type[stages:]
     if (
         len(letters) != stages
@@ -116,8 +123,12 @@ def mixed(
 class LinearAttention(nn.Module):
     """What the linear attentions of all hosts share: encoding, activation, attention and the convolution of the values.
 
-    keys: the map of keys for which the encoding is made; kernel_size: of the convolution; focusing: the power of the focused
-    activation, None for a plain ReLU without learned scale, which is SLAB's.
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        keys: the map of keys for which the encoding is made.
+        kernel_size: of the convolution.
+        focusing: the power of the focused activation, None for a plain ReLU without learned scale, which is SLAB's.
     """
 
     def __init__(self, dim: int, num_heads: int, keys: Size, kernel_size: int = 5, focusing: float | None = 3):
@@ -131,7 +142,15 @@ class LinearAttention(nn.Module):
         self.dwc = nn.Conv2d(head, head, kernel_size, padding=kernel_size // 2, groups=head)  # holds the weights only
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, like: Tensor, keys_like: Tensor) -> Tensor:
-        """B N C and twice B n C -> B N C; like, keys_like: maps of their sizes, . H W ."""
+        """B N C and twice B n C -> B N C; like, keys_like: maps of their sizes, . H W .
+
+        Args:
+            q: B N C.
+            k: B n C.
+            v: B n C.
+            like: a map of the queries' size, . H W .
+            keys_like: a map of the keys' size.
+        """
         weight, bias = self.dwc.weight, self.dwc.bias
         assert bias is not None
         encoding, keys, scale, power = self.positional_encoding, self.keys, self.scale, self.focusing
@@ -175,7 +194,19 @@ class WindowLinearAttention(LinearAttention):
         proj_drop: float = 0.0,
         **linear: Any,
     ):
-        """As Swin's WindowAttention, and `kernel_size` and `focusing` of LinearAttention; qk_scale has no meaning here."""
+        """As Swin's WindowAttention, and `kernel_size` and `focusing` of LinearAttention; qk_scale has no meaning here.
+
+        Args:
+            dim: channels.
+            num_heads: of the attention.
+            window: tokens per side of a window.
+            shifted: whether windows are shifted by half a window.
+            unshifted: map size on which nothing is shifted, None for none.
+            qkv_bias: whether q, k and v have a bias.
+            qk_scale: has no meaning here, taken as a host gives it.
+            proj_drop: dropout of the output.
+            linear: `kernel_size` and `focusing` of LinearAttention.
+        """
         super().__init__(dim, num_heads, (window, window), **linear)
         self.window, self.shifted, self.unshifted = window, shifted, unshifted
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
@@ -204,8 +235,14 @@ class WindowLinearAttention(LinearAttention):
 class FlattenSwin(Swin):
     """Swin, some of whose blocks attend linearly in large windows.
 
-    attn_type: see the top of the file; focusing_factor, kernel_size: of the linear attention; window_size: of the linear
-    blocks, the others have 7, or 12 if it is larger than 56. All other arguments are Swin's.
+    Args:
+        img_size: as Swin's.
+        attn_type: see the top of the file.
+        window_size: of the linear blocks; the others have 7, or 12 if it is larger than 56.
+        focusing_factor: of the linear attention.
+        kernel_size: of the linear attention.
+        depths: blocks of each stage.
+        kwargs: further arguments of Swin.
     """
 
     family = "flatten"
@@ -247,7 +284,16 @@ def plain_norm(dim: int, eps: float) -> nn.Module:
 
 
 class Embed(nn.Module):
-    """A strided convolution and a norm; `overlap` pads it like PVTv2's, else the map is padded to whole patches."""
+    """A strided convolution and a norm; `overlap` pads it like PVTv2's, else the map is padded to whole patches.
+
+    Args:
+        inputs: channels that come in.
+        dim: channels that leave.
+        kernel: side of the convolution.
+        stride: of the convolution.
+        norm: of the result.
+        overlap: zeros at each side, 0 to pad to whole patches instead.
+    """
 
     def __init__(self, inputs: int, dim: int, kernel: int, stride: int, norm: nn.Module, overlap: int = 0):
         super().__init__()
@@ -278,7 +324,17 @@ def at_least(x: Tensor, side: int) -> Tensor:
 
 
 class ReducedLinearAttention(LinearAttention):
-    """Linear attention over the whole map, keys and values from a map reduced by a strided convolution."""
+    """Linear attention over the whole map, keys and values from a map reduced by a strided convolution.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        grid: (rows, columns) of the map.
+        qkv_bias: whether q, k and v have a bias.
+        ratio: side of the patch that becomes a key.
+        norm: of the reduced map, from channels and eps.
+        linear: `kernel_size` and `focusing` of LinearAttention.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, grid: Size, qkv_bias: bool, ratio: int, norm: MakeNorm = plain_norm, **linear: Any
@@ -299,7 +355,15 @@ class ReducedLinearAttention(LinearAttention):
 
 
 class ReducedAttention(nn.Module):
-    """PVT's softmax attention over the whole map, keys and values from a reduced one."""
+    """PVT's softmax attention over the whole map, keys and values from a reduced one.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        qkv_bias: whether q, k and v have a bias.
+        ratio: side of the patch that becomes a key.
+        norm: of the reduced map, from channels and eps.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, ratio: int, norm: MakeNorm = plain_norm):
         super().__init__()
@@ -333,7 +397,15 @@ class DepthwiseMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + DP(attn(norm1 x)), then x + DP(mlp(norm2 x))."""
+    """x + DP(attn(norm1 x)), then x + DP(mlp(norm2 x)).
+
+    Args:
+        norm1: before the attention.
+        attn: of a map B H W C.
+        norm2: before the MLP.
+        mlp: of a map B H W C.
+        drop_path: stochastic depth.
+    """
 
     def __init__(self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: float):
         super().__init__()
@@ -353,7 +425,15 @@ def with_encoding(x: Tensor, encoding: Tensor, grid: Size) -> Tensor:
 
 
 class PVTStage(Stage):
-    """A stage of PVT: positions are added before its blocks (PVT), or a norm follows them (PVTv2)."""
+    """A stage of PVT: positions are added before its blocks (PVT), or a norm follows them (PVTv2).
+
+    Args:
+        downsample: of the map.
+        blocks: on B H W C.
+        dim: channels.
+        grid: (rows, columns) for which positions are made, None for no positions.
+        norm: after the blocks, None for none.
+    """
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], dim: int, grid: Size | None, norm: nn.Module | None):
         super().__init__(downsample, blocks)
@@ -541,7 +621,15 @@ class StripeAttention(nn.Module):
 
 
 class StripeLinearAttention(LinearAttention):
-    """Linear attention inside stripes, which share one encoding, plus both convolutions of the values."""
+    """Linear attention inside stripes, which share one encoding, plus both convolutions of the values.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        size: (rows, columns) of a stripe, None for the whole side.
+        keys: (rows, columns) for which the encoding is made.
+        linear: `kernel_size` and `focusing` of LinearAttention.
+    """
 
     def __init__(self, dim: int, num_heads: int, size: tuple[int | None, int | None], keys: Size, **linear: Any):
         super().__init__(dim, num_heads, keys, **linear)

@@ -53,7 +53,14 @@ def with_positions(x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tenso
 
 
 class PoolBlock(Block):
-    """A transformer block, then MaxPool1d (stride 2) along the sequence, then the pooled tokens' own position embedding."""
+    """A transformer block, then MaxPool1d (stride 2) along the sequence, then the pooled tokens' own position embedding.
+
+    Args:
+        tokens: how many come in, for which positions are made.
+        dim: channels.
+        num_heads: of the attention.
+        pool_kernel: tokens under the maximum.
+    """
 
     def __init__(self, tokens: int, dim: int, num_heads: int, pool_kernel: int, **kwargs: Any):
         super().__init__(dim, num_heads, **kwargs)
@@ -177,9 +184,15 @@ class HVT(VisionTransformer):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Tokens, B N C, after the blocks `indices` (and their pooling), in that order.
 
-        indices: last n blocks (int), block numbers (negative from the end), or all (None); norm: final norm on each;
-        stop_early: do not run blocks after the last one asked for. Before them, unless intermediates_only, the output of
-        `forward_features`. Raises ValueError for output_fmt "NCHW": there are no maps.
+        Args:
+            x: images, B 3 H W.
+            indices: last n blocks (int), block numbers (negative from the end), or all (None).
+            norm: final norm on each.
+            stop_early: do not run blocks after the last one asked for.
+            output_fmt: "NLC" alone.
+            intermediates_only: leave out the output of `forward_features`, which stands before them.
+
+        Raises ValueError for output_fmt "NCHW": there are no maps.
         """
         if output_fmt != "NLC":
             raise ValueError(f"HVT gives no feature maps ({output_fmt}): {self.no_maps}; output_fmt='NLC' gives its tokens")

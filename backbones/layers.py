@@ -57,7 +57,15 @@ layer_norm: MakeNorm = partial(nn.LayerNorm, eps=1e-5)
 
 
 class Block(nn.Module):
-    """x + DP(attn(norm1 x)) where there is attention, then x + DP(mlp(norm2 x)); tokens in any layout, channels last."""
+    """x + DP(attn(norm1 x)) where there is attention, then x + DP(mlp(norm2 x)); tokens in any layout, channels last.
+
+    Args:
+        dim: channels.
+        attn: of normalised tokens, None for no attention.
+        mlp: of normalised tokens.
+        drop_path: stochastic depth.
+        make_norm: channels -> a norm over the last axis.
+    """
 
     def __init__(self, dim: int, attn: nn.Module | None, mlp: nn.Module, drop_path: float, make_norm: MakeNorm = layer_norm):
         super().__init__()
@@ -74,7 +82,15 @@ class Block(nn.Module):
 
 
 class PooledNormHead(ClassifierHead):
-    """Global average pooling, LayerNorm of the pooled vector (of every position where nothing is pooled), classifier."""
+    """Global average pooling, LayerNorm of the pooled vector (of every position where nothing is pooled), classifier.
+
+    Args:
+        dim: channels.
+        num_classes: 0 for no classifier.
+        pool_type: timm's name of the pooling.
+        drop_rate: dropout before the classifier.
+        eps: of the norm.
+    """
 
     def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, eps: float):
         super().__init__(dim, num_classes, pool_type=pool_type, drop_rate=drop_rate)
@@ -88,7 +104,14 @@ class PooledNormHead(ClassifierHead):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each mapped to `dim` channels, then a norm; the image is padded to whole patches."""
+    """Non-overlapping patches, each mapped to `dim` channels, then a norm; the image is padded to whole patches.
+
+    Args:
+        in_chans: image channels.
+        dim: channels of a token.
+        patch_size: side of a patch, pixels.
+        make_norm: channels -> a norm over the last axis.
+    """
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, make_norm: MakeNorm = layer_norm):
         super().__init__()
@@ -119,7 +142,16 @@ class PatchMerging(nn.Module):
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """F.scaled_dot_product_attention; in an exported program its result lies in memory as the ONNX decomposition's does."""
+    """F.scaled_dot_product_attention; in an exported program its result lies in memory as the ONNX decomposition's does.
+
+    Args:
+        q: queries, ... N d.
+        k: keys, ... n d.
+        v: values, ... n e.
+        bias: added to the scores, or a bool mask.
+        scale: of the scores, d ** -0.5 unless given.
+        dropout_p: dropout of the weights.
+    """
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
     return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
 

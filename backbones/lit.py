@@ -46,8 +46,12 @@ def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 def position_bias(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
     """Bias between all pairs of positions of a map, h N N (query, key), from a table of the differences query - key.
 
-    table: (2 rows - 1) * (2 columns - 1) x h, row-major, for the map `native` = (rows, columns); resized bicubically, as an
-    image per head and without antialiasing, when the map is another.
+    Args:
+        table: (2 rows - 1) * (2 columns - 1) x h, row-major; resized bicubically, as an image per head and without
+            antialiasing, when the map is another.
+        native: (rows, columns) of the map for which the table is made.
+        height: of the map.
+        width: of the map.
     """
     image = table.T.reshape(1, -1, 2 * native[0] - 1, 2 * native[1] - 1)
     image = resize(image, (2 * height - 1, 2 * width - 1), "bicubic")[0]
@@ -55,7 +59,14 @@ def position_bias(table: Tensor, native: tuple[int, int], height: int, width: in
 
 
 class Attention(nn.Module):
-    """Self-attention over the whole map; `size`: (rows, columns) of its relative position bias, or None for no bias."""
+    """Self-attention over the whole map.
+
+    Args:
+        dim: channels.
+        heads: number of heads.
+        qkv_bias: whether q, k and v have a bias.
+        size: (rows, columns) of its relative position bias, or None for no bias.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True, size: tuple[int, int] | None = None):
         super().__init__()
@@ -83,12 +94,23 @@ class Attention(nn.Module):
 
 
 class LIT(StagedBackbone):
-    """LIT-S/M/B.
+    """LIT-S/M/B; sequences have an entry a stage.
 
-    depths, dims, heads: of the four stages (heads of the first two are unused, as they have no attention); img_size: image for
-    whose maps the bias tables are made, other images resize them; drop_path_rate: at the last block, rising linearly from 0;
-    feature_norms: a LayerNorm on each returned map, as the authors' segmentation code has, or the stages that have one
-    ((1, 2, 3) in their detection code).
+    Args:
+        depths: blocks.
+        dims: channels.
+        heads: of the attentions; those of the first two stages are unused, as they have no attention.
+        mlp_ratio: hidden channels per channel.
+        qkv_bias: whether q, k and v have a bias.
+        img_size: side, or (height, width), for whose maps the bias tables are made; other images resize them.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or another of timm's for maps.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        feature_norms: a LayerNorm on each returned map, as the authors' segmentation code has, or the stages that have one
+            ((1, 2, 3) in their detection code).
     """
 
     family = "lit"
@@ -159,9 +181,13 @@ def patches(in_chans: int, dim: int, pad: bool) -> PatchEmbed:
 
 @leaf
 def positions(embedding: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
-    """Position embedding of a map, 1 H W C, from one of 1 (1 +) rows * columns C for the map `native` = (rows, columns).
+    """Position embedding of a map, 1 H W C; an entry before the map's (of the class token) is left out.
 
-    An entry before the map's (of the class token) is left out. Resized bilinearly when the map is another.
+    Args:
+        embedding: 1 (1 +) rows * columns C; resized bilinearly when the map is another.
+        native: (rows, columns) of the map for which it is made.
+        height: of the map.
+        width: of the map.
     """
     embedding = embedding[:, embedding.shape[1] - native[0] * native[1] :]
     image = embedding.mT.reshape(1, -1, *native)
@@ -215,10 +241,21 @@ class TiStage(TokenStage):
 class LITTi(StagedBackbone):
     """LIT-Ti. As in a ViT, `forward_features` gives tokens, B 1+N C, the class token first; its maps are NCHW.
 
-    depths, dims, heads, mlp_ratios: of the four stages (heads of the first two are unused, as they have no attention);
-    img_size: image for whose maps the position embeddings are made, other images resize them; class_token: False leaves it out,
-    as the authors' dense-prediction code does (then `forward_features` gives a map and global_pool must be "avg" or "");
-    global_pool: "token", "avg" (over the map's positions) or "".
+    Args:
+        depths: blocks of each stage.
+        dims: channels of each stage.
+        heads: of each stage; those of the first two are unused, as they have no attention.
+        mlp_ratios: hidden channels per channel, of each stage.
+        qkv_bias: whether q, k and v have a bias.
+        class_token: False leaves it out, as the authors' dense-prediction code does; then `forward_features` gives a map and
+            global_pool must be "avg" or "".
+        img_size: side, or (height, width), for whose maps the position embeddings are made; other images resize them.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "token", "avg" (over the map's positions) or "".
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
     """
 
     family = "lit"

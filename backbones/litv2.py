@@ -28,6 +28,14 @@ class HiLo(nn.Module):
     Of `heads` heads the first int(heads * alpha) are Lo-Fi (the product is cut, not rounded), the rest Hi-Fi; with window 1 all
     are Lo-Fi and nothing is pooled, which is ordinary attention. A map that windows do not divide is padded with zeros that
     take part as keys, without a mask. qkv_bias: of queries, keys and values; the two output projections always have one.
+
+    Args:
+        dim: channels.
+        heads: number of heads, Hi-Fi and Lo-Fi together.
+        window: side of a window, positions.
+        alpha: share of Lo-Fi heads.
+        qkv_bias: of queries, keys and values; the two output projections always have one.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
     """
 
     def __init__(
@@ -97,10 +105,25 @@ class ConvMlp(nn.Module):
 
 
 class LITv2(StagedBackbone):
-    """depths, dims, heads: of the four stages; windows: of the third and fourth, the only ones with attention (so the heads of
-    the first two are unused); alpha: share of Lo-Fi heads; drop_path_rate: at the last block, rising linearly from 0;
-    feature_norms: a LayerNorm on each returned map, as the authors' segmentation code has, or the stages that have one
-    ((1, 2, 3) in their detection code, which also publishes windows (4, 1))."""
+    """LITv2; sequences have an entry a stage.
+
+    Args:
+        depths: blocks.
+        dims: channels.
+        heads: of the attentions; those of the first two stages are unused, as they have no attention.
+        windows: of the third and fourth stage, the only ones with attention.
+        alpha: share of Lo-Fi heads.
+        mlp_ratio: hidden channels per channel.
+        qkv_bias: whether q, k and v have a bias.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or another of timm's for maps.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        feature_norms: a LayerNorm on each returned map, as the authors' segmentation code has, or the stages that have one
+            ((1, 2, 3) in their detection code, which also publishes windows (4, 1)).
+    """
 
     family = "litv2"
     nhwc = True

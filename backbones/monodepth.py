@@ -60,7 +60,15 @@ def halved(x: Tensor) -> Tensor:
 
 
 class DilatedBlock(nn.Module):
-    """A dilated depth-wise 3x3 convolution, batch norm, MLP, all added to the input (paper, eq. 1)."""
+    """A dilated depth-wise 3x3 convolution, batch norm, MLP, all added to the input (paper, eq. 1).
+
+    Args:
+        dim: channels.
+        dilation: of the convolution.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value.
+        drop_path: stochastic depth.
+    """
 
     def __init__(self, dim: int, dilation: int, mlp_ratio: float, layer_scale: float, drop_path: float):
         super().__init__()
@@ -109,7 +117,16 @@ def waves(like: Tensor) -> Tensor:
 
 
 class GlobalBlock(nn.Module):
-    """Channel attention, then an MLP, whose result is added to the block's input, not to the attention's (paper, fig. 3)."""
+    """Channel attention, then an MLP, whose result is added to the block's input, not to the attention's (paper, fig. 3).
+
+    Args:
+        dim: channels.
+        heads: of the channel attention.
+        positions: whether positions are added before it.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value.
+        drop_path: stochastic depth.
+    """
 
     def __init__(self, dim: int, heads: int, positions: bool, mlp_ratio: float, layer_scale: float, drop_path: float):
         super().__init__()
@@ -139,6 +156,12 @@ class LiteMonoStage(Stage):
 
     Takes and gives (map, what the next downsampling sees beside it): the stage's input and the image, B C+3 H W; the last one
     gives the map alone.
+
+    Args:
+        downsample: of what comes in, side by side.
+        blocks: on the map.
+        first: whether only the image comes in.
+        last: whether only the map leaves.
     """
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], first: bool, last: bool):

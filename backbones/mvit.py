@@ -41,7 +41,11 @@ def pooled_size(size: Size, stride: int) -> Size:
 def pool(x: Tensor, weight: Tensor, size: Size, stride: int) -> Tensor:
     """Tokens B 1+N C, class token first -> B 1+n h d: the map under a depth-wise 3x3 convolution, the same for every head.
 
-    weight: d 1 3 3; size: (rows, columns) of the map.
+    Args:
+        x: B 1+N C.
+        weight: d 1 3 3.
+        size: (rows, columns) of the map.
+        stride: of the convolution.
     """
     heads = x.shape[2] // len(weight)
     image = x[:, 1:].unflatten(1, size).permute(0, 3, 1, 2)
@@ -67,7 +71,15 @@ def as_map(x: Tensor, size: Size) -> Tensor:  # B 1+N C -> B H W C
 
 
 class PoolingAttention(nn.Module):
-    """Self-attention with pooled queries, keys and values, each normalised after its pooling (paper, section 3.1)."""
+    """Self-attention with pooled queries, keys and values, each normalised after its pooling (paper, section 3.1).
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        qkv_bias: whether q, k and v have a bias.
+        stride: of the pooling of queries; 1 for none.
+        kv_stride: of the pooling of keys and values, which is there at 1 too.
+    """
 
     pool_q: nn.Conv2d
     pool_k: nn.Conv2d

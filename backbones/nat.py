@@ -64,7 +64,18 @@ def attend(
 
 
 class NeighborhoodAttention(nn.Module):
-    """Attention of every pixel to its kernel_size x kernel_size neighbours, `dilation` apart, with a relative position bias."""
+    """Attention of every pixel to its kernel_size x kernel_size neighbours, `dilation` apart, with a relative position bias.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        kernel_size: side of a neighbourhood, odd.
+        dilation: between neighbours, pixels of the map.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        proj_drop: dropout of the output.
+        backend: of the attention, None for the fastest one that can run.
+    """
 
     def __init__(
         self,
@@ -112,7 +123,16 @@ def attend_fully(qkv: Tensor, table: Tensor, heads: int, scale: float) -> Tensor
 
 
 class FullAttention(nn.Module):
-    """Attention among all pixels with a bias per relative position; on another grid than `grid` the table is resampled."""
+    """Attention among all pixels with a bias per relative position; on another grid than `grid` the table is resampled.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        grid: (rows, columns) for which the table is made.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        proj_drop: dropout of the output.
+    """
 
     def __init__(
         self,
@@ -142,7 +162,16 @@ class FullAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + DP(s1 * attention(norm1 x)), then x + DP(s2 * MLP(norm2 x)); without LayerScale s1 and s2 do not exist."""
+    """x + DP(s1 * attention(norm1 x)), then x + DP(s2 * MLP(norm2 x)); without LayerScale s1 and s2 do not exist.
+
+    Args:
+        attn: of B H W C.
+        dim: channels.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value, None for none.
+        drop: dropout in the MLP.
+        drop_path: stochastic depth.
+    """
 
     layer_scales = (("attn.proj", "scale1"), ("mlp.fc2", "scale2"))
 
@@ -187,13 +216,27 @@ class ConvDownsample(nn.Module):
 
 
 class NAT(StagedBackbone):
-    """NAT, DiNAT and DiNAT_s.
+    """NAT, DiNAT and DiNAT_s; sequences have an entry a stage.
 
-    embed_dim: channels of the first stage, doubled by each next one; depths, num_heads: of the stages; kernel_size: side of a
-    neighbourhood, odd; dilations: per stage, block j of a stage takes entry j modulo their number; None for 1 everywhere, or a
-    name of DENSE_DILATIONS; overlap: stem and downsampling by the convolutions of NAT and DiNAT, or by the patches of DiNAT_s;
-    layer_scale: initial value, None for none; drop_path_rate: at the last block, rising linearly from 0; feature_norms: a norm
-    for each returned map, as the authors' dense code has; backend: of the attention, None for the fastest one that can run.
+    Args:
+        embed_dim: channels of the first stage, doubled by each next one.
+        depths: blocks.
+        num_heads: of the attentions.
+        kernel_size: side of a neighbourhood, odd.
+        dilations: block j of a stage takes entry j modulo their number; None for 1 everywhere, or a name of DENSE_DILATIONS.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value, None for none.
+        overlap: stem and downsampling by the convolutions of NAT and DiNAT, or by the patches of DiNAT_s.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or another of timm's for maps.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout of attention outputs and in MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        feature_norms: a norm for each returned map, as the authors' dense code has.
+        backend: of the attention, None for the fastest one that can run.
     """
 
     family = "nat"
@@ -255,7 +298,21 @@ class NAT(StagedBackbone):
 
 
 class Isotropic(StagedBackbone):
-    """One map of stride `patch_size` through `depth` blocks, a stage each; make_attn: a block's number -> its attention."""
+    """One map of stride `patch_size` through `depth` blocks, a stage each.
+
+    Args:
+        make_attn: a block's number -> its attention.
+        embed_dim: channels.
+        depth: blocks.
+        patch_size: side of a patch, pixels.
+        mlp_ratio: hidden channels per channel.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or another of timm's for maps.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout in MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+    """
 
     family = "nat"
     nhwc = True
@@ -296,7 +353,21 @@ class Isotropic(StagedBackbone):
 
 
 class NATIsotropic(Isotropic):
-    """A flat ViT with neighbourhood attention; dilation: of every second block, the others have 1. Any image size."""
+    """A flat ViT with neighbourhood attention, for any image size.
+
+    Args:
+        embed_dim: channels.
+        depth: blocks.
+        num_heads: of the attentions.
+        kernel_size: side of a neighbourhood, odd.
+        dilation: of every second block; the others have 1.
+        patch_size: side of a patch, pixels.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        proj_drop_rate: dropout of attention outputs and in MLPs.
+        backend: of the attention, None for the fastest one that can run.
+        kwargs: further arguments of Isotropic.
+    """
 
     def __init__(
         self,
@@ -322,7 +393,16 @@ class NATIsotropic(Isotropic):
 class ViTRPB(Isotropic):
     """The authors' ViT for comparison: full attention with a relative position bias, no class token, no absolute positions.
 
-    img_size: image side, or (height, width), at which the bias table is used as it is. Any other image resamples it.
+    Args:
+        img_size: side, or (height, width), at which the bias table is used as it is; any other image resamples it.
+        embed_dim: channels.
+        depth: blocks.
+        num_heads: of the attentions.
+        patch_size: side of a patch, pixels.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        proj_drop_rate: dropout of attention outputs and in MLPs.
+        kwargs: further arguments of Isotropic.
     """
 
     layout = "vitrpb"

@@ -92,10 +92,27 @@ class PiTHead(TokenHead):
 
 
 class PiT(StagedBackbone):
-    """base_dims: channels per head; heads: of the three stages, whose width is their product; patch_size, stride: of the
-    overlapping stem; drop_path_rate: block b of n has rate * b / n; distilled: a second token and classifier.
+    """Pooling-based vision transformer.
 
     Returned maps are as the blocks leave them: the final norm is for the class tokens, which `forward_features` returns.
+
+    Args:
+        img_size: side, or (height, width), for which the position embedding is made; other sizes run too.
+        patch_size: side of the stem's overlapping patches, pixels.
+        stride: between them.
+        base_dims: channels per head of each stage.
+        depths: blocks of each stage.
+        heads: of each stage, whose width is base_dims times heads.
+        mlp_ratio: hidden channels per channel.
+        distilled: a second token and classifier.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "token" or "".
+        drop_rate: dropout before the classifier.
+        pos_drop_rate: dropout of the map with its positions.
+        proj_drop_rate: dropout of attention outputs and in MLPs.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth; block b of n has rate * b / n.
     """
 
     family = "pit"

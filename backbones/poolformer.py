@@ -52,7 +52,16 @@ class PoolMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """x + DP(s1 * mix(norm1 x)), then x + DP(s2 * MLP(norm2 x))."""
+    """x + DP(s1 * mix(norm1 x)), then x + DP(s2 * MLP(norm2 x)).
+
+    Args:
+        dim: channels.
+        pool_size: side of the average, odd.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: initial value, None for none.
+        drop: dropout in the MLP.
+        drop_path: stochastic depth.
+    """
 
     layer_scales = (("mlp.fc2", "scale2"),)
 
@@ -71,8 +80,22 @@ class Block(nn.Module):
 
 
 class PoolFormer(StagedBackbone):
-    """depths, dims, mlp_ratios: of the four stages; layer_scale: initial value, None for none; drop_path_rate: at the last
-    block, rising linearly from 0; feature_norms: a norm for each returned map, as the authors' dense code has."""
+    """PoolFormer; sequences have an entry a stage.
+
+    Args:
+        depths: blocks.
+        dims: channels.
+        mlp_ratios: hidden channels per channel.
+        pool_size: side of the average that mixes tokens, odd.
+        layer_scale: initial value, None for none.
+        in_chans: image channels.
+        num_classes: 0 for no classifier.
+        global_pool: "avg", or another of timm's for maps.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout in MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        feature_norms: a norm for each returned map, as the authors' dense code has.
+    """
 
     family = "poolformer"
     min_size = 3  # the stem's 7x7 kernel with its padding of 2

@@ -50,10 +50,16 @@ dino_positions = leaf(_dino_positions)
 class RegisterViT(OpenNames, VisionTransformer):
     """DINOv2's ViT with test-time registers, at any image size: padded to whole patches, positions resized as DINOv2 does.
 
-    register_neurons: layer -> neurons, None for none; num_registers: tokens added at test time; register_scale,
-    register_rule, register_patches: see add_test_time_registers; interpolate_antialias, interpolate_offset: of the positions,
-    as DINOv2 names them (models with trained registers: True, 0). Other arguments are timm's VisionTransformer's;
-    dynamic_img_size=False binds the model to img_size.
+    Args:
+        img_size: side, or (height, width), for which the positions are made.
+        register_neurons: layer -> neurons, None for none.
+        num_registers: tokens added at test time.
+        register_scale: see add_test_time_registers.
+        register_rule: see add_test_time_registers.
+        register_patches: see add_test_time_registers.
+        interpolate_antialias: of the positions, as DINOv2 names it (models with trained registers: True).
+        interpolate_offset: of the positions, as DINOv2 names it (models with trained registers: 0).
+        vit: further arguments of timm's VisionTransformer; dynamic_img_size=False binds the model to img_size.
     """
 
     family = "registers"

@@ -87,9 +87,14 @@ class Norms(StagedBackbone):
 class SlabSwin(Norms, FlattenSwin):
     """FLatten's Swin with simplified linear attention and PRepBN.
 
-    norm: "prepbn", or "repbn" without a LayerNorm; norm_steps, norm_warm: schedule of the former, in training steps; norm_steps
-    None: to the end of the run. Other arguments are FlattenSwin's. With dense (or feature_norms) it follows the authors'
-    detection code: linear windows of 56, 28.
+    Args:
+        img_size: as FlattenSwin's.
+        norm: "prepbn", or "repbn" without a LayerNorm.
+        norm_steps: schedule of "prepbn" in training steps; None for to the end of the run.
+        norm_warm: steps of LayerNorm alone before it.
+        depths: blocks of each stage.
+        kwargs: further arguments of FlattenSwin; with dense (or feature_norms) it follows the authors' detection code: linear
+            windows of 56, 28.
     """
 
     family = "slab"
@@ -117,7 +122,16 @@ class SlabSwin(Norms, FlattenSwin):
 
 
 class SlabPVT(Norms, FlattenPVT):
-    """FLatten's PVT with simplified linear attention and PRepBN; arguments as FlattenPVT's and SlabSwin's."""
+    """FLatten's PVT with simplified linear attention and PRepBN; arguments as FlattenPVT's and SlabSwin's.
+
+    Args:
+        img_size: as FlattenPVT's.
+        norm: as SlabSwin's.
+        norm_steps: as SlabSwin's.
+        norm_warm: as SlabSwin's.
+        depths: blocks of each stage.
+        kwargs: further arguments of FlattenPVT.
+    """
 
     family = "slab"
     keeps_unused_norm = False
@@ -140,7 +154,16 @@ class SlabPVT(Norms, FlattenPVT):
 
 
 class SlabCSwin(Norms, FlattenCSwin):
-    """FLatten's CSwin with simplified linear attention and PRepBN; arguments as FlattenCSwin's and SlabSwin's."""
+    """FLatten's CSwin with simplified linear attention and PRepBN; arguments as FlattenCSwin's and SlabSwin's.
+
+    Args:
+        img_size: as FlattenCSwin's.
+        norm: as SlabSwin's.
+        norm_steps: as SlabSwin's.
+        norm_warm: as SlabSwin's.
+        depths: blocks of each stage.
+        kwargs: further arguments of FlattenCSwin.
+    """
 
     family = "slab"
 
@@ -162,7 +185,14 @@ class SlabCSwin(Norms, FlattenCSwin):
 
 
 class MapLinearAttention(LinearAttention):
-    """Simplified linear attention over a whole map."""
+    """Simplified linear attention over a whole map.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        keys: (rows, columns) for which the encoding is made.
+        qkv_bias: whether q, k and v have a bias.
+    """
 
     def __init__(self, dim: int, num_heads: int, keys: tuple[int, int], qkv_bias: bool):
         super().__init__(dim, num_heads, keys, focusing=None)
@@ -182,7 +212,14 @@ class PassingStage(TokenStage):
 
 @leaf
 def positions(embedding: Tensor, like: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """The position embedding 1 prefix+n C of a grid as a map 1 H W C of the size of `like`, B H W C, resized (bicubic)."""
+    """The position embedding 1 prefix+n C of a grid as a map 1 H W C of the size of `like`, B H W C, resized (bicubic).
+
+    Args:
+        embedding: of prefix tokens and patches, 1 N C.
+        like: a map of the size that is wanted.
+        grid: (rows, columns) for which it is made.
+        prefix: entries before the patches'.
+    """
     resized = resample_position_embedding(embedding, tuple(like.shape[1:3]), prefix, old_grid=grid)
     return resized[:, prefix:].unflatten(1, like.shape[1:3])
 

@@ -130,10 +130,15 @@ class MaskPredictor(nn.Module):
         alive: Tensor | None = None,
         raw: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries and keys B h n d, class token first -> mask B h n-1 n (bool), scores, coefficients B h n-1 r, basis.
+        """Queries and keys, class token first -> mask B h n-1 n (bool), scores, coefficients B h n-1 r, basis.
 
-        Of dropped tokens either `kept`, B n, names those that are left, in q and k too; or `alive`, B N bool, marks them among
-        all N. raw: signed basis and all coefficients, as while the scores are trained to reconstruct attention.
+        Args:
+            q: queries, B h n d.
+            k: keys, B h n d.
+            grid: (rows, columns) of the image's patches.
+            kept: B n, which of all N tokens are left, in q and k too; None for all.
+            alive: B N bool, which tokens count where the dropped ones are still in q and k; None for all.
+            raw: signed basis and all coefficients, as while the scores are trained to reconstruct attention.
         """
         q, k = self.proj_c_q(q[:, :, 1:]), self.proj_c_k(k)
         return choose_keys(q, k, self.proj_n, self.proj_back_n, self.rule, self.grid, grid, kept, alive, raw)
@@ -215,7 +220,14 @@ def used(x: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
 
 
 class SparseAttention(Attention):
-    """timm's self-attention under the mask of its predictor; ordinary attention if it has none (`predictor` None)."""
+    """timm's self-attention under the mask of its predictor; ordinary attention if it has none (`predictor` None).
+
+    Args:
+        dim: channels.
+        heads: number of heads.
+        qkv_bias: whether q, k and v have a bias.
+        predictor: arguments of MaskPredictor after dim and heads, None for ordinary attention.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, predictor: dict | None):
         super().__init__(dim, heads, qkv_bias=qkv_bias)
@@ -224,7 +236,14 @@ class SparseAttention(Attention):
     def forward(  # type: ignore[override]  # the mask is predicted here
         self, x: Tensor, grid: tuple[int, int], kept: Tensor | None, prunes: bool
     ) -> tuple[Tensor, Tensor | None]:  # B n C -> B n C
-        """Output, and the class token's weights B h 1 n if the block prunes or tokens are missing."""
+        """Output, and the class token's weights B h 1 n if the block prunes or tokens are missing.
+
+        Args:
+            x: tokens, B n C.
+            grid: (rows, columns) of the image's patches.
+            kept: B n, which of all N tokens they are; None for all.
+            prunes: whether the block drops tokens after it.
+        """
         (q, k, v), weights = project(self, x), None
         if self.mask_predictor is None:
             return finish(self, x, sdpa(q, k, v, scale=self.scale)), None
@@ -242,7 +261,14 @@ class SparseAttention(Attention):
     def detailed(
         self, x: Tensor, grid: tuple[int, int], alive: Tensor | None, reconstruct: bool
     ) -> tuple[Tensor, BlockDetails]:
-        """The same over all tokens, as in the source, with every map. alive: B N bool, tokens not dropped before."""
+        """The same over all tokens, as in the source, with every map.
+
+        Args:
+            x: tokens, B N C.
+            grid: (rows, columns) of the image's patches.
+            alive: B N bool, tokens not dropped before; None for all.
+            reconstruct: nothing is masked, and the scores keep their signs.
+        """
         q, k, v = project(self, x)
         if alive is not None:
             q, k, v = (t * alive[:, None, :, None] for t in (q, k, v))
@@ -261,7 +287,17 @@ class SparseAttention(Attention):
 class Block(nn.Module):
     """x + DP(attn(norm1 x)) / skip, then x + DP(MLP(norm2 x)) / skip; then, if it prunes, fewer tokens.
 
-    token_keep_rate: share of all patches that remain after this block, or None to drop none here.
+    Args:
+        dim: channels.
+        heads: of the attention.
+        mlp_ratio: hidden channels per channel.
+        qkv_bias: whether q, k and v have a bias.
+        eps: of the norms.
+        predictor: arguments of MaskPredictor after dim and heads, None for ordinary attention.
+        token_keep_rate: share of all patches that remain after this block, None to drop none here.
+        skip: what both branches are divided by.
+        drop: dropout in the MLP.
+        drop_path: stochastic depth.
     """
 
     def __init__(
@@ -301,7 +337,14 @@ class Block(nn.Module):
     def detailed(
         self, x: Tensor, grid: tuple[int, int], alive: Tensor | None = None, reconstruct: bool = False
     ) -> tuple[Tensor, BlockDetails, Tensor | None]:
-        """The same over all N tokens, dropped ones being zero: tokens B N C, every map, and which are alive, B N bool."""
+        """The same over all N tokens, dropped ones being zero: tokens B N C, every map, and which are alive, B N bool.
+
+        Args:
+            x: tokens, B N C.
+            grid: (rows, columns) of the image's patches.
+            alive: B N bool, tokens not dropped before; None for all.
+            reconstruct: nothing is masked, and the scores keep their signs.
+        """
         out, details = self.attn.detailed(self.norm1(x), grid, alive, reconstruct)
         x = self.after_attention(x, out)
         if self.token_keep_rate is not None:
@@ -318,7 +361,16 @@ class Block(nn.Module):
 
 
 class ConvPatchEmbed(PatchEmbed):
-    """LV-ViT's stem ("4_2"): three convolutions at half the size, then patches. B 3 H W -> B rows columns C."""
+    """LV-ViT's stem ("4_2"): three convolutions at half the size, then patches. B 3 H W -> B rows columns C.
+
+    Args:
+        img_size: side, or (height, width), pixels.
+        patch_size: side of a patch, pixels.
+        in_chans: image channels.
+        embed_dim: channels of a token.
+        bias: of the last convolution.
+        kwargs: further arguments of timm's PatchEmbed.
+    """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=3, embed_dim=384, bias=True, **kwargs):
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs)

@@ -82,7 +82,15 @@ def attend_inside(qkv: Tensor, heads: int, mask: Tensor | None = None) -> Tensor
 
 @leaf
 def order(x: Tensor, number: int, seed: int, given: Tensor | None, drawn: bool) -> Tensor:
-    """The order of the tokens x, B N C, at permuted pass `number`: the given one, else drawn, else that of the seed."""
+    """The order of the tokens x, B N C, at permuted pass `number`: the given one, else drawn, else that of the seed.
+
+    Args:
+        x: tokens, B N C.
+        number: of the permuted pass.
+        seed: of the orders.
+        given: an order of N places, None for none.
+        drawn: draw a new one, as the authors do.
+    """
     count = x.shape[1]
     if given is not None:
         if len(given) != count:
@@ -122,7 +130,15 @@ class Coefficient(nn.Module):
 
 
 class Block(nn.Module):
-    """c1 x + c2 DP(attn(norm1 x)), then c3 x + c4 DP(mlp(norm2 x))."""
+    """c1 x + c2 DP(attn(norm1 x)), then c3 x + c4 DP(mlp(norm2 x)).
+
+    Args:
+        dim: channels.
+        heads: of the attention.
+        mlp_ratio: hidden channels per channel.
+        drop_path: stochastic depth.
+        qkv_bias: whether q, k and v have a bias.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, drop_path: float, qkv_bias: bool = True):
         super().__init__()

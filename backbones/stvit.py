@@ -140,7 +140,15 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + depth-wise convolution of x, then x + DP(s1 * attn(LN x)), then x + DP(s2 * MLP(BN x))."""
+    """x + depth-wise convolution of x, then x + DP(s1 * attn(LN x)), then x + DP(s2 * MLP(BN x)).
+
+    Args:
+        dim: channels.
+        attn: of the map.
+        mlp_ratio: hidden channels per channel.
+        layer_scale: whether both branches are scaled.
+        drop_path: stochastic depth.
+    """
 
     layer_scales = (("mlp.fc2", "scale2"),)
 

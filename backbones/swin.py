@@ -45,13 +45,28 @@ default_cfgs = _default_cfgs("swin")
 
 
 def shift_of(height: int, width: int, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> int:
-    """By how many tokens a map is rolled: half a window, or nothing on the map size `unshifted`."""
+    """By how many tokens a map is rolled: half a window, or nothing on the map size `unshifted`.
+
+    Args:
+        height: of the map.
+        width: of the map.
+        window: tokens per side of a window.
+        shifted: whether the block shifts.
+        unshifted: map size on which it does not, None for none.
+    """
     return window // 2 if shifted and unshifted != (height, width) else 0
 
 
 @leaf
 def to_windows(x: Tensor, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> Tensor:  # B H W C -> B n L C
-    """The windows of a map, padded with zeros to whole windows and then rolled."""
+    """The windows of a map, padded with zeros to whole windows and then rolled.
+
+    Args:
+        x: B H W C.
+        window: tokens per side of a window.
+        shifted: whether the block shifts.
+        unshifted: map size on which it does not, None for none.
+    """
     (_, height, width, _), shift = x.shape, shift_of(x.shape[1], x.shape[2], window, shifted, unshifted)
     rows, columns = -(-height // window), -(-width // window)
     x = pad_to_multiple(x, window, nhwc=True)
@@ -97,9 +112,17 @@ def window_bias(table: Tensor, window: int) -> Tensor:
 
 
 class WindowAttention(nn.Module):
-    """Attention inside windows of `window` x `window` tokens, shifted by half a window if `shifted`.
+    """Attention inside windows, shifted by half a window or not.
 
-    unshifted: the map size on which the authors' classification code does not shift, or None.
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        window: tokens per side of a window.
+        shifted: whether windows are shifted.
+        unshifted: the map size on which the authors' classification code does not shift, None for none.
+        qkv_bias: whether q, k and v have a bias.
+        qk_scale: factor of the scores, d ** -0.5 unless given.
+        proj_drop: dropout of the output.
     """
 
     def __init__(
@@ -161,6 +184,14 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, device: torch.d
     """What a rolled map of rows x columns windows adds to the scores, n L L.
 
     -100 between tokens that were not neighbours before the roll, else 0.
+
+    Args:
+        rows: of windows.
+        columns: of windows.
+        window: tokens per side of a window.
+        shift: by how many tokens the map is rolled.
+        device: of the result.
+        dtype: of the result.
     """
     place = torch.arange(window, device=device)
     # Bands of the rolled axis: 0, in the last window 1, its last `shift` tokens, which came from the other end, 2.
@@ -188,7 +219,15 @@ def with_positions(x: Tensor, position: Tensor) -> Tensor:
 
 
 class PositionedPatchEmbed(PatchEmbed):
-    """Patches plus a learned embedding of their absolute position, resized bicubically for maps of another size than `grid`."""
+    """Patches plus a learned embedding of their absolute position, resized bicubically for maps of another size than `grid`.
+
+    Args:
+        in_chans: image channels.
+        dim: channels of a token.
+        patch_size: side of a patch, pixels.
+        make_norm: channels -> a norm over the last axis.
+        grid: (rows, columns) for which positions are made.
+    """
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, make_norm: MakeNorm, grid: tuple[int, int]):
         super().__init__(in_chans, dim, patch_size, make_norm)
@@ -292,7 +331,15 @@ class Swin(StagedBackbone):
         return layer_norm(dim)
 
     def make_attn(self, stage: int, block: int, dim: int, num_heads: int, **attention: Any) -> nn.Module:
-        """The attention of a block; attention: qkv_bias, qk_scale and proj_drop, as WindowAttention takes them."""
+        """The attention of a block.
+
+        Args:
+            stage: number of the stage.
+            block: number of the block in it.
+            dim: channels.
+            num_heads: of the attention.
+            attention: qkv_bias, qk_scale and proj_drop, as WindowAttention takes them.
+        """
         side, unshifted = self.window(stage, block)
         return WindowAttention(dim, num_heads, side, block % 2 == 1, unshifted, **attention)
 

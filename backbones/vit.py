@@ -89,7 +89,15 @@ def project(attn: Part, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rotate(attn: Part, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values as attention meets them: patches rotated by `rope`, keys and values repeated for their group."""
+    """Queries, keys and values as attention meets them: patches rotated by `rope`, keys and values repeated for their group.
+
+    Args:
+        attn: the attention of a block.
+        q: queries, B h T d.
+        k: keys, as they are stored.
+        v: values, as they are stored.
+        rope: rotary table, None for none.
+    """
     if rope is not None:
         skip, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
         q, k = (torch.cat([t[:, :, :skip], apply_rot_embed_cat(t[:, :, skip:], rope, half=half)], 2).type_as(v) for t in (q, k))
@@ -99,7 +107,15 @@ def rotate(attn: Part, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> 
 
 
 def mix(attn: Part, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale q k' + mask) v, B h T d, fused where the module is; mask is additive and broadcasts to B h T T."""
+    """softmax(scale q k' + mask) v, B h T d, fused where the module is; mask is additive and broadcasts to B h T T.
+
+    Args:
+        attn: the attention of a block.
+        q: queries, B h T d.
+        k: keys, B h T d.
+        v: values, B h T d.
+        mask: added to the scores, broadcast to B h T T; None for none.
+    """
     if attn.fused_attn:
         dropout = attn.attn_drop.p if attn.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype), dropout, scale=attn.scale)
@@ -108,7 +124,14 @@ def mix(attn: Part, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 def attention_map(attn: Part, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(scale q k' + mask), B h T T, row = query, before dropout."""
+    """softmax(scale q k' + mask), B h T T, row = query, before dropout.
+
+    Args:
+        attn: the attention of a block.
+        q: queries, B h T d.
+        k: keys, B h T d.
+        mask: added to the scores, None for none.
+    """
     scores = (q * attn.scale) @ k.mT
     return (scores if mask is None else scores + mask).softmax(-1)
 
@@ -146,7 +169,14 @@ def attention_output(block: Part, inside: Tensor, mixed: Tensor) -> Tensor:
 
 
 def attention_branch(block: Part, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(what a block's attention adds to its tokens, its keys before rotation B h T d)."""
+    """(what a block's attention adds to its tokens, its keys before rotation B h T d).
+
+    Args:
+        block: of a flat ViT.
+        x: tokens, B T C.
+        rope: rotary table, None for none.
+        mask: added to the scores, None for none.
+    """
     inside = attention_input(block, x)
     q, keys, v = project(block.attn, inside)
     q, k, v = rotate(block.attn, q, keys, v, rope)
@@ -297,7 +327,19 @@ class TokenStream(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """timm's forward_intermediates, maps in the order of `indices`; each is filled from the tokens left after its block."""
+        """timm's forward_intermediates, maps in the order of `indices`; each is filled from the tokens left after its block.
+
+        Args:
+            x: images, B 3 H W.
+            indices: last n blocks (int), block numbers (negative from the end), or all (None).
+            return_prefix_tokens: pairs (map, prefix tokens B P C).
+            norm: final norm on each.
+            stop_early: do not run blocks after the last one asked for.
+            output_fmt: "NCHW", or "NLC" for patch tokens.
+            intermediates_only: the maps alone, else (output of `forward_features`, maps).
+            attn_mask: refused unless it is None.
+            is_causal: refused unless it is False.
+        """
         refuse_masks(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("heads", "train")
+PACKAGES = ("backbones", "heads", "train", "weights")
+OPEN = ("heads", "train")  # here every function without an underscore is public; elsewhere those that another file imports
+BACKENDS = r"backbones/ops/\w+/(?!__init__)"  # each takes what the op's public function has in its list
 MOST = 3  # arguments that a sentence can explain
 OF_THE_CLASS = ("__init__", "find", "describe")  # a data set's arguments are those of find and describe
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -46,8 +48,23 @@ def inherited(owner: ast.ClassDef, name: str, classes: dict[str, list[ast.ClassD
     return found
 
 
-def unlisted(tree: ast.Module, classes: dict[str, list[ast.ClassDef]]) -> list[str]:
-    """What is public in a file and has too many arguments for its docstring, with the arguments that no line names."""
+def imported(trees: dict[str, ast.Module]) -> set[str]:
+    """Names that some file imports from another, or takes from a module of ours, as in `reference.run`."""
+    names: set[str] = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute):
+                names.add(node.attr)
+    return names
+
+
+def unlisted(tree: ast.Module, classes: dict[str, list[ast.ClassDef]], public: set[str] | None = None) -> list[str]:
+    """What is public in a file and has too many arguments for its docstring, with the arguments that no line names.
+
+    public: names of the functions that count; None for all without an underscore.
+    """
     wrong = []
 
     def visit(owner: ast.Module | ast.ClassDef) -> None:
@@ -55,6 +72,8 @@ def unlisted(tree: ast.Module, classes: dict[str, list[ast.ClassDef]]) -> list[s
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 visit(node)
             if not isinstance(node, Function) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            if public is not None and owner is tree and node.name not in public:
                 continue
             names = arguments(node)
             known = listed(ast.get_docstring(node))
@@ -74,11 +93,12 @@ TREES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 CLASSES = classes_of(TREES)
+IMPORTED = imported(TREES)
 
 
-@pytest.mark.parametrize("file", TREES)
+@pytest.mark.parametrize("file", [file for file in TREES if not re.match(BACKENDS, file)])
 def test_more_than_three_arguments_are_listed_one_a_line(file):
-    wrong = unlisted(TREES[file], CLASSES)
+    wrong = unlisted(TREES[file], CLASSES, None if file.startswith(OPEN) else IMPORTED)
     assert not wrong, "\n".join(["no line 'name: meaning' under Args: for", *wrong])
 
 

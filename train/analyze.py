@@ -125,7 +125,14 @@ def measured_heads(subject: Subject, images: Tensor, files: Sequence[Path], batc
 
 
 def looked_at(subject: Subject, images: Tensor, files: Sequence[Path], batch: int) -> Any:
-    """Attention statistics of a flat ViT, or of a network whose attention is local."""
+    """Attention statistics of a flat ViT, or of a network whose attention is local.
+
+    Args:
+        subject: the model and how it takes images.
+        images: B 3 H W, all of them.
+        files: they came from, which are not needed here.
+        batch: images taken at a time.
+    """
     measure = local.local_attention_statistics if local.local_attentions(subject.model) else attention.attention_statistics
     return measure(subject.model, images, batch)
 

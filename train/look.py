@@ -78,7 +78,14 @@ def features_of(model: nn.Module) -> FeatureBackbone:
 
 @torch.no_grad()
 def sheet_of(subject: Subject, features: FeatureBackbone, file: Path, at: Place | None) -> tuple[list[list[Panel]], str]:
-    """The rows of one image's sheet, and its title."""
+    """The rows of one image's sheet, and its title.
+
+    Args:
+        subject: the model and how it takes images.
+        features: its feature maps.
+        file: of the image.
+        at: the place that is asked, None for the most salient one.
+    """
     image = subject.images([file])
     photo = scaled(to_rgb(image[0], subject.mean, subject.std))
     with evaluation(features):

@@ -170,6 +170,13 @@ def bound_batch(counts: Counts, gpus: int, kind: str, device: Gpu, speed: float)
     """The fewest images of a GPU at which computing takes as long as sending, when sending hides behind computing.
 
     DDP sends during the backward, which is two thirds of a step; FSDP during all of it.
+
+    Args:
+        counts: of the model.
+        gpus: how many there are.
+        kind: "ddp" or "fsdp".
+        device: one of them.
+        speed: operations a second that it computes with.
     """
     hidden = 2 / 3 if kind == "ddp" else 1.0
     sending = communication(counts, gpus, kind) / device.link
@@ -221,6 +228,12 @@ def forward_bytes(net: nn.Module, channels: int, size: tuple[int, ...], precisio
     """(bytes kept for the backward, outputs, multiply-adds) of one image in training, from three images less two.
 
     A tensor that several operations keep counts once, and parameters, which are there anyway, do not.
+
+    Args:
+        net: the model.
+        channels: of an image.
+        size: (height, width) of an image.
+        precision: "no", "bf16" or "fp16".
     """
     found = []
     for batch in (2, 3):  # batch norms refuse one image on a map of one pixel

@@ -33,6 +33,12 @@ def fetch(name: str, tag: str | None = None, cache_dir: str | Path | None = None
 
     Raises ValueError if there is no such checkpoint, if it was never published, or if the file's sha256 is not the manifest's,
     and FileNotFoundError, which says which file to put where, if it cannot be downloaded.
+
+    Args:
+        name: of the model or the dense file.
+        tag: of its checkpoint, None for the first one.
+        cache_dir: where files are looked for first and kept, None for the usual folders.
+        progress: show how much has come.
     """
     checkpoint = manifest.find(name, tag)
     if not checkpoint:
@@ -89,8 +95,14 @@ def check_hash(path: Path, expected: str | None, advice: str) -> None:
 def overlay(name: str, pretrained_cfg=None, pretrained_cfg_overlay: dict | None = None, cache_dir=None) -> dict:
     """timm's pretrained_cfg_overlay for model `name` with the weights' local `file` filled in.
 
-    pretrained_cfg, pretrained_cfg_overlay, cache_dir: as a user gives them to timm.create_model. A state dict, a hub name or a
+    A state dict, a hub name or a
     local folder is left to timm; a user's own file or address is not checked against the manifest.
+
+    Args:
+        name: of the model.
+        pretrained_cfg: as a user gives it to timm.create_model.
+        pretrained_cfg_overlay: as a user gives it to timm.create_model.
+        cache_dir: as a user gives it to timm.create_model.
     """
     from timm.models import resolve_pretrained_cfg
 

@@ -16,9 +16,14 @@ def resample_bias_table(
 ) -> Tensor:
     """A relative position bias table for another window: one image per head, resized (align_corners False, no antialias).
 
-    table: heads x rows x columns (NAT), or positions x heads with row-major positions (Swin); shape: new (rows, columns), that
-    is 2 * window - 1 each; old_shape: (rows, columns) of a flat table, square unless given. Returns the layout that came in,
-    and the same tensor when its size is right already. Raises ValueError if a flat table does not have old_shape's positions.
+    Args:
+        table: heads x rows x columns (NAT), or positions x heads with row-major positions (Swin).
+        shape: new (rows, columns), that is 2 * window - 1 each.
+        old_shape: (rows, columns) of a flat table, square unless given.
+        mode: of the interpolation, torch's name.
+
+    Returns the layout that came in, and the same tensor when its size is right already. Raises ValueError if a flat table does
+    not have old_shape's positions.
     """
     flat = table.ndim == 2
     if flat:
@@ -46,9 +51,15 @@ def resample_position_embedding(
 ) -> Tensor:
     """A learned position embedding for another grid (align_corners False).
 
-    embedding: 1 C h w, or 1 tokens C with `prefix_tokens` entries (class token, registers) before the row-major grid; they are
-    kept as they are. grid: new (rows, columns); old_grid: (rows, columns) of a token embedding, square unless given. Returns
-    the layout that came in, and the same tensor when its grid is right already.
+    Args:
+        embedding: 1 C h w, or 1 tokens C with the entries of prefix tokens before the row-major grid.
+        grid: new (rows, columns).
+        prefix_tokens: entries (class token, registers) that are kept as they are.
+        old_grid: (rows, columns) of a token embedding, square unless given.
+        mode: of the interpolation, torch's name.
+        antialias: smooth before a map is made smaller.
+
+    Returns the layout that came in, and the same tensor when its grid is right already.
     """
     if embedding.ndim == 4:
         if embedding.shape[-2:] == tuple(grid):
@@ -67,10 +78,15 @@ def resample_position_embedding(
 
 
 def dino_positions(table: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool, offset: float) -> Tensor:
-    """DINOv2's position embedding of patches, 1 (h w) C, resized from grid `old` to `new`; the same tensor if they are equal.
+    """DINOv2's position embedding of patches resized (bicubic); the same tensor if the grids are equal.
 
-    Bicubic. offset 0: to the new size, as the models with trained registers. Else by the factors (new + offset) / old, which
-    are also the steps of the sampling: not quite the same as resizing to the new size.
+    Args:
+        table: 1 (h w) C.
+        old: (rows, columns) of the table.
+        new: (rows, columns) that are wanted.
+        antialias: smooth before a map is made smaller.
+        offset: 0 for a resize to the new size, as the models with trained registers; else the factors are (new + offset) /
+            old, which are also the steps of the sampling: not quite the same as resizing to the new size.
     """
     if tuple(old) == tuple(new):
         return table
@@ -83,9 +99,13 @@ def dino_positions(table: Tensor, old: Sequence[int], new: Sequence[int], antial
 
 
 def resample_predictor(matrix: Tensor, grid: Sequence[int], summing: bool, old_grid: Sequence[int] | None = None) -> Tensor:
-    """A matrix of Sparsifiner's predictors, N r over class token and patches, for another grid (bicubic, antialiased).
+    """A matrix of Sparsifiner's predictors for another grid (bicubic, antialiased).
 
-    summing: it sums over patches, so more of them count less each. old_grid: (rows, columns), square unless given.
+    Args:
+        matrix: N r, over class token and patches.
+        grid: new (rows, columns).
+        summing: it sums over patches, so more of them count less each.
+        old_grid: (rows, columns), square unless given.
     """
     new = resample_position_embedding(matrix[None], grid, 1, old_grid, antialias=True)[0]
     return torch.cat([new[:1], new[1:] * ((matrix.shape[0] - 1) / (grid[0] * grid[1]))]) if summing else new

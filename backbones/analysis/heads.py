@@ -65,7 +65,14 @@ def heads_of(model: Part) -> int:
 def labelled(
     model: nn.Module, images: Tensor | Iterable, labels: Tensor | None, batch_size: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """(images, labels) batch by batch. ValueError for labels that are missing or name a class that the model lacks."""
+    """(images, labels) batch by batch. ValueError for labels that are missing or name a class that the model lacks.
+
+    Args:
+        model: says how many classes there are.
+        images: n 3 H W, or an iterable of batches.
+        labels: n, of a tensor of images; None where the batches hold them.
+        batch_size: images taken at a time of a tensor.
+    """
     classes = int(getattr(model, "num_classes", 0))
     if isinstance(images, Tensor):
         if labels is None or len(labels) != len(images):

@@ -87,7 +87,14 @@ def windows(attn: Part, x: Tensor) -> list[Look]:
 
 
 def places(height: int, width: int, multiple: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of every place of a map padded to a multiple, each 1 H' W' 1."""
+    """Row and column of every place of a map padded to a multiple, each 1 H' W' 1.
+
+    Args:
+        height: of the map.
+        width: of the map.
+        multiple: that the padded sides are of.
+        device: of the result.
+    """
     down, across = (-(-side // multiple) * multiple for side in (height, width))
     rows, columns = torch.meshgrid(torch.arange(down, device=device), torch.arange(across, device=device), indexing="ij")
     return rows[None, :, :, None].float(), columns[None, :, :, None].float()

@@ -232,6 +232,16 @@ class Fused(TorchFunctionMode):
     def note(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any
     ) -> None:
+        """Keep a call outside `inside` of one image.
+
+        Args:
+            query: B h N d, as torch's function takes it.
+            key: B h n d.
+            value: B h n e.
+            attn_mask: as torch's function takes it.
+            others: its further arguments.
+            named: its further arguments by name.
+        """
         scale = named.get("scale") or query.shape[-1] ** -0.5
         if not self.inside and query.ndim == 4 and query.shape[0] == key.shape[0] == 1 and query.shape[1] == key.shape[1]:
             self.seen.append(Call(query, key, attn_mask, scale))

@@ -61,15 +61,21 @@ def find_register_neurons(
 ) -> RegisterNeurons:
     """Rank the neurons of a timm ViT by their activation at tokens that become outliers on these images (paper, algorithm 1).
 
-    images: n 3 H W, taken `batch_size` at a time, or an iterable of batches (a tensor, a tuple that starts with one, or a
-    dictionary with "image"). A token is an outlier if the norm of the output of block `detect_layer` exceeds `threshold`, by
-    default mean + 3 std over the patches of all images (then images are read twice); images without one do not count. An
-    image's score of a neuron is its mean activation over the outliers, in magnitude (rule "code") or signed ("paper"); with
-    sparse_share, 0 unless at least that share of all tokens is below sparse_below (the authors' notebook: 0.5). layers: which
-    to rank, default all. The authors' settings for DINOv2-L: threshold 150, layers up to 17, the top 50.
+    Args:
+        model: a timm ViT.
+        images: n 3 H W, or an iterable of batches (a tensor, a tuple that starts with one, or a dictionary with "image").
+        threshold: a token is an outlier if the norm of the output of block detect_layer exceeds it; None for mean + 3 std over
+            the patches of all images, which are then read twice. Images without one do not count.
+        detect_layer: block whose output is measured, negative from the end.
+        layers: which to rank, None for all.
+        rule: an image's score of a neuron is its mean activation over the outliers, in magnitude ("code") or signed ("paper").
+        sparse_share: the score is 0 unless at least that share of all tokens is below sparse_below; None for no such rule.
+        sparse_below: see sparse_share (the authors' notebook: 0.5).
+        batch_size: images taken at a time of a tensor.
 
-    Each batch runs twice, first for the norms, then for the scores, so memory does not grow with layers or images: one
-    layer's activations at a time. Raises ValueError if no image has an outlier.
+    The authors' settings for DINOv2-L: threshold 150, layers up to 17, the top 50. Each batch runs twice, first for the norms,
+    then for the scores, so memory does not grow with layers or images: one layer's activations at a time. Raises ValueError if
+    no image has an outlier.
     """
     blocks = mlp_blocks(model)
     if rule not in RULES:
@@ -110,7 +116,14 @@ def find_register_neurons(
 def outlier_scores(x: Tensor, outliers: Tensor, rule: str, sparse_share: float | None, sparse_below: float) -> Tensor:
     """Mean activation at the outlier tokens, by image and neuron; 0 for an image without any.
 
-    x: B N K activations of a layer; outliers: B N bool. Returns B K. See find_register_neurons for the options.
+    Returns B K.
+
+    Args:
+        x: activations of a layer, B N K.
+        outliers: B N bool.
+        rule: see find_register_neurons.
+        sparse_share: see find_register_neurons.
+        sparse_below: see find_register_neurons.
     """
     x = x.float()
     share = outliers / outliers.sum(1, keepdim=True).clamp(min=1)
@@ -136,8 +149,14 @@ def measure_artefacts(
 ) -> Artefacts:
     """Norms of the patch tokens (class token and registers apart) at the output of block `layer`, before any final norm.
 
-    images: as in find_register_neurons. threshold: what counts as an outlier; default mean + 3 std of these norms, the paper's
-    heuristic. Compare a model before and after registers at the same threshold, that of before.
+    Compare a model before and after registers at the same threshold, that of before.
+
+    Args:
+        model: a timm ViT.
+        images: as in find_register_neurons.
+        layer: block whose output is measured, negative from the end.
+        threshold: what counts as an outlier; None for mean + 3 std of these norms, the paper's heuristic.
+        batch_size: images taken at a time of a tensor.
     """
     mlp_blocks(model)
     norms = [

@@ -162,7 +162,15 @@ def expand_depth(model: nn.Module, depth: int) -> nn.Module:
 
 
 class RecurrentBlock(Block):
-    """A pre-norm block with LayerScale that is told the number of the step and scales its branches and output by it."""
+    """A pre-norm block with LayerScale that is told the number of the step and scales its branches and output by it.
+
+    Args:
+        dim: channels.
+        num_heads: of the attention.
+        mlp_ratio: hidden channels per channel.
+        t_scale: scale the branches and the output by the number of the step.
+        swiglu: SwiGLU in place of GELU's MLP.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, t_scale: bool = False, swiglu: bool = False):
         super().__init__(dim, num_heads, mlp_ratio, qkv_bias=True, init_values=1e-5, norm_layer=nn.LayerNorm)

@@ -128,7 +128,14 @@ def merge_tokens(tokens: Tokens, found: Match) -> Tokens:
 
 
 def merge(x: Tensor, size: Tensor, total: Tensor, found: Match) -> Tensor:
-    """B T C -> B T-r C: each new token is the mean of those it holds, weighted by size B T; total: B T-r, sizes added."""
+    """B T C -> B T-r C: each new token is the mean of those it holds, weighted by size.
+
+    Args:
+        x: tokens, B T C.
+        size: how many tokens of the image each holds, B T.
+        total: B T-r, sizes of the new tokens.
+        found: which tokens become one.
+    """
     weighted = x * size[..., None]  # float32 at least
     rows = weighted.new_zeros(*found.leader.shape, x.shape[2])
     rows = rows.scatter_add(1, found.target[..., None].expand_as(weighted), weighted)

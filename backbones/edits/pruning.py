@@ -32,6 +32,15 @@ class ByParts(nn.Module):
         is_causal: bool = False,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
+        """The attention's output, B T C; arguments are those of timm's attentions.
+
+        Args:
+            x: tokens, B T C.
+            rope: rotary table, None for none.
+            attn_mask: None for none.
+            is_causal: as timm's.
+            shared_rel_pos_bias: of a Beit, None for none.
+        """
         if is_causal:
             raise ValueError("a pruned attention takes a mask, not is_causal")
         q, k, v = rotate(self, *project(self, x), rope)

@@ -29,6 +29,14 @@ class RegisterEdit(nn.Module):
     ("mean"), where above mean + 1 std to the mean ("only_outliers"), or left ("same"); other prefix tokens are left. One scale
     serves all registers at once; with one scale for each, a register counts in the m of the next.
     rule "paper" (algorithm 2): each neuron by itself: its maximum over all tokens goes to the registers, 0 to all others.
+
+    Args:
+        neurons: of the layer.
+        first: place of the first register among the tokens.
+        count: number of registers.
+        scale: of what a register gets, one number or one for each register.
+        rule: "code" or "paper".
+        patches: "zero", "mean", "only_outliers" or "same".
     """
 
     def __init__(self, neurons: Sequence[int], first: int, count: int, scale: float | Sequence[float], rule: str, patches: str):

@@ -101,7 +101,14 @@ class Table(nn.Module):
 
 
 class Cross(nn.Module):
-    """Rows and columns with a table each, results added."""
+    """Rows and columns with a table each, results added.
+
+    Args:
+        heads: tables, one a head.
+        width: channels of a head, None for a bias.
+        count: buckets of an axis.
+        values: the tables are of values.
+    """
 
     def __init__(self, heads: int, width: int | None, count: int, values: bool = False):
         super().__init__()
@@ -127,6 +134,15 @@ class RelativeAttention(nn.Module):
         is_causal: bool = False,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
+        """The attention's output, B N C; arguments are those of timm's attentions.
+
+        Args:
+            x: tokens, B N C.
+            rope: rotary table, None for none.
+            attn_mask: None for none.
+            is_causal: as timm's.
+            shared_rel_pos_bias: of a Beit, None for none.
+        """
         attn: Part = self
         q, k, v = rotate(attn, *project(attn, x), rope)
         method, ratio = self.rpe

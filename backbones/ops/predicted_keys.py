@@ -92,6 +92,12 @@ def fit_matrices(down: Tensor, back: Tensor, native: tuple[int, int], grid: tupl
 
     The first sums over keys: with more patches each counts less. The second holds scores of single keys, whose thresholds keep
     their meaning only if it is not rescaled.
+
+    Args:
+        down: proj_n, N r.
+        back: proj_back_n, N r.
+        native: (rows, columns) of patches for which they are made.
+        grid: (rows, columns) for which they are wanted.
     """
     if tuple(grid) == tuple(native):
         return down, back

@@ -34,6 +34,12 @@ def bench_linear(
     """A row per layer and number of rows: the packed layer's time over the plain one's, with quartiles, and what fuse does.
 
     GELU inside the product is the third: oneDNN's own, over a plain layer and GELU.
+
+    Args:
+        rounds: measurements of each.
+        threads: of torch.
+        widths: (inputs, outputs) of each layer.
+        rows: how many the input has.
     """
     found = []
     for inputs, outputs in widths:

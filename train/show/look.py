@@ -84,6 +84,13 @@ def attention_panels(image: np.ndarray, one: PointAttention, at: Place) -> list[
 
 
 def norm_panel(norms: Tensor, image: np.ndarray, title: str, high: float | None = None) -> Panel:
-    """Norms H W of tokens in colours, from their smallest to `high` or their largest."""
+    """Norms H W of tokens in colours, from their smallest to `high` or their largest.
+
+    Args:
+        norms: H W, of tokens.
+        image: the photograph.
+        title: above the panel.
+        high: the norm at the end of the colours, None for the largest.
+    """
     drawn = heat(enlarged(norms, image.shape[0], image.shape[1]), float(norms.min()), high or float(norms.max()))
     return Panel(drawn, f"{title}\nlargest {norms.max():.3g}, median {norms.median():.3g}")

@@ -187,6 +187,12 @@ def resize_positions(name: str, value: Tensor, model: Any, form: str) -> Tensor:
     """The positions of a timm ViT or BEiT for its grid, by the rule of DPT, MiDaS or Depth-Anything; other tensors as they are.
 
     DPT and MiDaS: bilinear, without antialiasing; BEiT's three entries of the class token are kept. Depth-Anything: DINOv2's.
+
+    Args:
+        name: of the tensor.
+        value: the tensor.
+        model: a timm ViT or BEiT.
+        form: whose rule it is, the format of the file.
     """
     if name.endswith("relative_position_bias_table") and "beit" in architectures(model):
         height, width = model.get_submodule(name.rpartition(".")[0]).window_size

@@ -70,7 +70,14 @@ def left_behind(size: tuple[int, int]) -> int:
 
 
 def resize_positions(kind: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A parameter of POSITIONS for windows of another size, as an image per head (and per earlier block), bilinear."""
+    """A parameter of POSITIONS for windows of another size, as an image per head (and per earlier block), bilinear.
+
+    Args:
+        kind: a name of POSITIONS.
+        value: the parameter.
+        old: (rows, columns) of the window it is for.
+        new: (rows, columns) of the window it is wanted for.
+    """
     axis = POSITIONS[kind]
     if kind != "attention_biases":
         old, new = ((-(-size[0] // 4), -(-size[1] // 4)) for size in (old, new))

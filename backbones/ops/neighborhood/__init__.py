@@ -163,7 +163,17 @@ def explain(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> dict[str, str | None]:
-    """For every backend, fastest first: None if it can run this call, else the sentence why not (arguments as above)."""
+    """For every backend, fastest first: None if it can run this call, else the sentence why not.
+
+    Args:
+        q: queries, B H W heads d.
+        k: keys, B H W heads d.
+        v: values, B H W heads d.
+        kernel_size: side of a neighbourhood, odd, or one a side.
+        dilation: between neighbours, or one a side.
+        bias: of relative positions, None for none.
+        scale: of the scores, d ** -0.5 unless given.
+    """
     call = check(q, k, v, kernel_size, dilation, bias, scale)
     return {name: module.refuses(call) for name, module in BACKENDS.items()}
 
@@ -202,7 +212,17 @@ def check(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Call:
-    """The arguments as a Call, or an error that says what does not fit."""
+    """The arguments as a Call, or an error that says what does not fit.
+
+    Args:
+        q: queries, B H W heads d.
+        k: keys, B H W heads d.
+        v: values, B H W heads d.
+        kernel_size: side of a neighbourhood, odd, or one a side.
+        dilation: between neighbours, or one a side.
+        bias: of relative positions, None for none.
+        scale: of the scores, d ** -0.5 unless given.
+    """
     kernel, step = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
     for name, value in (("kernel_size", kernel), ("dilation", step)):
         if min(value) < 1:
