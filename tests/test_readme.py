@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import backbones
 from train import recipes
 from train.cli import build_parser
 
@@ -41,6 +42,20 @@ def test_a_training_command_names_a_shipped_configuration(line):
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("zoo ")])
 def test_a_command_of_the_readme_parses(line):
     build_parser().parse_known_args(line.split()[1:])
+
+
+def test_the_table_of_families_has_every_family():
+    table = README.partition("| family | names")[2].partition("\n\n")[0]
+    missing = {name for name in backbones.list_models() if not re.search(rf"`{name.split('_')[0]}_", table)}
+    assert not missing
+
+
+def test_the_table_of_small_runs_names_shipped_configurations_and_what_they_reached():
+    table = README.partition("| configuration | data | reached |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| `([\w/]+)` \| [^|]* \| (?:AbsRel )?([\d.]+)", table, re.MULTILINE)
+    assert len(rows) > 5
+    for name, number in rows:
+        assert number in recipes.about(name)["measured"], name
 
 
 @pytest.mark.parametrize("code", CODE)
