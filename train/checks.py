@@ -5,6 +5,7 @@ Also the two errors of a run that are no mistake of the user.
 
 import contextlib
 import difflib
+import functools
 import inspect
 import re
 import types
@@ -84,14 +85,10 @@ def checked_arguments(cls: Callable, values: Mapping[str, Any], where: str, skip
 
     Raises Mistakes naming every key with its value and what it should be, or the nearest valid key.
     """
-    from jsonargparse import ArgumentParser  # one of the packages that only training needs
-
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected keys and values, got {values!r}")
     present = inspect.signature(cls).parameters
-    parser = ArgumentParser(exit_on_error=False)
-    add = parser.add_class_arguments if inspect.isclass(cls) else parser.add_function_arguments
-    add(cls, skip={name for name in skip if name in present}, fail_untyped=False)
+    parser = _parser(cls, frozenset(name for name in skip if name in present))
     valid = list(vars(parser.get_defaults()))
     found = [
         f"{where}: unknown key {key!r} for {cls.__name__}; {nearest(str(key), valid)}" for key in values if key not in valid
@@ -120,6 +117,17 @@ def checked_arguments(cls: Callable, values: Mapping[str, Any], where: str, skip
     if found or checked is None:
         raise Mistakes(found)
     return {key: checked[key] for key in valid}
+
+
+@functools.cache  # a configuration asks for ten of them, and every further one for the same
+def _parser(cls: Callable, skip: frozenset[str]) -> Any:
+    """jsonargparse's parser of the arguments of a class or function."""
+    from jsonargparse import ArgumentParser  # one of the packages that only training needs
+
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if inspect.isclass(cls) else parser.add_function_arguments
+    add(cls, skip=set(skip), fail_untyped=False)
+    return parser
 
 
 def _annotation(cls: Callable, name: str) -> Any:
