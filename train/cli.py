@@ -374,10 +374,10 @@ def demo(args: argparse.Namespace) -> None:
     demo(args.runs, args.host, args.port)
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(args: argparse.Namespace) -> int:
     from train.bench.run import run
 
-    run(args)
+    return run(args)
 
 
 def plan(args: argparse.Namespace) -> None:

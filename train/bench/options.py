@@ -2,6 +2,8 @@
 
 import argparse
 
+from train.bench import gpu
+
 HELP = """what is one or more models, run folders or exported files, measured beside each other; the first is compared with the
 others, one alone with timm's swin_tiny_patch4_window7_224. Ways follow an "@": swin_t@fuse, nat_tiny@compile+tiled,
 MODEL@openvino.
@@ -9,6 +11,7 @@ Or one of
   ops      neighbourhood attention: the backends beside each other
   heads    dense heads beside other libraries' on the same features
   linear   linear layers with weights packed once, as `backbones.fuse` has them, beside plain ones
+  gpu      everything a GPU has to show in a few minutes, into one JSON file (--minutes, --out, --cifar, --rehearse, --parts)
   train    steps of `zoo train` beside timm's train.py (--script)
 """
 
@@ -35,4 +38,5 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inference", action="store_true", help="leave out training steps")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory, which costs a process a number")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    gpu.add_to(parser)
     parser.add_argument("--script", help="for train: the path of timm's train.py")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from train.bench import gpu
 from train.bench.clock import machine, machine_facts, table
 from train.bench.heads import bench_heads
 from train.bench.linear import bench_linear
@@ -17,11 +18,11 @@ from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
 
-WHOLE = ("ops", "heads", "linear", "train")
+WHOLE = ("ops", "heads", "linear", "gpu", "train")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measures what the options of `zoo bench` ask for and prints tables, or JSON.
+def run(args: argparse.Namespace) -> int:
+    """Measures what the options of `zoo bench` ask for and prints tables, or JSON. Returns the exit code.
 
     Raises ValueError for something that cannot be measured.
     """
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{named[0]!r} is measured alone, got {' '.join(args.what)}")
     if args.script and named != ["train"]:
         raise ValueError("--script goes with `zoo bench train`")
+    if named == ["gpu"]:
+        return gpu.report(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     facts = machine_facts(device, args.threads)
     if args.json:
         print(json.dumps({"machine": facts, "command": ["zoo", "bench", *sys.argv[2:]], **tables}))
-        return
+        return 0
     console = Console(width=None if sys.stdout.isatty() else 170)  # a file has room for a whole row
     console.print(machine(device, args.threads))
     if limits := tables.get("ceilings"):
@@ -54,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
         if title in ("ceilings", "settings"):
             continue
         console.print(table([_shown(row) for row in rows] if title == "rows" else rows, _title(title, tables)))
+    return 0
 
 
 def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str, Any]:
