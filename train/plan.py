@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from train import config as configuration
 from train import sharding
+from train.bench.models import multiply_adds
 from train.checks import nearest
 from train.schema import Config, OptimConfig
 
@@ -195,7 +195,8 @@ def count(loaded: Config) -> Counts:
     weights = sum(p.numel() for p in parameters) * FULL
     trained = sum(p.numel() for p in parameters if p.requires_grad) * FULL
     groups = block_bytes(net)
-    kept, outputs, macs = forward_bytes(net, channels, size, loaded.run.precision)
+    macs = int(multiply_adds(net, channels, (size[0], size[1])) * 1e9)
+    kept, outputs = forward_bytes(net.train(), channels, size, loaded.run.precision)
     dense = [t for t in outputs if t.ndim == 4]
     return Counts(
         weights=weights,
@@ -224,8 +225,8 @@ def block_bytes(net: nn.Module) -> list[int]:
     return groups
 
 
-def forward_bytes(net: nn.Module, channels: int, size: tuple[int, ...], precision: str) -> tuple[int, list[Tensor], int]:
-    """(bytes kept for the backward, outputs, multiply-adds) of one image in training, from three images less two.
+def forward_bytes(net: nn.Module, channels: int, size: tuple[int, ...], precision: str) -> tuple[int, list[Tensor]]:
+    """(bytes kept for the backward, outputs) of one image in training, from three images less two.
 
     A tensor that several operations keep counts once, and parameters, which are there anyway, do not.
 
@@ -248,7 +249,7 @@ def forward_bytes(net: nn.Module, channels: int, size: tuple[int, ...], precisio
             return tensor
 
         half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        with mode, FlopCounterMode(display=False) as counter:
+        with mode:
             images = torch.empty(batch, channels, *size)
             with (
                 saved_tensors_hooks(keep, lambda tensor: tensor),
@@ -256,9 +257,9 @@ def forward_bytes(net: nn.Module, channels: int, size: tuple[int, ...], precisio
             ):
                 output = net(images)
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        found.append((sum(size for size, _ in storages.values()), tensors, counter.get_total_flops() // 2))
-    (two, outputs, fewer), (three, _, more) = found
-    return three - two, outputs, more - fewer
+        found.append((sum(size for size, _ in storages.values()), tensors))
+    (two, outputs), (three, _) = found
+    return three - two, outputs
 
 
 def state_factor(optim: OptimConfig) -> int:
@@ -266,7 +267,7 @@ def state_factor(optim: OptimConfig) -> int:
     from train.optim import optimizer as make_optimizer
 
     weight = nn.Linear(4, 4, bias=False)
-    optimizer = make_optimizer(weight, optim)
+    optimizer = make_optimizer(weight, dataclasses.replace(optim, lr_scales={}, layer_decay=None))  # these name layers
     weight(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
