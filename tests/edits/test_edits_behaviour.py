@@ -106,6 +106,61 @@ def test_edited_backbones_serve_a_dense_head(name):
         assert net(torch.randn(1, 3, 48, 80)).shape == (1, 4, 48, 80)
 
 
+@pytest.mark.parametrize(("name", "vit"), CASES)
+def test_feature_wrappers_are_edited_inside(name, vit):
+    torch.manual_seed(0)
+    args = {"embed_dim": 48, "depth": 3, "num_heads": 2, "img_size": (64, 80)}
+    wrapper = timm.create_model(vit, features_only=True, out_indices=(0, 2), **args).eval()
+    if name in ("repeat_blocks", "expand_depth"):  # the wrapper has noted the levels of the old depth
+        with pytest.raises(ValueError, match="the number of blocks changes"):
+            edited(wrapper, name)
+        return
+    x = torch.randn(2, 3, 64, 80)
+    edited(wrapper, name)
+    with torch.no_grad():
+        maps = wrapper(x)
+        expected = wrapper.model.forward_intermediates(x, [0, 2], intermediates_only=True)
+    assert [tuple(m.shape) for m in maps] == [(2, 48, 4, 5)] * 2
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
+QUICK = [("token_merging", "vit_tiny_patch16_224")]  # one of each in the gate: tracing takes seconds
+TRACED = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "vit"), TRACED)
+def test_edited_models_export(name, vit):
+    model, x = small(vit)
+    edited(model, name)
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,)).module()
+        close(exported(x), model(x))
+        close(exported(x + 1), model(x + 1))
+
+
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["evaluation", "training"])
+@pytest.mark.parametrize(("name", "vit"), TRACED)
+def test_edited_models_compile_in_one_graph(name, vit, training):
+    torch._dynamo.reset()
+    model, x = small(vit)
+    edited(model, name).train(training)
+    for module in model.modules():
+        if hasattr(module, "begin_step"):  # as the training loop does
+            module.begin_step(0, 4)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.set_grad_enabled(training):
+        out, expected = compiled(x), plain(x)
+    close(out, expected)
+    if training:
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for (key, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None), key
+            if ours.grad is not None:
+                close(ours.grad, theirs.grad, 1e-3)
+
+
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(ARGS, ARGS)), ids=lambda name: name)
 def test_two_edits_compose_or_the_pair_is_refused(first, second):
     plain, x = small("vit_tiny_patch16_224")

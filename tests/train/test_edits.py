@@ -6,8 +6,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from backbones.edits import EDITS as EDITS_BY_NAME
 from backbones.prepbn import PRepBN
 from train import config, engine, evaluation, setup
+from train.results import save_product
+from train.show import Names
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 EDITS = [{"name": "test_time_registers", "neurons": {1: [3, 5]}, "num_registers": 2}]
@@ -81,6 +84,34 @@ def test_a_runs_own_file_is_loaded_after_the_edits(tmp_path, kind):
     assert sorted(state) == sorted(saved) and all(torch.equal(state[key], saved[key]) for key in saved)
     vit = model if kind == "classifier" else model.backbone.model
     assert vit.num_prefix_tokens == 3 and vit.reg_token.abs().sum() > 0  # registers trained, not those the edit starts with
+
+
+ARGUMENTS = {
+    "drop_blocks": {"blocks": [1]},
+    "expand_depth": {"depth": 3},
+    "prune": {"heads": {0: [1]}},
+    "repeat_blocks": {"order": [0, 1, 1]},
+    "token_merging": {"r": 2},
+    "topk_mlp": {"k": 9},
+}
+
+
+@pytest.mark.parametrize("name", EDITS_BY_NAME)
+def test_every_edit_survives_a_run_folder(tmp_path, name):
+    made = config.resolve(values(edits=[{"name": name, **ARGUMENTS.get(name, {})}]))
+    torch.manual_seed(1)
+    net = setup.build(made, config.build_task(made))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for parameter in net.parameters():  # as if trained
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        expected = net.eval()(x)
+    (tmp_path / "config.yaml").write_text(config.as_yaml(made))
+    save_product(tmp_path / "model.safetensors", net, made, 1, {}, Names(), True)
+    torch.manual_seed(2)
+    _, _, opened, _ = evaluation.open_run(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(opened(x), expected)
 
 
 def test_a_run_with_edits_needs_its_first_checkpoint_no_more(tmp_path):

@@ -58,7 +58,7 @@ def draw_attention(found: dict[str, attention.AttentionStatistics | local.LocalA
         for axis, values in zip(axes[0], (one.distance, nmi, one.entropy), strict=True):
             if len(values):
                 axis.plot(blocks, [heads.mean() for heads in values], color=f"C{i}", label=short(model))
-                points = [(block, head) for block, heads in zip(blocks, values, strict=True) for head in heads]
+                points = [(block, head) for block, heads in zip(blocks, values, strict=True) for head in heads.tolist()]
                 axis.scatter(*zip(*points, strict=True), s=8, color=f"C{i}", alpha=0.5, linewidths=0)
         for axis, level in ((axes[0][0], one.uniform_distance), (axes[0][2], one.uniform_entropy)):
             levels = np.broadcast_to(level, len(blocks))
