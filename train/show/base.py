@@ -72,7 +72,7 @@ class Show(abc.ABC):
             names: of the classes.
             legend: whether the strip is there.
         """
-        raise NotImplementedError(f"{type(self).__name__} draws no picture of a prediction")
+        raise ValueError(f"{type(self).__name__} draws no picture of a prediction: it has no method `picture`")
 
     def moving(self, names: Names) -> Moving:
         """What draws the frames of a video one after another: (frame, prediction) -> picture, all of one size.
