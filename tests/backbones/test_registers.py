@@ -7,6 +7,7 @@ import golden
 import pytest
 import timm
 import torch
+from timm.layers import SwiGLUPacked
 from torch import nn
 
 import backbones  # noqa: F401
@@ -37,13 +38,25 @@ def named(prefix: str) -> list:
     return chosen or [pytest.param(None, marks=pytest.mark.skip(reason=f"no fixture of kind {prefix}"))]
 
 
+OFFICIAL = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "in_chans")
+OFFICIAL += ("interpolate_antialias", "interpolate_offset", "qkv_bias", "proj_bias", "drop_path_rate")
+LAYOUT = ("block_chunks", "num_register_tokens", "ffn_layer", "ffn_bias", "drop_path_uniform")  # read below, or of training
+
+
 def from_official(kwargs: dict, **registers) -> RegisterViT:
     """The model that DINOv2's constructor arguments describe, without test-time registers unless told."""
-    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values")
-    names += ("interpolate_antialias", "interpolate_offset")
-    arguments = {name: kwargs[name] for name in names if name in kwargs}
+    unknown = kwargs.keys() - {*OFFICIAL, *LAYOUT}
+    assert not unknown, f"arguments of DINOv2 that this test does not know: {unknown}"
+    assert kwargs.get("ffn_bias", True), "no model of the authors has MLPs without biases"
+    arguments = {name: kwargs[name] for name in OFFICIAL if name in kwargs}
+    arguments["init_values"] = kwargs.get("init_values") or None  # 0 is none too
+    if kwargs.get("ffn_layer", "mlp").startswith("swiglu"):
+        hidden = int(kwargs["embed_dim"] * kwargs.get("mlp_ratio", 4))
+        if kwargs["ffn_layer"] == "swiglufused":  # two thirds, rounded up to eights
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 2 * hidden / kwargs["embed_dim"]}
     return RegisterViT(
-        **arguments, num_classes=0, **{"reg_tokens": kwargs["num_register_tokens"], "num_registers": 0} | registers
+        **arguments, num_classes=0, **{"reg_tokens": kwargs.get("num_register_tokens", 0), "num_registers": 0} | registers
     )
 
 
@@ -529,3 +542,24 @@ def test_gated_mlps_have_the_authors_names():
     native = weights.convert_state_dict(official, model)
     assert native.keys() == model.state_dict().keys()
     assert all(torch.equal(native[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", ["swiglu", "swiglufused"])
+def test_dinov2s_gated_mlps_are_read_from_the_authors_arguments(layer):
+    """An independent reading of SwiGLUFFN: w3(silu(x1) * x2), x1 and x2 the halves of w12(x)."""
+    torch.manual_seed(0)
+    model = from_official(
+        {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 2, "ffn_layer": layer}
+    ).eval()
+    hidden = 96 if layer == "swiglu" else 64
+    state = model.state_dict()
+    official = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): torch.randn_like(t) for key, t in state.items()}
+    assert official["blocks.0.mlp.w12.weight"].shape == (2 * hidden, 24)
+    official["mask_token"] = torch.zeros(1, 24)
+    official["pos_embed"] = torch.randn(1, 5, 24)
+    weights.load_checkpoint(model, official)
+    x = torch.randn(2, 5, 24)
+    own = {key.removeprefix("blocks.0.mlp."): value for key, value in official.items() if key.startswith("blocks.0.mlp.")}
+    first, second = nn.functional.linear(x, own["w12.weight"], own["w12.bias"]).chunk(2, -1)
+    expected = nn.functional.linear(nn.functional.silu(first) * second, own["w3.weight"], own["w3.bias"])
+    torch.testing.assert_close(model.blocks[0].mlp(x), expected)

@@ -124,11 +124,12 @@ def test_feature_wrappers_are_edited_inside(name, vit):
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
 
-QUICK = [("token_merging", "vit_tiny_patch16_224")]  # one of each in the gate: tracing takes seconds
+QUICK = [("token_merging", "vit_tiny_patch16_224")]  # one in the gate: tracing takes seconds
 TRACED = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "vit"), TRACED)
+@pytest.mark.slow  # in the gate: test_token_merging.py's
+@pytest.mark.parametrize(("name", "vit"), CASES)
 def test_edited_models_export(name, vit):
     model, x = small(vit)
     edited(model, name)

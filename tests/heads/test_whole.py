@@ -135,7 +135,13 @@ def reading(state: State, images: torch.Tensor, heads: int, native: int, double:
             x = F.conv_transpose2d(x, state[own + "4.weight"], state[own + "4.bias"], stride=(4, 2)[i - 1])
         if i == 4:
             x = F.conv2d(x, state[own + "4.weight"], state[own + "4.bias"], stride=2, padding=1)
-        maps.append(F.conv2d(x, state[f"scratch.layer{i}_rn.weight"], padding=1))
+        maps.append(x)
+    return fused(state, maps, double)
+
+
+def fused(state: State, maps: list[torch.Tensor], double: bool) -> torch.Tensor:
+    """DPT's decoder and its depth head on four reassembled maps: B 1 H W."""
+    maps = [F.conv2d(x, state[f"scratch.layer{i}_rn.weight"], padding=1) for i, x in enumerate(maps, 1)]
 
     def unit(x: torch.Tensor, name: str) -> torch.Tensor:
         y = F.conv2d(x.relu(), state[name + ".conv1.weight"], state[name + ".conv1.bias"], padding=1)
@@ -193,16 +199,79 @@ def test_dpt_and_midas_on_vit_and_beit_at_every_size(encoder, fusion, build):
         close(got, want, f"{size}", rtol=1e-4, atol=2e-5 * want.abs().max().item())
 
 
-def test_dpt_hybrid_resizes_its_positions_bilinearly():
-    """The ResNet in front has a fixture of its own at one size; here the positions alone, at another."""
-    spec = PUBLISHED["dpt_hybrid_depth"]
-    assert spec.backbone_args["positions"] == "dpt"
-    vit = follow(VisionTransformer(img_size=64, embed_dim=24, depth=1, num_heads=2, dynamic_img_size=True), "dpt")
-    position, tokens = vit.pos_embed, torch.randn(1, 6, 10, 24)
-    with torch.no_grad():
-        got = vit._pos_embed(tokens)[:, 1:]
-        image = F.interpolate(position[:, 1:].mT.unflatten(2, (4, 4)), (6, 10), mode="bilinear").flatten(2).mT
-    torch.testing.assert_close(got, tokens.flatten(1, 2) + image)
+def same(x: torch.Tensor, kernel: int, stride: int, value: float = 0.0) -> torch.Tensor:
+    """TensorFlow's SAME padding: what is odd goes to the right and the bottom."""
+    wide, high = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (x.shape[3], x.shape[2]))
+    return F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=value)
+
+
+def standardised(state: State, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """A convolution of the ResNet: weights standardised by output channel, SAME padding."""
+    weight = state[f"{name}.weight"]
+    flat = weight.flatten(1)
+    flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, unbiased=False, keepdim=True) + 1e-8).sqrt()
+    return F.conv2d(same(x, weight.shape[-1], stride), flat.view_as(weight), stride=stride)
+
+
+def group_norm(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, 32, state[f"{name}.weight"], state[f"{name}.bias"], 1e-5)
+
+
+def resnet(state: State, images: torch.Tensor, depths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Maps of the stages of the post-activation ResNet in front of the hybrid ViT."""
+    x = group_norm(state, "stem.norm", standardised(state, "stem.conv", images, 2)).relu()
+    x, maps = F.max_pool2d(same(x, 3, 2, -torch.inf), 3, 2), []
+    for i, depth in enumerate(depths):
+        for j in range(depth):
+            own, stride = f"stages.{i}.blocks.{j}", 2 if i and not j else 1
+            y = group_norm(state, f"{own}.norm1", standardised(state, f"{own}.conv1", x)).relu()
+            y = group_norm(state, f"{own}.norm2", standardised(state, f"{own}.conv2", y, stride)).relu()
+            y = group_norm(state, f"{own}.norm3", standardised(state, f"{own}.conv3", y))
+            if not j:
+                x = group_norm(state, f"{own}.downsample.norm", standardised(state, f"{own}.downsample.conv", x, stride))
+            x = (x + y).relu()
+        maps.append(x)
+    return maps
+
+
+def hybrid_reading(state: State, images: torch.Tensor, heads: int, native: int, double: bool) -> torch.Tensor:
+    """The authors' forward of DPT-Hybrid: ResNet stages 1 and 2, then blocks 9 and 12 of the ViT on the third: B 1 H W."""
+    vit = {name.removeprefix("pretrained.model."): value for name, value in state.items()}
+    front = {name.removeprefix("patch_embed.backbone."): value for name, value in vit.items() if ".backbone." in name}
+    maps = resnet(front, images, (3, 4, 9))
+    h, w = maps[2].shape[2:]
+    x = F.conv2d(maps[2], vit["patch_embed.proj.weight"], vit["patch_embed.proj.bias"]).flatten(2).mT
+    grid = vit["pos_embed"][:, 1:].reshape(1, native, native, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (h, w), mode="bilinear").permute(0, 2, 3, 1).reshape(1, h * w, -1)
+    x = torch.cat([vit["cls_token"].expand(len(x), -1, -1), x], 1) + torch.cat([vit["pos_embed"][:, :1], grid], 1)
+    blocks = vit_blocks(vit, x, heads, None)
+    found = maps[:2]
+    for i, tokens in ((3, blocks[8]), (4, blocks[11])):
+        own = f"pretrained.act_postprocess{i}."
+        pairs = torch.cat([tokens[:, 1:], tokens[:, :1].expand_as(tokens[:, 1:])], -1)
+        x = F.gelu(F.linear(pairs, state[own + "0.project.0.weight"], state[own + "0.project.0.bias"]))
+        x = F.conv2d(x.mT.unflatten(2, (h, w)), state[own + "3.weight"], state[own + "3.bias"])
+        if i == 4:
+            x = F.conv2d(x, state[own + "4.weight"], state[own + "4.bias"], stride=2, padding=1)
+        found.append(x)
+    return fused(state, found, double)
+
+
+@pytest.mark.parametrize("fusion", ["next", "double"])
+def test_dpt_hybrid_at_every_size(fusion):
+    """The ResNet whole, a narrow ViT behind it; built for one size and run at others, square and not."""
+    args = {**PUBLISHED["dpt_hybrid_depth"].head_args, "width": 8, "reassemble": (256, 512, 12, 12), "fusion": fusion}
+    vit = {**PUBLISHED["dpt_hybrid_depth"].backbone_args, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2}
+    source = randomised(DensePredictor("vit_base_r50_s16_384", "dpt", 1, args, backbone_args=vit, img_size=64))
+    state = weights.convert.converter(source).to_official(source.state_dict(), source)
+    for size in ((64, 64), (96, 160), (128, 64), (64, 96), (48, 80)):
+        if fusion == "double" and any(n % 32 for n in size):
+            continue
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            got, want = source(images).relu(), hybrid_reading(state, images, 2, 4, fusion == "double")
+        assert want.std() > 0
+        close(got, want, f"{size}", rtol=1e-3, atol=1e-4 * want.abs().max().item())  # 50 convolutions in front
 
 
 @pytest.mark.parametrize("new", [(4, 4), (5, 9), (3, 4), (7, 6)])
