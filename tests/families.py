@@ -41,6 +41,14 @@ class Family:
 
 
 FLAT = {"embed_dim": 32, "num_heads": 2}
+TIMM: dict[str, dict[str, Any]] = {  # file of timm -> what makes its models narrow, where that can be told them
+    "vision_transformer": FLAT,
+    "eva": FLAT,
+    "cait": FLAT,
+    "convnext": {"dims": [16, 16, 32, 32]},
+    "levit": {"embed_dim": [32, 48, 64]},
+    "tnt": {"embed_dim": 32, "inner_dim": 8, "num_heads_outer": 2, "num_heads_inner": 2},
+}
 PVT = {"dims": [16, 16, 32, 32], "num_heads": [2, 2, 4, 4]}
 WINDOWS = {"embed_dim": 16, "num_heads": [2, 2, 4, 4]}
 
@@ -232,9 +240,9 @@ def gives_tokens(name: str) -> bool:
 
 
 def narrow(name: str) -> dict[str, Any]:
-    """Arguments that make a model narrow: ours by its row, timm's ViTs likewise, nothing for others of timm."""
+    """Arguments that make a model narrow: ours by its row, timm's by TIMM."""
     if not timm.model_entrypoint(name).__module__.startswith("backbones."):
-        return FLAT if file_of(name) in ("vision_transformer", "eva") else {}
+        return TIMM.get(file_of(name), {})
     fitting: list[dict[str, Any]] = [args for pattern, args in family_of(name).narrow.items() if fnmatch(name, pattern)]
     return dict(fitting[-1])
 
