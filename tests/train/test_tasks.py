@@ -180,9 +180,10 @@ def test_a_batch_without_valid_targets_has_no_loss_and_no_gradient():
     ],
 )
 def test_data_that_do_not_fit_are_refused(arguments, dataset, message):
-    data = DATASETS[dataset](split="val", targets=())
+    task, kind = make(arguments), DATASETS[dataset]
+    data = kind(split="val", targets=[target for target in task.targets("val") if target in kind.provides])
     with pytest.raises(ValueError, match=message):
-        make(arguments).check(data)
+        task.check(data)
 
 
 def test_all_that_does_not_fit_the_data_is_said_at_once():

@@ -120,6 +120,12 @@ class Task(abc.ABC):
         return prediction
 
 
+def check_classes(dataset: ImageDataset, num_classes: int) -> None:
+    """Raises ValueError with the number to set if the data have another number of classes."""
+    if dataset.classes is not None and len(dataset.classes) != num_classes:
+        raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
+
+
 def stacked(terms: Mapping[str, Tensor], names: Mapping[str, Any]) -> Tensor:
     """Terms of a loss as one float tensor, 1-d, in the order of `names`. Raises ValueError unless both have the same names."""
     if terms.keys() != names.keys():

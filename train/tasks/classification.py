@@ -19,7 +19,7 @@ from train.loader import partners
 from train.metrics import ClassificationMetric
 from train.plugins import require_model
 from train.show import Labels
-from train.tasks.base import Task
+from train.tasks.base import Task, check_classes
 
 if TYPE_CHECKING:
     from train.data import ImageDataset
@@ -143,8 +143,7 @@ class Classification(Task):
     def check(self, dataset: ImageDataset) -> None:
         if "label" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no labels; it provides {', '.join(dataset.provides)}")
-        if dataset.classes is not None and len(dataset.classes) != self.num_classes:
-            raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
+        check_classes(dataset, self.num_classes)
 
     def augment(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Mixed images, and instead of the labels distributions B K, if mixup or cutmix is on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from heads.depth import DepthRule
-from train.checks import checked_arguments
+from train.checks import Collected, checked_arguments
 from train.data.files import Unreadable
 from train.depth import DepthSpec
 from train.losses import DEPTH_LOSSES
@@ -75,15 +75,16 @@ class Depth(DenseTask):
     def check(self, dataset: ImageDataset) -> None:
         if "depth" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no depth; it provides {', '.join(dataset.provides)}")
-        spec = dataset.depth
+        found, spec = Collected(), dataset.depth
         if spec is not None and (self.spec.max_depth > spec.max_depth or self.spec.min_depth < spec.min_depth):
-            raise ValueError(
+            found.sentences.append(
                 f"{type(dataset).__name__} has depth from {spec.min_depth:g} to {spec.max_depth:g} m, the task asks for "
                 f"{self.spec.min_depth:g} to {self.spec.max_depth:g} m: set task.min_depth and task.max_depth inside that range"
             )
         if self.crop is not None and dataset.split == "val" and len(dataset):
-            with contextlib.suppress(Unreadable):  # counted and reported elsewhere
+            with found.check(), contextlib.suppress(Unreadable):  # counted and reported elsewhere
                 crop_rows_columns(self.crop, *dataset.read(0)["depth"].shape[-2:])  # raises now, not after an epoch
+        found.done()
 
     def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         prediction, target = self.rule(output.float()), self.spec.target(batch["depth"])

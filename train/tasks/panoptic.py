@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from heads import kmax, mask2former
-from train.checks import checked_arguments
+from train.checks import Collected, checked_arguments
 from train.matching import Masks
 from train.panoptic import PanopticQuality, QueryOrder, ScoreOrder, encode
 from train.sample import SEGMENTS, VOID
 from train.show import Segments
+from train.tasks.base import check_classes
 from train.tasks.mask_classification import MaskClassification
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ class Panoptic(MaskClassification):
         name = type(dataset).__name__
         if "panoptic" not in dataset.provides:
             raise ValueError(f"{name} has no segments (target panoptic); it provides {', '.join(dataset.provides)}")
-        if dataset.classes is not None and len(dataset.classes) != self.num_classes:
-            raise ValueError(f"the data have {len(dataset.classes)} classes, set task.num_classes={len(dataset.classes)}")
+        found = Collected()
+        with found.check():
+            check_classes(dataset, self.num_classes)
         if set(dataset.things) != self.things:
-            raise ValueError(f"the things of the data are other classes, set task.things={sorted(dataset.things)}")
+            found.sentences.append(f"the things of the data are other classes, set task.things={sorted(dataset.things)}")
+        found.done()
 
     def masks(self, target: Tensor) -> Masks:
         return Masks.of_segments(target, self.things)

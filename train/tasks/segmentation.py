@@ -10,6 +10,7 @@ from train.checks import Collected
 from train.losses import SEGMENTATION_LOSSES, cross_entropy_divisor, valid_pixels
 from train.metrics import SegmentationMetric
 from train.show import Masks
+from train.tasks.base import check_classes
 from train.tasks.dense import DenseTask, Losses, resized
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ class Segmentation(DenseTask):
     def check(self, dataset: ImageDataset) -> None:
         if "mask" not in dataset.provides:
             raise ValueError(f"{type(dataset).__name__} has no masks; it provides {', '.join(dataset.provides)}")
-        found, classes, void = Collected(), dataset.classes, dataset.ignore_index
-        if classes is not None and len(classes) != self.num_classes:
-            found.sentences.append(f"the data have {len(classes)} classes, set task.num_classes={len(classes)}")
+        found, void = Collected(), dataset.ignore_index
+        with found.check():
+            check_classes(dataset, self.num_classes)
         if void != self.ignore_index:
             found.sentences.append(f"the data mark void with {void}, set task.ignore_index={void}")
         found.done()
