@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from train.data.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
@@ -140,8 +139,7 @@ def predict_video(pipeline: Pipeline, model: nn.Module, video: Video, target: Pa
     drawn = pipeline.show.moving(pipeline.names)
 
     def change(frame: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
-        return drawn(frame, pipeline.run(model, pixels, video.path.name).value)
+        return drawn(frame, pipeline.predict(model, frame, video.path.name).value)
 
     rewrite(video, target, change, partial(progress, total=video.frames, text=video.path.name))
     return [target]

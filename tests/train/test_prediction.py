@@ -91,6 +91,12 @@ def test_a_prediction_is_the_models_on_the_image_as_the_run_normalised_it(runs):
     assert torch.allclose(found.probabilities.sum(0), torch.ones(60, 90))
 
 
+def test_a_model_of_grey_images_takes_colours_and_frames(tmp_path):
+    run = saved.run(tmp_path / "grey", tiny.values(model={"in_chans": 1}, data={"mean": [0.5], "std": [0.2]}))
+    model = DensePredictor.from_run(run)
+    assert same(model.predict(PIXELS), model.predict(Image.fromarray(PIXELS).convert("L")))
+
+
 def test_windows_and_flips_of_the_run_reach_the_prediction(runs):
     model = DensePredictor.from_run(
         runs / "mask", overrides=["--infer.mode=slide", "--infer.window=[32,32]", "--infer.flip=true"]
@@ -289,7 +295,7 @@ def clip(path, count=6, size=(64, 96)):
 
 
 @needs_av
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", ["mask", "both", "label"])
 def test_a_video_becomes_a_video_of_as_many_frames(runs, kind, tmp_path, capsys):
     from train.video import Video
 
@@ -303,6 +309,32 @@ def test_a_video_becomes_a_video_of_as_many_frames(runs, kind, tmp_path, capsys)
     assert frames[0][0].shape[1] == (192 if kind == "both" else 96) and frames[0][0].shape[0] >= 64
     code, _, err = zoo(capsys, "predict", runs / kind, source, "--out", tmp_path / "out")
     assert code == 2 and "clip_overlay.mp4 exists" in err
+
+
+@needs_av
+@pytest.mark.parametrize(("matrix", "corner"), [((0, 1, -1, 0), (0, -1)), ((0, -1, 1, 0), (-1, 0)), ((-1, 0, 0, -1), (-1, -1))])
+def test_a_phones_video_is_upright(tmp_path, matrix, corner):
+    """A light corner at the top left of the stored frames goes where the file's display matrix turns it."""
+    import av
+
+    from train.video import Video
+
+    frame = np.zeros((64, 96, 3), np.uint8)
+    frame[:32, :32] = 255
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")), *stream.encode()])
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    at = content.index(b"tkhd") + 44  # the matrix a b u, c d v, x y w of the track's header, 16.16 and 2.30 bits
+    a, b, c, d = (value << 16 for value in matrix)
+    for place, value in enumerate((a, b, 0, c, d, 0)):
+        content[at + 4 * place : at + 4 * place + 4] = value.to_bytes(4, "big", signed=True)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    (found,) = [pixels for pixels, _, _ in Video(tmp_path / "turned.mp4")]
+    assert found.shape == ((64, 96, 3) if matrix[0] else (96, 64, 3))
+    corners = {(row, column): int(found[row, column].mean()) for row in (0, -1) for column in (0, -1)}
+    assert max(corners, key=lambda place: corners[place]) == corner and sorted(corners.values())[2] < 50
 
 
 @needs_av
