@@ -216,6 +216,14 @@ def test_mistakes_of_all_parts_and_losses_are_said_at_once():
         ({"name": "segmentation", "num_classes": 1}, "task.num_classes must be at least 2"),
         ({"name": "segmentation", "num_classes": 3, "class_weights": [1.0]}, "class_weights has 1 values for 3 classes"),
         ({"name": "segmentation", "num_classes": 3, "losses": {"dice": {"smoth": 1}}}, "did you mean 'smooth'"),
+        (
+            {"name": "segmentation", "num_classes": 3, "losses": {"cross_entropy": {}, "dice": False}},
+            "losses.dice: expected its",
+        ),
+        (
+            {"name": "segmentation", "num_classes": 3, "losses": {"dice": {"factor": True}}},
+            "losses.dice.factor: True is no number",
+        ),
         ({"name": "classification", "num_classes": 3, "label_smoothing": 1.5}, "label_smoothing must lie in"),
         ({"name": "depth", "max_depth": 10, "metric": False}, "choose align"),
         ({"name": "depth", "max_depth": 10, "rule": "bins", "rule_args": {"bin": 3}}, "did you mean 'bins'"),

@@ -129,8 +129,8 @@ class Losses:
     ) -> Term:
         require_known("task.losses", name, table)
         where = f"task.losses.{name}"
-        if not isinstance(values or {}, Mapping):
-            raise ValueError(f"{where}: expected its arguments, got {values!r}")
+        if values is not None and not isinstance(values, Mapping):
+            raise ValueError(f"{where}: expected its arguments, got {values!r}; a loss that is not wanted is left out")
         values = dict(values or {})
         factor = values.pop("factor", 1.0)
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
