@@ -5,6 +5,7 @@ timm says only in part is which image sizes a model takes: where it refuses one,
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import padding
 from .plugins import nearest
 from .positions import follow
 from .sizes import as_pair, create_backbone, measured_size, meta_image, native_size, on_meta, stated_size
@@ -32,6 +34,8 @@ class FeatureBackbone(nn.Module):
         prefix_tokens: forward returns pairs (map, prefix tokens B P C) instead of maps; ValueError if the model has none. P is
             0 where a stage has none (CvT's and LIT-Ti's earlier stages).
         norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
+        pad_patches: a ConvNeXt pads its maps as kMaX-DeepLab's does (see heads/padding.py).
+        multiple: images are padded to a multiple of it, right and bottom, also where the model takes others (Mask2Former: 32).
         positions: the rule by which a plain ViT resizes its positions, "dpt" or "dinov2" (see heads/positions.py); default:
             timm's.
         taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates
@@ -62,6 +66,8 @@ class FeatureBackbone(nn.Module):
         norm: bool = False,
         taps: Sequence[str] | None = None,
         positions: str | None = None,
+        pad_patches: bool = False,
+        multiple: int = 1,
         **backbone_args: Any,
     ):
         super().__init__()
@@ -98,6 +104,8 @@ class FeatureBackbone(nn.Module):
         counts = [entries[i].get("prefix_tokens", count) for i in self.out_indices]
         self.prefix_counts: list[int] | None = None if taps else counts
         self.model = model if positions is None else follow(model, positions)
+        if pad_patches:
+            padding.pad_patches(self.model)
         self.norm = norm
         self.taps = tuple(taps or ())
         modules = dict(model.named_modules())
@@ -110,6 +118,9 @@ class FeatureBackbone(nn.Module):
         self._in_chans, self._built_size = in_chans, built_size
         self._measured = False
         self._taken: set[tuple[int, ...]] = set()
+        if multiple < 1:
+            raise ValueError(f"multiple is {multiple}: images can be padded to a multiple of a positive number")
+        self._least_multiple = multiple
         self.multiple, self.fixed_size = stated_size(model)
         if self.taps:
             self._describe_taps()
@@ -132,7 +143,8 @@ class FeatureBackbone(nn.Module):
                     f"{height} x {width}; build it with img_size=({height}, {width}), or predict in windows of its size"
                 )
             return self.fixed_size
-        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple
+        multiple = math.lcm(self.multiple, self._least_multiple)
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
         size = (images.shape[-2], images.shape[-1])

@@ -5,10 +5,13 @@ weights.load_checkpoint(model, "depth_anything_v2_vits.pth")
 inverse_depth = PUBLISHED["depth_anything_v2_vits"].rule(model(images))
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from .depth import DepthRule
 from .model import DensePredictor
@@ -225,4 +228,74 @@ def _mmsegmentation() -> dict[str, Published]:
     return found
 
 
-PUBLISHED: dict[str, Published] = _dpt() | _midas() | _depth_anything() | _glpn() | _mmsegmentation()
+CLASSES = {"coco": 133, "ade20k": 150, "cityscapes": 19}
+
+
+def _kmax() -> dict[str, Published]:
+    """bytedance/kmax-deeplab @ f8e1d04 (Apache-2.0): panoptic.
+
+    Its authors resize an image until it fits `size` and pad it to that, right and bottom, with zeros after the normalisation.
+    On Cityscapes the head also reads the stem's map, before or after the first stage's as its authors sort them.
+    """
+    norm = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    backbones: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+        "r50": ("resnet50", {"norm_layer": norm}, ["layer1", "maxpool", "layer2", "layer3", "layer4"])
+    }
+    for size in ("tiny", "small", "base", "large"):
+        taps = ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]
+        backbones[f"convnext_{size}"] = (f"convnext_{size}", {"pad_patches": True}, taps)
+    found: dict[str, Published] = {}
+    for name, (backbone, args, taps) in backbones.items():
+        for data in CLASSES if name in ("r50", "convnext_large") else ["coco"]:
+            five = data == "cityscapes"
+            head_args: dict[str, Any] = (
+                {"queries": 256, "aux": "plain"} if five else {"drop_path": 0.2 if data == "coco" else 0.0}
+            )
+            found[f"kmax_{name}_{data}"] = Published(
+                backbone,
+                "kmax",
+                "bytedance/kmax-deeplab",
+                out_channels=CLASSES[data],
+                head_args=head_args,
+                backbone_args=args | ({"taps": taps} if five else {}),
+                size=(1025, 2049) if five else (1281, 1281),
+                multiple=1,
+                method="upper_bound",
+            )
+    return found
+
+
+def _mask2former() -> dict[str, Published]:
+    """facebookresearch/Mask2Former @ 9b0651c (MIT; weights CC BY-NC 4.0): semantic (ADE20K, Cityscapes) and panoptic (COCO).
+
+    The network is one for all tasks: a file of another data set or task loads with its number of classes and of queries.
+    "swin_b" stands for both of its pretrainings, ImageNet-1K and 22K.
+    """
+    backbones: dict[str, tuple[str, dict[str, Any]]] = {
+        "r50": ("resnet50", {}),
+        "r101": ("resnet101", {}),
+        "swin_t": ("swin_t", {"feature_norms": True}),
+        "swin_s": ("swin_s", {"feature_norms": True}),
+        "swin_b": ("swin_b_384", {"feature_norms": True}),
+        "swin_l": ("swin_l_384", {"feature_norms": True}),
+    }
+    sizes = {"ade20k": (512, 512), "cityscapes": (1024, 2048), "coco": (800, 800)}
+    return {
+        f"mask2former_{name}_{data}": Published(
+            backbone,
+            "mask2former",
+            "facebookresearch/Mask2Former",
+            out_channels=CLASSES[data],
+            head_args={"queries": 200} if (name, data) == ("swin_l", "coco") else {},
+            backbone_args=args | {"multiple": 32},
+            normalisation=IMAGENET,
+            size=size,
+            multiple=1,
+            method="lower_bound",
+        )
+        for name, (backbone, args) in backbones.items()
+        for data, size in sizes.items()
+    }
+
+
+PUBLISHED: dict[str, Published] = _dpt() | _midas() | _depth_anything() | _glpn() | _mmsegmentation() | _kmax() | _mask2former()

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weights import arrays
+from weights.arrays import is_pickle
+
 ROOM = 1 << 28  # bytes that a file may ask for beyond what it stores before it is refused: small files cannot harm
 MARKS = [  # first bytes -> what such a file is, and what to do
     (rb"version https://git-lfs", "a Git LFS pointer ({size} bytes of text), not weights: fetch the real file (git lfs pull)"),
@@ -97,7 +100,7 @@ def open_checkpoint(path: str | Path) -> dict:
         return read_safetensors(path)
     if start[:2] == b"PK":
         check_zip(path, size)
-    content = read_pickle(path)
+    content = read_arrays(path) if is_pickle(start) else read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -149,6 +152,26 @@ class Refused(ValueError):
         self.name = name
 
 
+def refusal(path: str | Path, wanted: str) -> str:
+    """The sentence about a file that names code, and what to do."""
+    return (
+        f"{path} is refused: reading it would execute code from the file ({wanted}). "
+        "If you trust whoever made it, rewrite it where that code is installed: content = torch.load(path, "
+        "weights_only=False); print(content.keys()); torch.save(content[the key of the weights], 'new.pth'), "
+        "and load the new file"
+    )
+
+
+def read_arrays(path: Path) -> Any:
+    """A pickle of arrays, detectron2's .pkl. ValueError for one that names code, or is damaged."""
+    try:
+        return arrays.read_arrays(path)
+    except arrays.Named as error:
+        raise ValueError(refusal(path, error.name)) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
+
+
 @contextlib.contextmanager
 def safe_reading(path: str | Path, stand_ins: list[Any] | None = None) -> Iterator[None]:
     """Inside, torch.load(weights_only=True) of `path` refuses code with one sentence that says what to do.
@@ -169,13 +192,7 @@ def safe_reading(path: str | Path, stand_ins: list[Any] | None = None) -> Iterat
             text = re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
             raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {text}") from error
         wanted = name or re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
-        raise Refused(
-            f"{path} is refused: reading it would execute code from the file ({wanted}). "
-            "If you trust whoever made it, rewrite it where that code is installed: content = torch.load(path, "
-            "weights_only=False); print(content.keys()); torch.save(content[the key of the weights], 'new.pth'), "
-            "and load the new file",
-            name,
-        ) from error
+        raise Refused(refusal(path, wanted), name) from error
     except EOFError as error:
         raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
 

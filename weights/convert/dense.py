@@ -1,7 +1,8 @@
 """Whole dense-prediction files -> a `heads.DensePredictor`: backbone, head and auxiliary head, each by its own converter.
 
 Formats: mmsegmentation (backbone., neck., decode_head., auxiliary_head.), isl-org's DPT and MiDaS (pretrained., scratch.),
-Depth-Anything-V2 (pretrained., depth_head.), GLPN (encoder., decoder., last_layer_depth.).
+Depth-Anything-V2 (pretrained., depth_head.), GLPN (encoder., decoder., last_layer_depth.), detectron2's of Mask2Former and
+kMaX-DeepLab (backbone., sem_seg_head.).
 """
 
 import importlib
@@ -20,6 +21,7 @@ FORMATS = {  # name -> (a name that only this format has, what its backbone's na
     "isl": (r"scratch\.(layer|refinenet)", "pretrained.model."),
     "depth-anything": (r"depth_head\.", "pretrained."),
     "glpn": (r"decoder\.bot_conv\.", "encoder."),
+    "detectron": (r"sem_seg_head\.", "backbone."),
 }
 OURS = ("backbone.model.", "head.", "neck.levels.", "aux_head.", "aux_neck.")
 BRIDGE = [  # names of heads.mmseg.ZooHead -> ours
@@ -99,7 +101,9 @@ def bridged(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Our names -> mmsegmentation's for heads of its making, isl-org's or Depth-Anything's for DPT, GLPN's for GLPN."""
+    """Our names -> mmsegmentation's for heads of its making, isl-org's or Depth-Anything's for DPT, GLPN's for GLPN, and
+    detectron2's for heads with queries.
+    """
     parts: dict[str, dict[str, Tensor]] = {"backbone.model.": {}, "head.": {}, "aux_head.": {}}
     for key, value in state_dict.items():
         if prefix := next((p for p in parts if key.startswith(p)), None):
@@ -110,9 +114,11 @@ def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     backbone = module.to_official(parts["backbone.model."], model.backbone.model) if module else parts["backbone.model."]
     if any(key.startswith("scratch.layer") for key in head):
         form = "depth-anything" if any(key.startswith("projects.") for key in head) else "isl"
+    elif any(key.startswith("pixel_decoder.") for key in head):
+        form = "detectron"
     else:
         form = "glpn" if "decoder.bot_conv.weight" in head else "mmsegmentation"
-    place = {"mmsegmentation": "decode_head.", "depth-anything": "depth_head."}.get(form, "")
+    place = {"mmsegmentation": "decode_head.", "depth-anything": "depth_head.", "detectron": "sem_seg_head."}.get(form, "")
     official = {f"{FORMATS[form][1]}{key}": value for key, value in backbone.items()}
     for key, value in head.items():
         neck = (
@@ -137,7 +143,7 @@ def backbone_to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, T
     architecture = architectures(model)
     if architecture & {"beit", "vision_transformer"} and "register_tokens" not in state_dict:
         return {key: value for key, value in state_dict.items() if key != "mask_token"}  # timm's names already
-    for name, rename in (("levit", levit), ("nextvit", next_vit)):
+    for name, rename in (("levit", levit), ("nextvit", next_vit), ("resnet", detectron_resnet)):
         if name in architecture:
             return rename(state_dict, model)
     return convert.to_native(state_dict, model)
@@ -207,6 +213,19 @@ def resize_positions(name: str, value: Tensor, model: Any, form: str) -> Tensor:
     old = square(value.shape[1] - count, "a position embedding")
     positions = dino_positions(value[:, count:], old, grid, antialias=False, offset=0.1)
     return torch.cat([value[:, :count], positions], 1)
+
+
+def detectron_resnet(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """detectron2's names of a ResNet -> timm's: stem.conv1.norm, res2.0.conv1, shortcut. Others as weights.convert has them."""
+    if not any(key.startswith("stem.conv1.") for key in state_dict):
+        return convert.to_native(state_dict, model)
+    native = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix("stem.")
+        key = re.sub(r"^res(\d)\.", lambda m: f"layer{int(m[1]) - 1}.", key)
+        key = key.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+        native[re.sub(r"conv(\d)\.norm\.", r"bn\1.", key)] = value
+    return native
 
 
 LEVIT = [  # inside an attention or MLP half

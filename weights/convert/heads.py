@@ -1,4 +1,5 @@
-"""Heads whose parameters carry their authors' names: linear, FCN, FPN, UPerNet, SegFormer (mmsegmentation), SDT, GLPN.
+"""Heads whose parameters carry their authors' names: linear, FCN, FPN, UPerNet, SegFormer (mmsegmentation), SDT, GLPN,
+Mask2Former and kMaX-DeepLab (detectron2).
 
 Only the prefix of the program around them is taken off; `weights/convert/dense.py` does whole models.
 """
@@ -8,8 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-PREFIXES = ("decode_head.", "auxiliary_head.", "depth_head.", "head.")
-UNUSED = ("weighted_fusion.readout_projects.",)  # stored by AnyDepth also where the class token is not read
+PREFIXES = ("decode_head.", "auxiliary_head.", "depth_head.", "sem_seg_head.", "head.")
+UNUSED = (
+    "weighted_fusion.readout_projects.",  # stored by AnyDepth also where the class token is not read
+    "criterion.",  # Mask2Former's class weights, a constant of the loss
+    "pixel_mean",  # of the image, which older detectron2 stores
+    "pixel_std",
+)
+OLD = {"predictor.static_query.": "predictor.query_feat."}  # in Mask2Former's first files
 
 
 def source_format(keys: Iterable[str]) -> str:
@@ -23,6 +30,8 @@ def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     native = {}
     for key, value in state_dict.items():
         if key not in own:
+            for old, new in OLD.items():
+                key = key.replace(old, new)
             key = next((key.removeprefix(p) for p in PREFIXES if key.removeprefix(p) in own), key)
         if key in own or not key.startswith(UNUSED):
             native[key] = value
