@@ -11,12 +11,21 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # of torch's older files
-TYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}
+TYPES = {  # NumPy's letters
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+}
 
 
 class Named(ValueError):
@@ -38,11 +47,11 @@ class Dtype:
         order = state[1]
         self.order = order.decode("latin1") if isinstance(order, bytes) else str(order)
 
-    def plain(self) -> np.dtype:
+    def plain(self) -> torch.dtype:
         """The type of the numbers. ValueError for one that is no number."""
         if self.letters not in TYPES or self.order not in ("<", ">", "=", "|"):
             raise ValueError(f"it holds an array of type {self.order}{self.letters}, which is no weight")
-        return np.dtype((self.order if self.order in "<>" else "=") + self.letters)
+        return TYPES[self.letters]
 
 
 class Array:
@@ -65,8 +74,17 @@ class Array:
             raise ValueError(f"it holds an array of shape {shape!r}")
         if math.prod(shape) * dtype.itemsize != len(content):
             raise ValueError(f"it holds an array of shape {list(shape)} with {len(content)} bytes")
-        values = np.frombuffer(content, dtype).reshape(shape, order="F" if self.fortran else "C")
-        return torch.from_numpy(np.array(values.astype(dtype.newbyteorder("="), copy=False), order="C", copy=True))
+        if not content:
+            return torch.empty(shape, dtype=dtype)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if self.dtype.order == ">" and dtype.itemsize > 1:
+            values = values.view(-1, dtype.itemsize).flip(1).flatten()
+        if dtype == torch.bool:
+            values = values.clamp_max(1)  # any other byte is no truth value
+        numbers = values.view(dtype)
+        if self.fortran:
+            return numbers.view(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)).contiguous()
+        return numbers.view(shape)
 
 
 def reconstruct(kind: Any, *_: Any) -> Array:
