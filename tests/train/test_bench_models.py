@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from train import cli, config
-from train.bench import clock, linear, models, training
+from train.bench import clock, edits, linear, models, training
 from train.bench.models import Settings, parse
 
 
@@ -139,3 +139,17 @@ def test_a_program_that_fails_is_named_with_its_last_line():
     with pytest.raises(RuntimeError, match="failed: ValueError: no images"):
         training.cpu_seconds([sys.executable, "-c", "raise ValueError('no images')"])
     assert training.cpu_seconds([sys.executable, "-c", "sum(range(2_000_000))"]) > 0.01
+
+
+def test_edits_are_measured_beside_the_plain_model(monkeypatch):
+    create = edits.timm.create_model
+    monkeypatch.setattr(
+        edits.timm, "create_model", lambda name, **args: create(name, depth=2, embed_dim=96, num_heads=6, **args)
+    )
+    rows = edits.bench_edits(batches=[1], rounds=1, size=(64, 64))
+    assert len(rows) == 2 * len(edits.variants())
+    for i in range(0, len(rows), len(rows) // 2):
+        macs = [int(row["of plain"].removesuffix("%")) for row in rows[i : i + len(rows) // 2]]
+        assert rows[i]["edit"] == "plain" and macs[0] == 100
+        assert macs[0] > macs[1] > macs[2] and macs[0] > macs[4] > macs[5]  # merged, then pruned
+        assert all(float(row["ms (min)"].split()[0]) > 0 for row in rows)

@@ -97,7 +97,7 @@ def parse(text: str, settings: Settings) -> Subject:
     if not path.is_dir() and not is_model(source):
         raise ValueError(
             f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of ops, heads, "
-            f"linear and train; {nearest(source, ['ops', 'heads', 'linear', 'train', *timm.list_models()])}"
+            f"linear, edits and train; {nearest(source, ['ops', 'heads', 'linear', 'edits', 'train', *timm.list_models()])}"
         )
     return Subject(
         text,

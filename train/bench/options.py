@@ -11,6 +11,7 @@ Or one of
   ops      neighbourhood attention: the backends beside each other
   heads    dense heads beside other libraries' on the same features
   linear   linear layers with weights packed once, as `backbones.fuse` has them, beside plain ones
+  edits    ViTs with merged tokens, pruned and with folded norms, beside the plain ones
   gpu      everything a GPU has to show in a few minutes, into one JSON file (--minutes, --out, --cifar, --rehearse, --parts)
   train    steps of `zoo train` beside timm's train.py (--script)
 """

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from train.bench import gpu
 from train.bench.clock import machine, machine_facts, table
+from train.bench.edits import bench_edits
 from train.bench.heads import bench_heads
 from train.bench.linear import bench_linear
 from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
 
-WHOLE = ("ops", "heads", "linear", "gpu", "train")
+WHOLE = ("ops", "heads", "linear", "edits", "gpu", "train")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +82,9 @@ def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str
         if device != "cpu":
             raise ValueError("packed weights are oneDNN's, for the CPU: give --device cpu")
         return {"linear layers: weights packed once, and plain": bench_linear(args.rounds, args.threads)}
+    if what == "edits":
+        rows = bench_edits(args.batches, args.rounds, device, args.threads, size=size or (224, 224))
+        return {"edits of a ViT: multiply-adds of an image and time of an inference, beside the plain model": rows}
     if what == "train":
         return {"training step in this program and in timm's": bench_training(args.script, args.rounds)}
     engine = args.engine
