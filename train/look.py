@@ -92,7 +92,8 @@ def sheet_of(subject: Subject, features: FeatureBackbone, file: Path, at: Place 
         maps = [one if isinstance(one, Tensor) else one[0] for one in features(image)]
     chosen = at is not None
     place = at or most_salient(maps[-1][0])
-    found = point_attention(features.model, image, place, [(one.shape[2], one.shape[3]) for one in maps], features)
+    sizes = {stage: (one.shape[2], one.shape[3]) for stage, one in zip(features.out_indices, maps, strict=True)}
+    found = point_attention(features.model, image, place, sizes, features)
     first = [
         Panel(marked(photo, place), f"{file.name}\nthe place {place[0]:.2f}, {place[1]:.2f}{'' if chosen else ' (chosen)'}")
     ]
@@ -102,19 +103,13 @@ def sheet_of(subject: Subject, features: FeatureBackbone, file: Path, at: Place 
         drawn = torch.stack([enlarged(colors[..., channel], *photo.shape[:2]) for channel in range(3)])
         name = f"block {features.out_indices[i]}" if features.one_scale else f"stage {features.out_indices[i]}"
         panels = [Panel(to_rgb(drawn), f"{name}: features\n{one.shape[1]} channels, {one.shape[2]}x{one.shape[3]}")]
-        stage = features.out_indices[i] if per_block(found) else i
-        for attention in last_kinds([one for one in found if one.stage == stage]):
+        for attention in last_kinds([one for one in found if one.stage == features.out_indices[i]]):
             panels += attention_panels(photo, attention, place)
         rows.append(panels)
     if not found:
         return rows, f"{short(subject.name)}: no attention that can be read"
     note = "what the ringed place attends to, each picture up to its own largest weight; features by their main components"
     return rows, f"{short(subject.name)}: {note}"
-
-
-def per_block(found: Sequence[PointAttention]) -> bool:
-    """Whether the stages of attention are numbers of blocks, as in a flat ViT."""
-    return any(one.name == f"blocks.{one.stage}" for one in found)
 
 
 def last_kinds(found: Sequence[PointAttention]) -> list[PointAttention]:

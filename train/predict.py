@@ -102,8 +102,9 @@ def predict(
             done.written.append(outputs[path][-1])
     before = f", {len(done.there)} were there already" if done.there else ""
     lost = f", {len(done.failed)} cannot be read" if done.failed else ""
-    kind = "images" if not any(map(is_video, files)) else "images and videos"
-    say(f"{len(files)} {kind}{before}{lost}: {len(done.written)} files written to {out}")
+    videos = sum(map(is_video, files))
+    counts = [f"{count} {kind}" for count, kind in ((len(files) - videos, "images"), (videos, "videos")) if count]
+    say(f"{', '.join(counts)}{before}{lost}: {len(done.written)} files written to {out}")
     return done
 
 

@@ -8,7 +8,7 @@ Shapes: B = 1 image, H W map height and width, h heads, d channels of a head, P 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ class PointAttention:
     Attributes:
         name: of the attention module, or of the block.
         kind: in words, e.g. "window 7, shifted by 3".
-        stage: number of the feature map that the block works on.
+        stage: number of the stage, in a flat network of the block.
         weights: h H W over the keys, each head's sum at most one: prefix tokens and padding take the rest.
         kept: h H W bool, keys that the block chose among all, or None where all are there.
         dense: h H W, attention as it were without the choice, or None.
@@ -60,7 +60,7 @@ def cell(at: Place, height: int, width: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def point_attention(
-    model: nn.Module, image: Tensor, at: Place, sizes: Sequence[tuple[int, int]], run: Callable[[Tensor], Any] | None = None
+    model: nn.Module, image: Tensor, at: Place, sizes: Mapping[int, tuple[int, int]], run: Callable[[Tensor], Any] | None = None
 ) -> list[PointAttention]:
     """Every readable attention of a model for one image, first block first; empty for a model without any.
 
@@ -71,7 +71,8 @@ def point_attention(
         model: a backbone, in any mode; runs in evaluation.
         image: 1 3 H W.
         at: the place that looks, x and y.
-        sizes: (H, W) of the feature maps, by stage: a block without a stage in its name belongs to the first one that fits.
+        sizes: stage -> (H, W) of its feature map. An attention without a stage in its name belongs to the first one that fits;
+            where all maps have one size, the n-th attention is that of stage n.
         run: how the model runs on the image; default: `model.forward_features`.
     """
     run = run or model.forward_features  # type: ignore[assignment]
@@ -84,7 +85,7 @@ def point_attention(
         with given(model, calls) as inputs, calls:
             assert run is not None
             run(image)
-        found = list(of_calls(calls.seen, at, sizes))
+        found = list(of_calls(calls.seen, at, sizes, prefix_counts(model)))
         for name, module, x in inputs:
             for kind, weights in READERS[type(module).forward](module, x, at):
                 found.append(PointAttention(name, kind, stage_of(name, weights.shape[-2:], sizes), weights))
@@ -100,11 +101,11 @@ def flat(model: nn.Module) -> bool:
     return not isinstance(model, TokenStream)
 
 
-def stage_of(name: str, size: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
-    """The stage in a module's name, else the first whose map has the size."""
+def stage_of(name: str, size: Sequence[int], sizes: Mapping[int, tuple[int, int]]) -> int:
+    """The stage in a module's name, else the first whose map has the size, else the last."""
     if found := re.match(r"(?:stages|layers)[._](\d+)", name):
-        return min(int(found[1]), len(sizes) - 1)
-    return next((i for i, one in enumerate(sizes) if tuple(one) == tuple(size)), len(sizes) - 1)
+        return int(found[1])
+    return next((stage for stage, one in sizes.items() if tuple(one) == tuple(size)), max(sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------- flat ViTs
@@ -271,22 +272,37 @@ def given(model: nn.Module, calls: Fused) -> Iterator[list[tuple[str, nn.Module,
             handle.remove()
 
 
-def of_calls(calls: Sequence[Call], at: Place, sizes: Sequence[tuple[int, int]]) -> Iterator[PointAttention]:
+def prefix_counts(model: nn.Module) -> set[int]:
+    """How many prefix tokens may stand before the cells of a map: what the model says of itself and of its stages, or none."""
+    info: Any = getattr(model, "feature_info", ())
+    stages = [entry.get("prefix_tokens", 0) for entry in getattr(info, "info", info)]
+    return {0, int(getattr(model, "num_prefix_tokens", 0)), *stages}
+
+
+def of_calls(
+    calls: Sequence[Call], at: Place, sizes: Mapping[int, tuple[int, int]], prefixes: Collection[int]
+) -> Iterator[PointAttention]:
     """Attention over all cells of a map, read from calls of the fused kernel in their order; others are passed over.
 
-    Queries are the cells of a stage's map behind at most 8 prefix tokens; keys the same, or those of a smaller map.
+    Queries are the cells of a stage's map behind its prefix tokens; keys the same, or those of a smaller map.
+
+    Args:
+        calls: in their order.
+        at: the place that looks.
+        sizes: stage -> (H, W) of its map.
+        prefixes: how many prefix tokens there may be.
     """
-    stage = 0
+    flat_map = len(set(sizes.values())) == 1 and len(sizes) > 1
+    stages, read = sorted(sizes), 0
     numbers: dict[int, int] = {}
     for call in calls:
-        found = next(
-            ((i, prefix) for i in range(stage, len(sizes)) if 0 <= (prefix := call.q.shape[2] - math.prod(sizes[i])) <= 8),
-            None,
-        )
-        if found is None:
+        fits = [stage for stage in stages if call.q.shape[2] - math.prod(sizes[stage]) in prefixes]
+        if not fits:
             continue
-        stage, prefix = found
-        height, width = sizes[stage]
+        like = fits[0]
+        stages = stages if flat_map else [stage for stage in stages if stage >= like]  # maps do not grow again
+        height, width = sizes[like]
+        prefix = call.q.shape[2] - height * width
         pooled = pooled_size(call.k.shape[2], height, width, prefix)
         if pooled is None:
             continue
@@ -298,6 +314,8 @@ def of_calls(calls: Sequence[Call], at: Place, sizes: Sequence[tuple[int, int]])
             mask = call.mask.expand(1, call.q.shape[1], call.q.shape[2], -1)[0, :, query]
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1)[:, ahead:].unflatten(1, pooled)
+        stage = read if flat_map else like
+        read += 1
         number = numbers[stage] = numbers.get(stage, -1) + 1
         kind = "all cells" if pooled == (height, width) else f"{pooled[0]}x{pooled[1]} pooled keys of {height}x{width}"
         yield PointAttention(f"stage {stage}, attention {number}", kind, stage, weights)

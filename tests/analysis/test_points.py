@@ -82,7 +82,7 @@ def test_a_vit_shows_its_maps_with_fused_attention_too(fused):
     model(image)
     for block in model.blocks:
         block.attn.fused_attn = fused
-    found = points.point_attention(model, image, AT, [(3, 5)])
+    found = points.point_attention(model, image, AT, {0: (3, 5)})
     row, column = points.cell(AT, 3, 5)
     for one, expected in zip(found, maps[:2], strict=True):
         torch.testing.assert_close(one.weights.flatten(1), expected[0, :, 1 + row * 5 + column, 1:])
@@ -96,16 +96,20 @@ def test_calls_of_the_fused_kernel_are_read_with_prefix_mask_and_pooled_keys():
     bias = torch.randn(1, 1, 25, 7)
 
     class Model(nn.Module):
+        num_prefix_tokens = 1
+
         def forward(self, image):
             F.scaled_dot_product_attention(torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4))  # windows
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
 
     model = Model()
-    (found,) = points.point_attention(model, torch.zeros(1), AT, [(4, 6)], model)
+    (found,) = points.point_attention(model, torch.zeros(1), AT, {0: (4, 6)}, model)
     row, column = points.cell(AT, 4, 6)
     expected = (q[0, :, 1 + row * 6 + column, None] @ k[0].mT * 0.3 + bias[0, 0, 1 + row * 6 + column]).softmax(-1)[:, 0, 1:]
     torch.testing.assert_close(found.weights.flatten(1), expected)
     assert found.weights.shape == (2, 2, 3) and found.kind == "2x3 pooled keys of 4x6"
+    Model.num_prefix_tokens = 0  # then 25 queries are no map of 4 x 6
+    assert points.point_attention(model, torch.zeros(1), AT, {0: (4, 6)}, model) == []
 
 
 SMALL = {
@@ -130,7 +134,8 @@ def test_every_family_shows_its_attention(name):
     model.eval()
     maps = model.forward_intermediates(image, intermediates_only=True)
     model.train()
-    found = points.point_attention(model, image, AT, [tuple(one.shape[2:]) for one in maps])
+    sizes = {stage: tuple(one.shape[2:]) for stage, one in enumerate(maps)}
+    found = points.point_attention(model, image, AT, sizes)
     for text, count in kinds.items():
         assert sum(text in one.kind for one in found) == count, [one.kind for one in found]
     assert len(found) == sum(kinds.values())
@@ -141,10 +146,22 @@ def test_every_family_shows_its_attention(name):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["nat_isotropic_small", "vitrpb_small"])
+@torch.no_grad()
+def test_an_attention_of_a_flat_network_belongs_to_its_own_block(name):
+    """Maps of two of the blocks are asked for, and all have one size."""
+    args = {"embed_dim": 24, "depth": 4, "num_heads": 2} | (
+        {"img_size": (64, 96)} if name == "vitrpb_small" else {"kernel_size": 3}
+    )
+    model = timm.create_model(name, **args).eval()
+    found = points.point_attention(model, torch.randn(1, 3, 64, 96), AT, {1: (4, 6), 3: (4, 6)})
+    assert [one.stage for one in found] == [0, 1, 2, 3]
+
+
 @torch.no_grad()
 def test_kept_connections_are_those_of_the_mask():
     model = timm.create_model("sparsifiner_deit_s", img_size=(64, 96), depth=2, embed_dim=24, heads=3, keep_rate=0.5).eval()
-    for one in points.point_attention(model, torch.randn(1, 3, 64, 96), AT, [(4, 6)]):
+    for one in points.point_attention(model, torch.randn(1, 3, 64, 96), AT, {0: (4, 6)}):
         assert one.kept.dtype == torch.bool and 11 <= one.kept.sum((1, 2)).min() <= one.kept.sum((1, 2)).max() <= 13  # of 25
         assert (one.weights[~one.kept] == 0).all() and (one.dense > 0).all()
 

@@ -58,6 +58,14 @@ def test_rows_are_the_stages_and_attention_stands_beside_its_features(image):
         assert titles[2].endswith("3 heads") and len(titles) == 3
 
 
+def test_stages_keep_their_numbers_where_some_are_left_out(image, tmp_path):
+    run = saved.run(tmp_path / "run", tiny.values(model={"out_indices": [1, 3]}))
+    subject = look.open_subject(str(run))
+    rows, _ = look.sheet_of(subject, look.features_of(subject.model), image, (0.5, 0.5))
+    for row, stage in zip(rows[1:], (1, 3), strict=True):
+        assert row[0].title.startswith(f"stage {stage}: features") and row[1].title.startswith(f"stages.{stage}.blocks.0.attn:")
+
+
 def test_registers_show_before_and_after_and_stay_on(image):
     subject = look.open_subject("vit_tiny_patch16_224", (64, 96), untrained=True)
     add_test_time_registers(subject.model, {5: [1, 2, 3]}, scale=50.0)

@@ -301,7 +301,7 @@ def test_a_video_becomes_a_video_of_as_many_frames(runs, kind, tmp_path, capsys)
 
     source = clip(tmp_path / "clip.mp4")
     code, text, _ = zoo(capsys, "predict", runs / kind, source, "--out", tmp_path / "out")
-    assert code == 0 and "1 images and videos: 1 files written" in text
+    assert code == 0 and "1 videos: 1 files written" in text
     made = Video(tmp_path / "out" / "clip_overlay.mp4")
     frames = list(made)
     assert len(frames) == 6 and made.rate == 10
