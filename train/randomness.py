@@ -6,6 +6,7 @@ batch is cut, and recomputed activations see the masks of the first pass, becaus
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator
 
@@ -59,6 +60,18 @@ def uniforms(each: int, device: torch.device) -> Tensor:
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     x = x ^ ((x >> 31) & 0x1FFFFFFFF)
     return (((x >> 40) & 0xFFFFFF).to(torch.float32) * 2**-24).to(device, non_blocking=True)
+
+
+def normals(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers, the first axis of `shape` for the samples in hand: by position in a training step, else torch's.
+
+    Box and Muller's of two of `uniforms`.
+    """
+    if _step.positions is None:
+        return torch.randn(shape, device=device)
+    count = math.prod(shape[1:])
+    radius, angle = uniforms(2 * count, device).chunk(2, 1)
+    return ((-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()).reshape(shape)
 
 
 def _mask(x: Tensor, keep: float, rest: int) -> Tensor:

@@ -228,7 +228,123 @@ class Normal(Pixels):
         return torch.stack([cos * x + sin * y, cos * y - sin * x, z])
 
 
-KINDS: dict[str, Kind] = {"image": Image(), "mask": Mask(), "panoptic": Panoptic(), "depth": Depth(), "normal": Normal()}
+class Frames(Image):
+    """Further frames of the image's video, uint8 n C H W, changed as the image is."""
+
+    def tensor(self, value: Any) -> Tensor:
+        frames = torch.as_tensor(value)
+        if frames.ndim != 4 or frames.dtype != torch.uint8:
+            raise ValueError(f"frames must be uint8 n C H W, got {kind_of(frames)}")
+        return frames
+
+
+class Camera(Kind):
+    """What has no pixels and follows from what happens to them: `moved` is told the change as a plane and as a space.
+
+    A mirrored or turned image is that of a mirrored or turned world, so that what a network sees of the motion between frames
+    is the motion that the entries say.
+    """
+
+    target = False
+
+    @abc.abstractmethod
+    def moved(self, value: Tensor, plane: Tensor, space: Tensor) -> Tensor:
+        """The entry once pixels moved by `plane` (3 3, of x, y, 1) and points of the camera by the orthogonal `space` (3 3)."""
+
+    def size(self, value: Tensor) -> Size | None:
+        return None
+
+    def resize(self, value: Tensor, old: Size, new: Size, look: Look) -> Tensor:
+        y, x = new[0] / old[0], new[1] / old[1]  # pixel i of n covers i..i+1, so its centre i + 0.5 is what is scaled
+        return self.moved(value, matrix([x, 0, (x - 1) / 2], [0, y, (y - 1) / 2]), torch.eye(3))
+
+    def crop(self, value: Tensor, top: int, left: int, size: Size) -> Tensor:
+        return self.moved(value, matrix([1, 0, -left], [0, 1, -top]), torch.eye(3))
+
+    def pad(self, value: Tensor, border: Sequence[int], look: Look) -> Tensor:
+        return self.crop(value, -border[1], -border[0], (0, 0))
+
+    def flip(self, value: Tensor, axis: int, size: Size) -> Tensor:
+        if axis == -1:
+            return self.moved(value, matrix([-1, 0, size[1] - 1], [0, 1, 0]), torch.diag(torch.tensor([-1.0, 1, 1])))
+        return self.moved(value, matrix([1, 0, 0], [0, -1, size[0] - 1]), torch.diag(torch.tensor([1.0, -1, 1])))
+
+    def rotate(self, value: Tensor, degrees: float, size: Size, look: Look) -> Tensor:
+        angle = torch.deg2rad(torch.tensor(float(degrees)))  # counter-clockwise as seen, and y points down
+        cos, sin = float(angle.cos()), float(angle.sin())
+        y, x = (size[0] - 1) / 2, (size[1] - 1) / 2
+        turn = matrix([cos, sin, 0], [-sin, cos, 0])
+        return self.moved(value, matrix([1, 0, x], [0, 1, y]) @ turn @ matrix([1, 0, -x], [0, 1, -y]), turn)
+
+
+class Intrinsics(Camera):
+    """A camera matrix, float32 3 3, in pixels of the image: pixel indices, 0 at the centre of the first."""
+
+    def tensor(self, value: Any) -> Tensor:
+        camera = torch.as_tensor(value).float()
+        if camera.shape != (3, 3) or not camera.isfinite().all():
+            raise ValueError(f"intrinsics must be 3x3 finite numbers, got {kind_of(camera)}")
+        if not (camera[0, 0] > 0 and camera[1, 1] > 0) or camera[2].tolist() != [0, 0, 1]:
+            raise ValueError(
+                f"intrinsics must be [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], fx and fy positive, got {rows(camera)}"
+            )
+        return camera
+
+    def moved(self, value: Tensor, plane: Tensor, space: Tensor) -> Tensor:
+        return plane @ value @ space.mT
+
+
+class Pose(Camera):
+    """Motions from the camera of the image to those of its frames, float32 n 4 4, metres; NaN where none is known."""
+
+    def tensor(self, value: Any) -> Tensor:
+        pose = torch.as_tensor(value).float()
+        if pose.ndim != 3 or pose.shape[1:] != (4, 4):
+            raise ValueError(f"poses must be n 4 4, got {kind_of(pose)}")
+        for one in pose:
+            if not one.isnan().all():
+                check_motion(one)
+        return pose
+
+    def moved(self, value: Tensor, plane: Tensor, space: Tensor) -> Tensor:
+        whole = torch.eye(4)
+        whole[:3, :3] = space
+        return whole @ value @ whole.mT
+
+
+def matrix(x: Sequence[float], y: Sequence[float]) -> Tensor:
+    """The 3 3 matrix of an affine change of pixels, from its first two rows."""
+    return torch.tensor([list(x), list(y), [0.0, 0.0, 1.0]])
+
+
+def rows(values: Tensor) -> str:
+    """A small matrix in words, for errors."""
+    return "[" + ", ".join("[" + ", ".join(f"{v:.4g}" for v in row) + "]" for row in values.tolist()) + "]"
+
+
+def check_motion(pose: Tensor) -> None:
+    """Raise ValueError, with the value, unless a 4 4 matrix is a rotation and a translation."""
+    turn = pose[:3, :3].double()
+    if not pose.isfinite().all() or pose[3].tolist() != [0, 0, 0, 1]:
+        raise ValueError(f"a pose must be finite with a last row of 0 0 0 1, got {rows(pose)}")
+    error = float((turn @ turn.mT - torch.eye(3, dtype=torch.float64)).abs().max())
+    if error > 1e-2 or float(torch.linalg.det(turn)) < 0:
+        raise ValueError(
+            f"a pose must be a rotation and a translation, got {rows(pose)}, whose rotation is off by {error:.2g} and has "
+            f"determinant {float(torch.linalg.det(turn)):.2g}"
+        )
+
+
+KINDS: dict[str, Kind] = {
+    "image": Image(),
+    "mask": Mask(),
+    "panoptic": Panoptic(),
+    "depth": Depth(),
+    "normal": Normal(),
+    "frames": Frames(),
+    "intrinsics": Intrinsics(),
+    "pose": Pose(),
+}
 
 
 def is_dense(targets: Iterable[str]) -> bool:

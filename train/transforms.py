@@ -169,8 +169,9 @@ class _Transform:
 
     def normalised(self, sample: dict[str, Any], name: str) -> Tensor:
         image = sample[name]
-        if len(self.mean) != len(image):
-            raise ValueError(f"{sample['path']}: the image has {len(image)} channels, mean and std have {len(self.mean)}")
+        channels = image.shape[-3]
+        if len(self.mean) != channels:
+            raise ValueError(f"{sample['path']}: the image has {channels} channels, mean and std have {len(self.mean)}")
         return (image - self.mean).div_(self.std)
 
 
@@ -247,8 +248,10 @@ class TrainTransform(_Transform):
         if self.policy is not None:
             image = self.policy(vision.to_pil_image(sample["image"]))
             sample["image"] = vision.pil_to_tensor(image)
+        if "frames" in sample:  # losses compare the frames as they are, networks see changed colours
+            sample["views"] = torch.cat([sample["image"][None], sample["frames"]])
         if self.jitter is not None and torch.rand(()) < augment.color_jitter_prob:
-            sample["image"] = self.jitter(sample["image"])
+            sample = self.jittered(sample)
         sample = self.finished(sample)
         if augment.cut_depth and "depth" in sample and torch.rand(()) < augment.cut_depth:
             left = int(self.size[1] * torch.rand(()))
@@ -257,6 +260,14 @@ class TrainTransform(_Transform):
         if self.erase is not None:
             sample["image"] = self.erase(sample["image"])
         return sample
+
+    def jittered(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample with other colours, the same change for all frames of a video."""
+        assert self.jitter is not None
+        if "frames" not in sample:
+            return {**sample, "image": self.jitter(sample["image"])}
+        changed = self.jitter(sample["views"])
+        return {**sample, "image": changed[0], "frames": changed[1:]}
 
     def flipped(self, sample: dict[str, Any], axis: int) -> dict[str, Any]:
         """The mirrored sample: axis -1 swaps left and right, -2 top and bottom."""

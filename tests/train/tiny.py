@@ -17,10 +17,11 @@ VALUES = {
 
 
 def values(**changes):
-    """VALUES with sections replaced or, where both are dicts, updated."""
+    """VALUES with sections updated; a task with a name replaces theirs."""
     merged = {section: dict(content) for section, content in VALUES.items()}
     for section, content in changes.items():
-        merged[section] = {**merged.get(section, {}), **content}
+        kept = {} if section == "task" and "name" in content else merged.get(section, {})
+        merged[section] = {**kept, **content}
     if merged["task"]["name"] == "classification":
         merged["model"].pop("head", None)  # the backbone has its own
     return merged

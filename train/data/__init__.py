@@ -15,11 +15,14 @@ from train.data.files import PixelRules
 from train.data.folder import Folder
 from train.data.imagenet import ClassFolder, ImageNet, TimmDataset, TinyImageNet
 from train.data.kitti import Kitti
+from train.data.kitti_raw import KittiRaw
 from train.data.nyu import NYUv2, NYUv2Mat
 from train.data.packed import HuggingFace, Shards
 from train.data.panoptic import ADE20KPanoptic, CityscapesPanoptic, CocoPanoptic
 from train.data.scenes import Scenes
+from train.data.sequences import SceneSequences
 from train.data.sevenscenes import SevenScenes
+from train.data.video import Video
 from train.depth import DepthSpec
 from train.schema import DataConfig
 
@@ -28,6 +31,7 @@ DATASETS: Table[type[ImageDataset]] = Table(
     ImageDataset,
     {
         "scenes": Scenes,
+        "scene_sequences": SceneSequences,
         "digits": Digits,
         "cifar10": Cifar10,
         "cifar100": Cifar100,
@@ -49,6 +53,8 @@ DATASETS: Table[type[ImageDataset]] = Table(
         "nyuv2_mat": NYUv2Mat,
         "sevenscenes": SevenScenes,
         "kitti": Kitti,
+        "kitti_raw": KittiRaw,
+        "video": Video,
     },
 )
 

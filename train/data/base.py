@@ -48,6 +48,9 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         provides: targets the data have.
         classes, palette, ignore_index: of masks and labels; depth: of depth maps.
         things: the classes that are countable, of panoptic maps.
+        offsets: of the further frames of a video, as a sample's "frames" and "pose" are ordered: places in time, or "s" for the
+            other camera of a pair.
+        known_poses: whether "pose" holds the motions to all of them; NaN stands for one that is not known.
         in_memory: reads no files, so its constructor takes no root.
         any_channels: can hand over whatever channels its files have, not 1 or 3 only.
         pixels: channels, range and size of the images it reads.
@@ -62,6 +65,8 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     things: Sequence[int] = ()
     ignore_index: int = 255
     depth: DepthSpec | None = None
+    offsets: tuple[int | str, ...] = ()
+    known_poses: bool = False
     in_memory: bool = False
     any_channels: bool = True
     pixels: PixelRules = RGB
@@ -101,6 +106,10 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     def read(self, index: int) -> dict[str, Any]:
         """The sample before checks and transform: image and maps as arrays or tensors, any targets the files have."""
 
+    def true_depth(self, index: int) -> np.ndarray | None:
+        """The depth map H W of a training frame for a picture, metres; None where the data have none."""
+        return None
+
     def image_files(self) -> list[Path]:
         """The image file of every sample, in order; empty where an image has no file of its own."""
         return []
@@ -108,6 +117,14 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
     def image(self, source: Source, place: str | None = None) -> np.ndarray:
         """The pixels of an image file, uint8 C H W, upright; place: what errors call it where it has no path."""
         return read_image(source, place, self.pixels, self.notes)
+
+    def frames_of(self, sample: Mapping[str, Any], files: Sequence[Path]) -> np.ndarray:
+        """The pixels of further frames, uint8 n C H W. ValueError names one of another size than the sample's image."""
+        found = []
+        for file in files:
+            found.append(self.image(file))
+            self.check_size({**sample, "frame_path": file}, "frame", found[-1].shape[-2:], sample["image"].shape[-2:])
+        return np.stack(found)
 
     def ids(
         self,
@@ -166,11 +183,14 @@ class ImageDataset(Dataset[dict[str, Any]], abc.ABC):
         path = sample["path"]
         image = np.asarray(sample["image"])
         image = change_channels(image, self.pixels.channels, str(path)) if image.ndim == 3 else image
+        values = {**sample, "image": image}
+        if "frames" in self.targets:
+            values["frames"] = np.stack([change_channels(f, self.pixels.channels, str(path)) for f in sample["frames"]])
         out: dict[str, Any] = {}
         for name in ("image", *self.targets):
             if name in KINDS:
                 try:
-                    out[name] = KINDS[name].tensor(image if name == "image" else sample[name])
+                    out[name] = KINDS[name].tensor(values[name])
                 except ValueError as error:
                     raise ValueError(f"{sample.get(f'{name}_path', path)}: {error}") from error
                 self.check_size(sample, name, KINDS[name].size(out[name]), image.shape[-2:])

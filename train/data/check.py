@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from train.checks import sentences_of
-from train.data import open_split
+from train.data import frames, open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.examine import Finding, compare, examine, lossy_sentence, named
 from train.data.facts import SplitFacts, read_facts
@@ -144,6 +144,8 @@ def sheet(datasets: list[ImageDataset], path: Path) -> None:
                 segments = np.asarray(sample["panoptic"])
                 row.append(Panel(numbered_segments(image, segments, palette), "segments: class * 1000 + number"))
                 row[-1].legend = class_legend(dataset.classes, palette, np.where(segments < 0, -1, segments // SEGMENTS))
+            if "frames" in dataset.targets:
+                row += frames.panels(dataset, step * len(dataset) // count, sample)
             if "depth" in dataset.targets:
                 row.append(metric_panel(np.squeeze(np.asarray(sample["depth"])), "depth"))
             rows.append(row)
@@ -172,6 +174,7 @@ def run(
     facts = [read_facts(dataset, count, progress) for dataset in datasets]
     findings = [finding for dataset, one in zip(datasets, facts, strict=True) for finding in examine(dataset, one)]
     findings += compare(datasets, facts)
+    findings += [finding for dataset in datasets if "frames" in dataset.targets for finding in frames.findings(dataset)]
     if task is not None:
         for dataset in datasets:
             try:

@@ -114,18 +114,12 @@ class Scenes(ImageDataset):
 
 def render(rng: np.random.Generator, height: int, width: int) -> Scene:
     """One scene of height x width pixels."""
-    camera_height, pitch = rng.uniform(1.35, 1.65), rng.uniform(0.20, 0.28)
+    pitch, solids = place_solids(rng)
     rays = camera_rays(height, width, pitch)  # P 3, of unit length along the optical axis
     origin = np.zeros(3, np.float32)
-    floor = Plane((0, 1, 0), -camera_height)
-    yaw = rng.uniform(-0.3, 0.3)
-    wall = Plane((math.sin(yaw), 0, -math.cos(yaw)), -math.cos(yaw) * rng.uniform(5.5, 8.0))
-    solids = [wall, floor, *place_bodies(rng, -camera_height)]
     ids = [0, 1] + [CLASSES.index(type(body).__name__.lower()) for body in solids[2:]]
 
-    hits = np.stack([solid.hit(origin, rays) for solid in solids])  # S P
-    nearest = hits.argmin(0)
-    depth = hits.min(0)
+    nearest, depth = first_hit(solids, origin, rays)
     points = rays * depth[:, None]
     normals, colours = np.empty_like(rays), np.empty_like(rays)
     for i, solid in enumerate(solids):
@@ -147,6 +141,21 @@ def camera_axes(pitch: float) -> np.ndarray:
     """The camera's own axes in the world, one a row: right, down, and forward, which looks `pitch` radians down."""
     cos, sin = math.cos(pitch), math.sin(pitch)
     return np.array([[1, 0, 0], [0, -cos, -sin], [0, -sin, cos]])
+
+
+def first_hit(solids: Sequence[Solid], origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(which solid, at how many ray lengths) each of the rays P 3 from `origin` meets first."""
+    hits = np.stack([solid.hit(origin, rays) for solid in solids])  # S P
+    return hits.argmin(0), hits.min(0)
+
+
+def place_solids(rng: np.random.Generator) -> tuple[float, list[Solid]]:
+    """(how far down the camera looks, radians; wall, floor and bodies) of a scene."""
+    camera_height, pitch = rng.uniform(1.35, 1.65), rng.uniform(0.20, 0.28)
+    floor = Plane((0, 1, 0), -camera_height)
+    yaw = rng.uniform(-0.3, 0.3)
+    wall = Plane((math.sin(yaw), 0, -math.cos(yaw)), -math.cos(yaw) * rng.uniform(5.5, 8.0))
+    return pitch, [wall, floor, *place_bodies(rng, -camera_height)]
 
 
 def camera_rays(height: int, width: int, pitch: float) -> np.ndarray:

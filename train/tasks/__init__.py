@@ -8,6 +8,7 @@ from train.tasks.mask_classification import MaskClassification
 from train.tasks.multitask import MultiTask
 from train.tasks.panoptic import Panoptic
 from train.tasks.segmentation import Segmentation
+from train.tasks.selfsup_depth import SelfSupDepth
 from train.tasks.sparsifiner import SparsifinerPhase
 
 TASKS: Table[type[Task]] = Table(
@@ -20,6 +21,7 @@ TASKS: Table[type[Task]] = Table(
         "mask_classification": MaskClassification,
         "panoptic": Panoptic,
         "multitask": MultiTask,
+        "selfsup_depth": SelfSupDepth,
         "sparsifiner": SparsifinerPhase,
     },
 )
