@@ -120,8 +120,14 @@ def build_parser() -> Parser:
     sub.add_argument("--overwrite", action="store_true", help="replace files that exist")
     sub.add_argument("--weights", default="model.safetensors", help="file in the run folder")
 
-    sub = command("config", show_config, "Print a configuration, defaults filled in.", keys=True)
-    sub.add_argument("config", help="shipped name or path")
+    sub = command("config", show_config, "Print a configuration, defaults filled in, or a new one for your data.", keys=True)
+    sub.add_argument("config", help="shipped name or path; with --new the folder of your data")
+    sub.add_argument(
+        "--new",
+        metavar="KIND",
+        help="segmentation, depth or classification: look at the folder and write a configuration for it",
+    )
+    sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("data-check", data_check, "Read a configuration's data and report what is wrong with it.", keys=True)
     sub.add_argument("config", help="shipped name or path")
@@ -314,7 +320,15 @@ def predict(args: argparse.Namespace) -> int:
 def show_config(args: argparse.Namespace) -> None:
     from train import config
 
-    print(config.as_yaml(config.load(args.config, args.overrides)), end="")
+    if args.new is not None:
+        from train.new_config import new
+
+        if args.overrides or args.json:
+            raise ValueError("--new writes a file to edit: redirect it, and give keys and --json to that file")
+        print(new(args.new, args.config, say=lambda text: print(text, file=sys.stderr)), end="")
+        return
+    loaded = config.load(args.config, args.overrides)
+    print(json.dumps(config.as_dict(loaded), indent=1) + "\n" if args.json else config.as_yaml(loaded), end="")
 
 
 def data_check(args: argparse.Namespace) -> int:

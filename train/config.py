@@ -109,7 +109,7 @@ def resolve(values: Mapping[str, Any], given: Collection[str] | None = None) -> 
     readable = not found.sentences
     config, task = Config(**sections), None
     with found.check():
-        config.task = _checked_task(values.get("task"))
+        config.task = _checked_task(_counted(values))
         task = build_task(config)
     _check_names(config, found)
     with found.check():
@@ -196,6 +196,21 @@ def released(backbone: str) -> Any:
 def build_task(config: Config) -> Task:
     """The task of a resolved configuration."""
     return TASKS[config.task["name"]](**{key: value for key, value in config.task.items() if key != "name"})
+
+
+def _counted(values: Mapping[str, Any]) -> Any:
+    """The `task` section, its num_classes filled in from the classes that the data have, where it leaves them out."""
+    task, data = values.get("task"), values.get("data")
+    if not isinstance(task, Mapping) or not isinstance(data, Mapping) or "num_classes" in task or task.get("name") not in TASKS:
+        return task
+    if "num_classes" not in inspect.signature(TASKS[task["name"]]).parameters or data.get("name") not in DATASETS:
+        return task
+    args = data.get("args")
+    classes = args.get("classes") if isinstance(args, Mapping) else None
+    if classes is None:
+        classes = DATASETS[data["name"]].classes
+    count = len(classes) if isinstance(classes, list) else classes
+    return {**task, "num_classes": count} if isinstance(count, int) and not isinstance(count, bool) else task
 
 
 def _checked_task(values: Any) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def open_onnx(path: str | Path) -> tuple[Config, Task, OnnxModel, Names]:
             std=tuple(about["std"]),
             image_range=about["image_range"] and tuple(about["image_range"]),
         )
-        infer = {key: tuple(value) if isinstance(value, list) else value for key, value in about["infer"].items()}
+        infer: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in about["infer"].items()
+        }
         config = Config(task=about["task"], data=data, infer=InferConfig(**infer))
         config.augment = AugmentConfig(eval_crop=about["eval_crop"], interpolation=about["interpolation"])
         config.model.backbone, config.model.in_chans = about["backbone"], about["in_chans"]

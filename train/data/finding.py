@@ -1,5 +1,6 @@
 """Finding files: folders, lists, and the partner of each image. Errors say what was looked for, where, and what is there."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -199,6 +200,27 @@ def text_between(text: str, words: Sequence[str], first: int, last: int) -> str:
     """
     places = [match.span() for match in re.finditer(r"\S+", text)]
     return text[places[first][0] : places[last][1]]
+
+
+def part_of(names: Sequence[str], split: str, fraction: float, seed: int) -> list[str]:
+    """The names of one split of data without one, in their order: `fraction` of them, at least one, are "val".
+
+    Which ones depends on the names and the seed alone, not on their order or on the machine. Raises ValueError for a fraction
+    outside (0, 1) and for a single name.
+
+    Args:
+        names: of all samples, different from each other.
+        split: "train" or "val".
+        fraction: share of "val".
+        seed: another one gives another split.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"data.args.val_share is the share of the validation images, between 0 and 1; got {fraction}")
+    if len(names) < 2:
+        raise ValueError(f"data.args.val_share cannot divide {len(names)} image: a split needs two")
+    ranked = sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    val = set(ranked[: min(max(1, round(fraction * len(names))), len(names) - 1)])
+    return [name for name in names if (name in val) == (split == "val")]
 
 
 def inside(root: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.data.base import DescribedDataset, FileDataset
 from train.data.files import DEPTH_SUFFIXES, MASK_SUFFIXES
-from train.data.finding import by_name, fill_in, image_suffixes, read_names
+from train.data.finding import by_name, fill_in, image_suffixes, part_of, read_names
 
 
 class Folder(DescribedDataset, FileDataset):
@@ -23,6 +23,9 @@ class Folder(DescribedDataset, FileDataset):
         images, masks, depths: folders below root.
         image_suffix, mask_suffix, depth_suffix: what follows the common name before the extension, for files such as
             7_color.jpg beside 7_depth.png ("_color", "_depth").
+        val_share: share of the images that validate, for folders without "{split}"; which ones, a hash of their names and
+            `val_seed` says.
+        val_seed: another one gives another split.
         lists: a text file with one name per line (Pascal's ImageSets/Segmentation/train.txt); null takes every image.
         palette: colours in class order. With it masks may be colour images, and the colour table of a palette image counts by
             its colours, unless there is an id_map.
@@ -40,6 +43,8 @@ class Folder(DescribedDataset, FileDataset):
         mask_suffix: str = "",
         depth_suffix: str = "",
         lists: str | None = None,
+        val_share: float | None = None,
+        val_seed: int = 0,
         palette: list[list[int]] | None = None,
         **described: Any,
     ) -> None:
@@ -54,6 +59,12 @@ class Folder(DescribedDataset, FileDataset):
         folder = below("images", images)
         found = by_name(folder, image_suffix, image_suffixes(folder), f"the {self.split} images", "Folder")
         names = list(found) if lists is None else listed(below("lists", lists), found, folder)
+        if val_share is not None:
+            if "{split}" in images or "{split}" in (lists or ""):
+                raise ValueError(
+                    "Folder: data.args.val_share divides one folder, and images or lists have {split}; leave one out"
+                )
+            names = part_of(names, self.split, val_share, val_seed)
         self.images = [found[name] for name in names]
         self.partners: dict[str, list[Path]] = {}
         for target, pattern, suffix, endings in (

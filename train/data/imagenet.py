@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import ImageNetInfo, create_dataset
 
 from train.data.base import FileDataset, ImageDataset, Transform
-from train.data.finding import hidden, image_suffixes, need, read_list, read_text, subfolders, walk
+from train.data.finding import hidden, image_suffixes, need, part_of, read_list, read_text, subfolders, walk
 
 
 class ClassFolder(FileDataset):
@@ -15,18 +15,30 @@ class ClassFolder(FileDataset):
 
     Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
     train_folder, val_folder: other names of the two; the same one twice trains and evaluates on the same images.
+    val_share: share of the images of each class that validate, for one folder of class folders (train_folder; "." is root
+    itself); which ones, a hash of their names and val_seed says.
     Raises ValueError for a validation class that training does not have.
     """
 
     provides = ("label",)
 
-    def find(self, train_folder: str = "train", val_folder: str = "val") -> None:
+    def find(
+        self, train_folder: str = "train", val_folder: str = "val", val_share: float | None = None, val_seed: int = 0
+    ) -> None:
         name, split = type(self).__name__, self.split
         self.train = self.root / train_folder
+        val_folder = val_folder if val_share is None else train_folder
         base = need(self.train if split == "train" else self.root / val_folder, f"the {split} folder of class folders", name)
         index = self.index(base)
         self.samples: list[tuple[Path, int]] = []
-        for path, wnid in self.labelled(base):
+        files = self.labelled(base)
+        if val_share is not None:
+            by_class: dict[str, list[str]] = {}
+            for path, wnid in files:
+                by_class.setdefault(wnid, []).append(path.relative_to(base).as_posix())
+            kept = {name for names in by_class.values() for name in part_of(names, split, val_share, val_seed)}
+            files = [(path, wnid) for path, wnid in files if path.relative_to(base).as_posix() in kept]
+        for path, wnid in files:
             if wnid not in index:
                 raise ValueError(f"{path}: its class {wnid!r} is not one of the {len(index)} classes of {name}")
             self.samples.append((path, index[wnid]))
