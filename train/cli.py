@@ -97,11 +97,13 @@ def build_parser() -> Parser:
     sub.add_argument("--license", help="only weights under this licence, e.g. mit")
     sub.add_argument("--pretrained", action="store_true", help="only models with released weights")
     sub.add_argument("--configs", action="store_true", help="shipped configurations instead")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("info", info, "What a model is: parameters, multiply-adds, feature maps, licence.")
     sub.add_argument("model")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the model's own")
     sub.add_argument("--heads", action="store_true", help="also try a training step under every dense head (at 128 x 160)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("train", train, "Train a configuration.", keys=True, formatter_class=_Help)
     sub.add_argument("config", help="shipped name (zoo list --configs) or path of a YAML file")
@@ -111,6 +113,7 @@ def build_parser() -> Parser:
     sub = command("eval", evaluate, "Evaluate a run's weights; overrides change the data.", keys=True)
     sub.add_argument("folder", metavar="RUN", help="run folder")
     sub.add_argument("--weights", default="model.safetensors", help="file in the run folder: model.safetensors (best) or last")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("predict", predict, "Predict a folder of images and videos with a run's weights.", keys=True)
     sub.add_argument("folder", metavar="RUN", help="run folder, or an .onnx file that zoo export wrote")
@@ -196,6 +199,10 @@ def build_parser() -> Parser:
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("completion", completion, "Print a script that completes zoo's commands and options in your shell.")
+    sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     parser.commands = tuple(commands.choices)
     return parser
 
@@ -279,7 +286,10 @@ def list_models(args: argparse.Namespace) -> int:
     if not rows:
         print(f"zoo list: {describe.nothing_found(args.filter, args.license, args.configs)}", file=sys.stderr)
         return 1
-    print_table(rows)
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        print_table(rows)
     return 0
 
 
@@ -287,11 +297,19 @@ def info(args: argparse.Namespace) -> None:
     from train import describe
 
     size: dict[str, Any] = {"size": tuple(args.size)} if args.size else {}
-    print_pairs(describe.info(args.model, **size))
+    found = describe.info(args.model, **size)
+    if not args.json:
+        print_pairs(found)
     if args.heads:
         from heads import matrix
 
-        print_pairs({f"under {head}": result for head, result in matrix.row(args.model, **size).items()})
+        results = matrix.row(args.model, **size)
+        if args.json:
+            found["heads"] = results
+        else:
+            print_pairs({f"under {head}": result for head, result in results.items()})
+    if args.json:
+        print(json.dumps(found))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -305,7 +323,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
     metrics = evaluate_run(args.folder, args.overrides, args.weights)
     if int(os.environ.get("RANK", 0)) == 0:
-        print_pairs(metrics)
+        if args.json:
+            print(json.dumps(metrics))
+        else:
+            print_pairs(metrics)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -409,4 +430,17 @@ def plan(args: argparse.Namespace) -> None:
 def doctor(args: argparse.Namespace) -> None:
     from train import doctor
 
-    doctor.run(args.model, tuple(args.size) if args.size else None)
+    size = tuple(args.size) if args.size else None
+    if args.json:
+        print(json.dumps(doctor.found(args.model, size)))
+    else:
+        doctor.run(args.model, size)
+
+
+def completion(args: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as error:
+        raise ImportError('shell completion needs shtab: pip install "backbone-zoo[complete]"') from error
+
+    print(shtab.complete(build_parser(), args.shell))

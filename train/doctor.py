@@ -38,29 +38,39 @@ def run(model: str | None = None, size: tuple[int, int] | None = None) -> None:
 
     Without a model the attention of nat_tiny's first level is shown. An unknown name is a ValueError with the nearest one.
     """
-    if model is not None:
-        require_model("", model)
     console = Console()
-    console.print(table(system(), "this machine"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    calls = {FIRST_LEVEL: 1} if model is None else calls_of(model, size, device)
-    if not calls:
+    about = found(model, size)
+    console.print(table([{"what": name, "here": value} for name, value in about["system"].items()], "this machine"))
+    if not about["attention"]:
         console.print(f"{model} runs on plain torch operators: it has no attention with several backends")
     elif model is not None:
-        console.print(f"{model} calls neighbourhood attention {sum(calls.values())} times, in {len(calls)} shapes")
+        calls = sum(call["count"] for call in about["attention"])
+        console.print(f"{model} calls neighbourhood attention {calls} times, in {len(about['attention'])} shapes")
+    for call in about["attention"]:
+        title = f"{call['call']} ({call['count']} in the model)" if model else call["call"]
+        console.print(table(call["backends"], title))
+
+
+def found(model: str | None = None, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What `run` prints, as plain values: "system", and "attention" with a table of backends for each kind of call."""
+    if model is not None:
+        require_model("", model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    calls = {FIRST_LEVEL: 1} if model is None else calls_of(model, size, device)
+    attention = []
     for (shape, kernel, dilation, has_bias), count in calls.items():
         _, height, width, heads, dim = shape
         title = (
             f"{height}x{width}, {heads} heads of {dim}, kernel {kernel[0]}x{kernel[1]}, dilation {dilation[0]}x{dilation[1]}"
         )
-        console.print(
-            table(examine(shape, kernel, dilation, has_bias, device), f"{title} ({count} in the model)" if model else title)
-        )
+        backends = examine(shape, kernel, dilation, has_bias, device)
+        attention.append({"call": title, "count": count, "backends": backends})
+    return {"system": system(), "attention": attention}
 
 
-def system() -> list[dict[str, str]]:
+def system() -> dict[str, str]:
     """What the zoo runs on: name and value."""
-    found = {
+    values = {
         "Python": platform.python_version(),
         "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "backbone-zoo": backbones.__version__,
@@ -70,12 +80,12 @@ def system() -> list[dict[str, str]]:
     }
     for name in OPTIONAL:
         try:
-            found[name] = importlib.metadata.version(name)
+            values[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    found |= {f"package {name}": place for name, place in origins().items()}
-    found["C++ attention kernel"] = neighborhood.cpp_backend.unavailable() or "compiled"
-    return [{"what": name, "here": value} for name, value in found.items()]
+            values[name] = "not installed"
+    values |= {f"package {name}": place for name, place in origins().items()}
+    values["C++ attention kernel"] = neighborhood.cpp_backend.unavailable() or "compiled"
+    return values
 
 
 def calls_of(name: str, size: tuple[int, int] | None, device: str) -> dict[tuple, int]:

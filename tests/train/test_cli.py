@@ -1,5 +1,6 @@
 """The zoo command: what it prints, and one sentence with exit code 2 for every mistake."""
 
+import json
 import re
 import subprocess
 import sys
@@ -245,3 +246,36 @@ def test_the_version_is_the_packages_own(capsys):
     assert out.startswith(f"backbone-zoo {backbones.__version__} (torch {torch.__version__}, timm ")
     pyproject = (Path(backbones.__file__).parent.parent / "pyproject.toml").read_text()
     assert 'version = {attr = "backbones.__version__"}' in pyproject
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list", "nat_mini"), ("list", "quickstart*", "--configs"), ("info", "nat_mini", "--size", 64, 64)]
+)
+def test_json_is_all_that_is_printed(capsys, arguments):
+    code, out, _ = zoo(capsys, *arguments, "--json")
+    found = json.loads(out)
+    assert code == 0 and ("nat_mini" in str(found) or "quickstart" in str(found))
+
+
+def test_json_of_an_evaluation_and_of_the_machine(capsys, run_folder, monkeypatch):
+    code, out, _ = zoo(capsys, "eval", run_folder, "--json")
+    assert code == 0 and 0 <= json.loads(out)["miou"] <= 1
+    from train import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda *args: [{"backend": "tiled", "runs": "yes"}])
+    code, out, _ = zoo(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["system"]["torch"] == torch.__version__ and found["attention"][0]["backends"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(capsys, monkeypatch, shell):
+    pytest.importorskip("shtab", reason="needs shtab: pip install backbone-zoo[complete]")
+    code, out, _ = zoo(capsys, "completion", shell)
+    assert code == 0 and "predict" in out and "--overwrite" in out and "--dynamic" in out
+
+
+def test_completion_without_its_package_names_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, _, err = zoo(capsys, "completion", "bash")
+    assert code == 2 and 'pip install "backbone-zoo[complete]"' in err
