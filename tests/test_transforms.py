@@ -348,3 +348,21 @@ def test_every_kind_says_what_padding_holds(name, value):
 def test_an_entry_of_another_shape_or_type_is_refused(name, wrong):
     with pytest.raises(ValueError, match="must be .*, got float32 "):
         KINDS[name].tensor(wrong)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (96, 96), (96, 128)])
+@pytest.mark.parametrize("photo", [(427, 320), (320, 481), (500, 308), (333, 333), (101, 640)])
+@pytest.mark.parametrize("crop", [0.875, 0.95, 1.0])
+def test_the_classification_evaluation_is_timms(size, photo, crop):
+    """Every pixel: a resize that is one pixel longer moves all of them."""
+    from PIL import Image
+    from timm.data import create_transform
+
+    pixels = np.random.default_rng(0).integers(0, 255, (photo[1] // 8 + 1, photo[0] // 8 + 1, 3), np.uint8)
+    image = Image.fromarray(pixels).resize(photo, Image.Resampling.BICUBIC)
+    mean = std = (0.5, 0.5, 0.5)
+    theirs = create_transform((3, *size), interpolation="bicubic", mean=mean, std=std, crop_pct=crop)(image)
+    augment = AugmentConfig(eval_crop=crop, interpolation="bicubic")
+    transform = build_transform(False, ("label",), size, mean, std, augment)
+    ours = transform({"image": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()), "label": 0, "path": "a"})["image"]
+    assert (ours - theirs).abs().max() <= 2.5 / 127.5  # rounding to bytes once more, or once less

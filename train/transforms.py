@@ -8,6 +8,7 @@ index).
 """
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -142,6 +143,24 @@ def check_augment(
                 )
 
 
+def covering_size(height: int, width: int, size: Size, crop: float) -> Size:
+    """(H, W) to which classification resizes an image before the centre is cut out, as timm's "center" mode has it.
+
+    Its rounding too: one pixel more on the long side moves every sample of the crop. A square crop comes from torchvision's
+    Resize, which cuts off the fraction; another one from timm's ResizeKeepRatio, which rounds.
+
+    Args:
+        height, width: of the image.
+        size: (H, W) of the crop.
+        crop: share of the resized image that the crop keeps.
+    """
+    down, across = (math.floor(side / crop) for side in size)
+    if size[0] == size[1]:
+        return (down, down * width // height) if height <= width else (down * height // width, down)
+    ratio = min(height / down, width / across)
+    return max(round(height / ratio), size[0]), max(round(width / ratio), size[1])
+
+
 class _Transform:
     """What both transforms share; the arguments are those of `build_transform`."""
 
@@ -208,8 +227,7 @@ class EvalTransform(_Transform):
         if self.dense:
             seen = self.resized(seen, evaluation_size(height, width, self.size, self.eval_resize))
         else:
-            zoom = max(self.size[0] / height, self.size[1] / width) / self.augment.eval_crop
-            seen = self.resized(seen, (max(round(height * zoom), self.size[0]), max(round(width * zoom), self.size[1])))
+            seen = self.resized(seen, covering_size(height, width, self.size, self.augment.eval_crop))
             top, left = (round((have - want) / 2) for have, want in zip(image_size(seen), self.size, strict=True))
             seen = self.each(seen, lambda kind, value: kind.crop(value, top, left, self.size))
         return self.finished({**sample, **seen})
