@@ -48,6 +48,32 @@ class FromRun(nn.Module):
         model.pipeline = pipeline
         return model.eval()
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, device: str | None = None) -> Any:
+        """The trained model that `zoo push` wrote into a folder, or onto the Hugging Face hub as user/name.
+
+        Nothing that was fetched is executed. Raises FileNotFoundError for a folder that is not there, ImportError without
+        huggingface_hub, ValueError for what the hub does not give.
+
+        Args:
+            source: folder, or user/name.
+            revision: branch, tag or commit on the hub.
+            device: None: the GPU where there is one.
+        """
+        if Path(source).is_dir():
+            return cls.from_run(source, device=device)
+        if str(source).count("/") != 1 or str(source).startswith((".", "/")):
+            raise FileNotFoundError(f"{source} is neither a folder nor user/name on the hub")
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise ImportError('the hub needs huggingface_hub: pip install "backbone-zoo[hub]"') from error
+        try:
+            folder = snapshot_download(str(source), revision=revision, allow_patterns=["config.yaml", "model.safetensors"])
+        except Exception as error:  # the hub's client has many kinds
+            raise ValueError(f"the hub does not give {source}: {str(error).strip().splitlines()[0]}") from error
+        return cls.from_run(folder, device=device)
+
     def predict(self, photos: Any) -> Any:
         """The prediction for a photograph, at its own size; a list of predictions for a list.
 

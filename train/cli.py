@@ -156,6 +156,13 @@ def build_parser() -> Parser:
     sub.add_argument("--pretrained", action="store_true", help="released weights for a model by name; default: random ones")
     sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
+    sub = command("push", push, "Put a run where others load it: the Hugging Face hub, or a folder.")
+    sub.add_argument("folder", metavar="RUN", help="run folder")
+    sub.add_argument("destination", help="user/name on the hub; or a folder, such as ./name")
+    sub.add_argument("--license", help="of the weights, e.g. apache-2.0; the card says so if it is not stated")
+    sub.add_argument("--private", action="store_true", help="a repository that only its owner sees")
+    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
+
     sub = command("analyze", analyze, "What a vision transformer attends to and how its layers differ: numbers and pictures.")
     sub.add_argument("model", help="model name, or run folder")
     sub.add_argument("images", nargs="+", help="images and folders of images")
@@ -381,6 +388,12 @@ def export(args: argparse.Namespace) -> None:
     options = (args.to, dynamic, args.opset, args.half, args.overwrite)
     done = export_source(args.source, args.destination, tuple(args.size) if args.size else None, args.pretrained, *options)
     print(json.dumps(done))
+
+
+def push(args: argparse.Namespace) -> None:
+    from train.push import push
+
+    print(push(args.folder, args.destination, args.license, args.private, args.overwrite))
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,6 +32,8 @@ def find() -> Path:
 
 def renamed(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under timm's names. ValueError unless both have the same shapes in the same order."""
+    import timm
+
     own = timm.create_model(MODEL).state_dict()
     shapes = [tuple(value.shape) for value in theirs.values()]
     if shapes != [tuple(value.shape) for value in own.values()]:
