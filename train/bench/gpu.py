@@ -110,8 +110,14 @@ class Clock:
 def run(minutes: float, out: str, cifar: str | None, rehearse: bool, parts: tuple[str, ...] = PARTS) -> dict[str, Any]:
     """Runs the parts and writes `out`.json after each of them, so that a machine taken away leaves what was done.
 
-    cifar: the data set's folder; without it that part is left out. Raises ValueError without a GPU, unless rehearsing, and
-    FileExistsError if the file is there.
+    Raises ValueError without a GPU, unless rehearsing, and FileExistsError if the file is there.
+
+    Args:
+        minutes: for all of it.
+        out: path of the result without its suffix.
+        cifar: the data set's folder; None: that part is left out.
+        rehearse: without a GPU, small.
+        parts: names of PARTS.
     """
     import torch
 

@@ -400,7 +400,14 @@ def ceilings(settings: Settings) -> dict[str, float]:
 
 
 def memory_of(runner: Runner, settings: Settings, batch: int, train: bool) -> float | None:
-    """MB that a pass adds to the peak: on CUDA in this process, whose allocator counts exactly, else in one of its own."""
+    """MB that a pass adds to the peak: on CUDA in this process, whose allocator counts exactly, else in one of its own.
+
+    Args:
+        runner: the subject, ready to run.
+        settings: of the benchmark.
+        batch: images at once.
+        train: a training step instead of inference.
+    """
     if settings.device != "cuda":
         return added_memory(runner.subject, settings, batch, train)
     call = (runner.step if train else runner.inference)(batch)
