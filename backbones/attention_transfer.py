@@ -149,7 +149,7 @@ class Learner(nn.Module):
 
     def forward(self, x: Tensor, taught: list[Tensor] | None = None) -> Any:
         """Logits B K; with `taught`, of `teach`: (logits, distance B, summed over the blocks that have a teacher)."""
-        if taught is None:
+        if taught is None or isinstance(taught, torch.fx.Proxy):  # a tracer has a stand-in for what is not given
             return super().forward(x)
         model: Part = self
         tokens, total = embed(model, x), x.new_zeros(len(x), dtype=torch.float32)

@@ -6,8 +6,9 @@ Source: github.com/apple/ml-sigma-reparam @ fea4e35 (read for the rule only; all
 Differs from the source: a form that keeps trained weights (gamma = sigma at the start), the names of timm's layers, float32 for
 the spectral norm under autocast.
 
-The stored singular vector moves one step of the power iteration at every forward in training; gradient checkpointing and a
-second forward in a step move it again. In evaluation a step is taken and not stored, so outputs do not depend on calls.
+The stored singular vector moves one step of the power iteration at every forward in training; where a training loop calls
+`begin_step`, as ours does, once an optimiser step, so that micro-batches and recomputed activations see the same weights. In
+evaluation a step is taken and not stored, so outputs do not depend on calls.
 """
 
 from typing import Literal
@@ -33,29 +34,40 @@ class SpectralScale(nn.Module):
     def __init__(self, weight: Tensor, stats_only: bool = False):
         super().__init__()
         self.u: Tensor
+        self.before: Tensor  # u at the start of the step
         matrix = weight.detach().flatten(1).double()
         u = torch.linalg.svd(matrix.cpu(), full_matrices=False)[2][0] if not matrix.is_meta else matrix[0]
         self.register_buffer("u", u.to(weight))
+        self.register_buffer("before", self.u.clone(), persistent=False)
+        self.stepped = self.due = False
         self.gamma = nn.Parameter(weight.new_ones(1))
         self.stats_only = stats_only
         if not stats_only:
             with torch.no_grad():
-                self.gamma.copy_(self.sigma(weight.detach())[0])
+                self.gamma.copy_(self.sigma(weight.detach(), self.u)[0])
 
-    def sigma(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def begin_step(self, step: int, steps: int) -> None:
+        """The next forward in training moves u, the others until the next call do not."""
+        self.stepped = self.due = True
+
+    def sigma(self, weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """(spectral norm after one step from u, 1, with its gradient; the next u)."""
         with torch.autocast(weight.device.type, enabled=False):
             matrix = weight.flatten(1)
             matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
             with torch.no_grad():
-                v = F.normalize(matrix @ self.u.to(matrix.dtype), dim=0)
-                u = F.normalize(matrix.mT @ v, dim=0)
-            return (v @ (matrix @ u))[None], u
+                v = F.normalize(matrix @ u.to(matrix.dtype), dim=0)
+                moved = F.normalize(matrix.mT @ v, dim=0)
+            return (v @ (matrix @ moved))[None], moved
 
     def forward(self, weight: Tensor) -> Tensor:
-        sigma, u = self.sigma(weight)
-        if self.training:
+        within = self.training and self.stepped
+        if within and self.due:
+            self.before.copy_(self.u)
+        sigma, u = self.sigma(weight, self.before if within else self.u)
+        if self.training and (self.due or not self.stepped):
             self.u.copy_(u)
+            self.due = False
         return weight if self.stats_only else weight * (self.gamma / sigma).to(weight.dtype).view(*[1] * weight.ndim)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor
 from vits import small
 
 from backbones.analysis.attention import attention_statistics
@@ -31,6 +32,15 @@ def test_a_model_has_nothing_to_learn_from_itself_and_copies_itself(name):
         copier(x).square().sum().backward()
         idle = [key for key, p in copier.named_parameters() if p.requires_grad and p.grad is None]
         assert not idle  # a process group would wait for them
+
+
+def test_students_are_traced_as_plain_models_are():
+    plain, x = small("vit_tiny_patch16_224")
+    student = copy.deepcopy(plain)
+    learn(student, plain)
+    for mode in (True, False):
+        traced = create_feature_extractor(student.train(mode), ["blocks.1", "head"])
+        assert torch.equal(traced(x)["head"], plain.train(mode)(x))
 
 
 def test_teachers_of_another_depth_and_width():

@@ -206,6 +206,33 @@ def test_sigma_does_not_see_the_scale_of_the_weights():
     assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(scale.gamma.item(), rel=1e-4)
 
 
+def test_sigma_moves_once_a_step_where_a_loop_says_so():
+    plain, x = small("vit_tiny_patch16_224")
+    model = edited(plain, "sigma_reparam").train()
+    calls = copy.deepcopy(model)
+    scale, other = (m.blocks[0].attn.qkv.parametrizations.weight[0] for m in (model, calls))
+    for step in range(3):
+        for parameter in (*model.parameters(), *calls.parameters()):
+            parameter.data.mul_(1.0 + 0.1 * step)
+        for module in model.modules():
+            if hasattr(module, "begin_step"):
+                module.begin_step(step, 3)
+        first = model(x)
+        assert torch.equal(model(x), first) and torch.equal(calls(x), first)
+        assert torch.equal(scale.u, other.u)
+    model.set_grad_checkpointing(True)
+    grads = []
+    for one in (model, calls):
+        one.zero_grad()
+        for module in model.modules():
+            if hasattr(module, "begin_step"):
+                module.begin_step(3, 4)
+        one(x).square().sum().backward()
+        grads.append([p.grad for p in one.parameters()])
+    for a, b in zip(*grads, strict=True):
+        close(a, b, 1e-4)
+
+
 def test_grouped_convolutions_and_contradictions_are_refused():
     with pytest.raises(ValueError, match="groups, for which the rule is not defined"):
         edited(timm.create_model("convnext_atto"), "sigma_reparam")
