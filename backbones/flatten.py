@@ -323,8 +323,36 @@ def at_least(x: Tensor, side: int) -> Tensor:
     return F.pad(x, (0, right, 0, down)) if down or right else x
 
 
-class ReducedLinearAttention(LinearAttention):
-    """Linear attention over the whole map, keys and values from a map reduced by a strided convolution.
+class ReducedKeys(nn.Module):
+    """What PVT's attentions share: projections, and keys and values from a map reduced by a strided convolution."""
+
+    sr: nn.Conv2d
+    norm: nn.Module
+
+    def add_projections(self, dim: int, qkv_bias: bool, ratio: int, norm: MakeNorm) -> None:
+        """Add the layers.
+
+        Args:
+            dim: channels.
+            qkv_bias: whether q, k and v have a bias.
+            ratio: side of the patch that becomes a key.
+            norm: of the reduced map, from channels and eps.
+        """
+        self.ratio = ratio
+        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        if ratio > 1:
+            self.sr, self.norm = nn.Conv2d(dim, dim, ratio, stride=ratio), norm(dim, 1e-5)
+
+    def reduce(self, x: Tensor) -> Tensor:  # B H W C -> B h w C
+        """The map of which keys and values are made."""
+        if self.ratio == 1:
+            return x
+        return self.norm(self.sr(at_least(x.permute(0, 3, 1, 2), self.ratio)).permute(0, 2, 3, 1))
+
+
+class ReducedLinearAttention(ReducedKeys, LinearAttention):
+    """Linear attention over the whole map with reduced keys and values.
 
     Args:
         dim: channels.
@@ -340,22 +368,16 @@ class ReducedLinearAttention(LinearAttention):
         self, dim: int, num_heads: int, grid: Size, qkv_bias: bool, ratio: int, norm: MakeNorm = plain_norm, **linear: Any
     ):
         super().__init__(dim, num_heads, reduced(grid, ratio), **linear)
-        self.ratio = ratio
-        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        if ratio > 1:
-            self.sr, self.norm = nn.Conv2d(dim, dim, ratio, stride=ratio), norm(dim, 1e-5)
+        self.add_projections(dim, qkv_bias, ratio, norm)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        keys = x
-        if self.ratio > 1:
-            keys = self.norm(self.sr(at_least(x.permute(0, 3, 1, 2), self.ratio)).permute(0, 2, 3, 1))
+        keys = self.reduce(x)
         k, v = self.kv(keys.flatten(1, 2)).chunk(2, -1)
         return self.proj(self.mix(self.q(x.flatten(1, 2)), k, v, x, keys)).view_as(x)
 
 
-class ReducedAttention(nn.Module):
-    """PVT's softmax attention over the whole map, keys and values from a reduced one.
+class ReducedAttention(ReducedKeys):
+    """PVT's softmax attention over the whole map with reduced keys and values.
 
     Args:
         dim: channels.
@@ -367,18 +389,12 @@ class ReducedAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, ratio: int, norm: MakeNorm = plain_norm):
         super().__init__()
-        self.num_heads, self.ratio = num_heads, ratio
-        self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        if ratio > 1:
-            self.sr, self.norm = nn.Conv2d(dim, dim, ratio, stride=ratio), norm(dim, 1e-5)
+        self.num_heads = num_heads
+        self.add_projections(dim, qkv_bias, ratio, norm)
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
-        keys = x
-        if self.ratio > 1:
-            keys = self.norm(self.sr(at_least(x.permute(0, 3, 1, 2), self.ratio)).permute(0, 2, 3, 1))
         q = self.q(x.flatten(1, 2)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(keys.flatten(1, 2)).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = self.kv(self.reduce(x).flatten(1, 2)).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(out).view_as(x)
 
@@ -604,23 +620,35 @@ def stripe_attention(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, heads: int
     return out.transpose(1, 2).flatten(2).unflatten(1, size)
 
 
-class StripeAttention(nn.Module):
-    """Softmax attention inside stripes, plus a depth-wise 3x3 convolution of the values, padded inside each stripe."""
+class InStripes(nn.Module):
+    """What CSwin's attentions share: stripes, and a depth-wise 3x3 convolution of the values, padded inside each stripe."""
+
+    def set_stripes(self, dim: int, size: tuple[int | None, int | None]) -> None:
+        """Add the convolution; size: (rows, columns) of a stripe, None for the whole side."""
+        self.size = size
+        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps B H W C -> their stripes B*n h w C, and what the convolution makes of those of v."""
+        q, k, v = (stripes(x, self.size) for x in (q, k, v))
+        return q, k, v, self.get_v(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class StripeAttention(InStripes):
+    """Softmax attention inside stripes, plus the convolution of the values."""
 
     def __init__(self, dim: int, num_heads: int, size: tuple[int | None, int | None]):
         super().__init__()
-        self.num_heads, self.size = num_heads, size
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.num_heads = num_heads
+        self.set_stripes(dim, size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each B H W C -> B H W C
-        like = q
-        exists = stripes(torch.ones_like(q[..., :1]), self.size)
-        q, k, v = (stripes(x, self.size) for x in (q, k, v))
-        local = self.get_v(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        like, exists = q, stripes(torch.ones_like(q[..., :1]), self.size)
+        q, k, v, local = self.cut(q, k, v)
         return unstripe(stripe_attention(q, k, v, exists, self.num_heads) + local, like)
 
 
-class StripeLinearAttention(LinearAttention):
+class StripeLinearAttention(InStripes, LinearAttention):
     """Linear attention inside stripes, which share one encoding, plus both convolutions of the values.
 
     Args:
@@ -633,13 +661,11 @@ class StripeLinearAttention(LinearAttention):
 
     def __init__(self, dim: int, num_heads: int, size: tuple[int | None, int | None], keys: Size, **linear: Any):
         super().__init__(dim, num_heads, keys, **linear)
-        self.size = size
-        self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.set_stripes(dim, size)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each B H W C -> B H W C
         like = q
-        q, k, v = (stripes(x, self.size) for x in (q, k, v))
-        local = self.get_v(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        q, k, v, local = self.cut(q, k, v)
         out = self.mix(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), q, k)
         return unstripe(out.view_as(q) + local, like)
 

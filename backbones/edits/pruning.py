@@ -38,7 +38,7 @@ class ByParts(nn.Module):
             x: tokens, B T C.
             rope: rotary table, None for none.
             attn_mask: None for none.
-            is_causal: as timm's.
+            is_causal: refused, as a pruned attention takes a mask.
             shared_rel_pos_bias: of a Beit, None for none.
         """
         if is_causal:
