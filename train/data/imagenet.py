@@ -14,10 +14,13 @@ class ClassFolder(FileDataset):
     """A folder per class: `train/<class>/...` and `val/<class>/...` below root, images at any depth in them.
 
     Classes are the sorted folder names of `train`, so both splits count alike; `val` alone serves where there is no `train`.
-    train_folder, val_folder: other names of the two; the same one twice trains and evaluates on the same images.
-    val_share: share of the images of each class that validate, for one folder of class folders (train_folder; "." is root
-    itself); which ones, a hash of their names and val_seed says.
     Raises ValueError for a validation class that training does not have.
+
+    Args:
+        train_folder, val_folder: other names of the two; the same one twice trains and evaluates on the same images.
+        val_share: share of the images of each class that validate, for one folder of class folders (train_folder; "." is root
+            itself).
+        val_seed: which ones: a hash of their names and this number.
     """
 
     provides = ("label",)

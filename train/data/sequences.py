@@ -184,7 +184,14 @@ class SceneSequences(ImageDataset):
 def render_sequence(
     stream: Sequence[int], length: int, size: tuple[int, int], speed: float
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(image uint8 3 H W, depth float32 1 H W, place in the world 4 4) of each frame; colours and light stay as they are."""
+    """(image uint8 3 H W, depth float32 1 H W, place in the world 4 4) of each frame; colours and light stay as they are.
+
+    Args:
+        stream: names the sequence; it seeds what is drawn.
+        length: frames.
+        size: (H, W).
+        speed: of the camera, metres a frame at most.
+    """
     rng = np.random.default_rng([*stream, 0])
     pitch, solids = place_solids(rng)
     height, width = size
@@ -206,7 +213,15 @@ def render_sequence(
 def coloured(
     stream: Sequence[int], solids: Sequence[Solid], nearest: np.ndarray, rays: np.ndarray, points: np.ndarray
 ) -> np.ndarray:
-    """Colours P 3 in 0..1 of surface points; those of a solid, and the light, are the same in every frame of the stream."""
+    """Colours P 3 in 0..1 of surface points; those of a solid, and the light, are the same in every frame of the stream.
+
+    Args:
+        stream: names the sequence; it seeds what is drawn.
+        solids: of the scene.
+        nearest: P, position in `solids` of the one that each ray hits.
+        rays: P 3, directions from the camera.
+        points: P 3, where they end.
+    """
     normals, colours = np.empty_like(rays), np.empty_like(rays)
     for i, solid in enumerate(solids):
         seen = nearest == i
@@ -226,7 +241,14 @@ def grained(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 
 
 def path(rng: np.random.Generator, length: int, pitch: float, speed: float) -> list[np.ndarray]:
-    """Places in the world 4 4 of a camera that moves evenly and turns a little; its middle frame is where Scenes stands."""
+    """Places in the world 4 4 of a camera that moves evenly and turns a little; its middle frame is where Scenes stands.
+
+    Args:
+        rng: draws heading and turn.
+        length: frames.
+        pitch: of the camera.
+        speed: metres a frame at most.
+    """
     heading = rng.uniform(0, 2 * math.pi)
     step = speed * rng.uniform(0.5, 1.0) * np.array([math.cos(heading), 0.3 * rng.uniform(-1, 1), math.sin(heading)])
     turn = rng.uniform(-1, 1, 3) * np.array([0.01, 0.02, 0.01])  # radians a frame about x, y, z of the world

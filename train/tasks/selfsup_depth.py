@@ -39,8 +39,9 @@ class SelfSupDepth(Task):
         min_depth, max_depth: what disparities of 1 and 0 mean; metres where the motions have a scale, else any unit.
         poses: "learned": a pose network predicts the motion between frames, and depth has no scale; "given": the data's. The
             motion to the other camera of a stereo pair is the data's in both.
-        pose_backbone: timm name of the pose network's encoder; pose_pretrained: with its released weights; pose_args: other
-            arguments of heads.video.PoseNetwork.
+        pose_backbone: timm name of the pose network's encoder.
+        pose_pretrained: with its released weights.
+        pose_args: other arguments of heads.video.PoseNetwork.
         convention: of the sampling. "lite_mono": corners aligned, which is what the geometry means; "monodepth2": not aligned,
             as its code runs on torch 1.3 and newer, off by up to half a pixel.
         ssim: compare windows and colours; off: colours alone.
@@ -49,8 +50,9 @@ class SelfSupDepth(Task):
         own_size: compare at the size of each disparity instead of the image's (monodepth v1).
         smooth: weight of the smoothness of the finest disparity, halved at each coarser one.
         eval_min_depth, eval_max_depth: metres; true depth outside is not measured.
-        crop: of the metric. clamp: predictions to the measured range.
+        crop: of the metric.
         align: "median": predictions times the ratio of the medians, image by image; none: they are metres.
+        clamp: predictions to the measured range.
         post_process: evaluate the blend with the prediction for the mirrored image (monodepth v1).
     """
 
