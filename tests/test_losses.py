@@ -14,12 +14,14 @@ from train.losses import (
     dice,
     focal,
     gradient,
+    gradient_l1,
     l1,
     lovasz,
     ohem,
     omnidata,
     sigloss,
     silog,
+    silog_unbiased,
     ssi_mse,
     trimmed_mae,
 )
@@ -66,6 +68,26 @@ def test_depth_loss_and_gradient_match_the_authors_code(case):
         suffix = f"/{variant}" if variant else ""
         torch.testing.assert_close(loss.detach(), tensors[f"output{suffix}"], **golden.tolerance(info))
         torch.testing.assert_close(pred.grad, tensors[f"grad{suffix}/pred"], **golden.tolerance(info))
+
+
+@pytest.mark.parametrize("case", golden.cases("zoedepth_losses"))
+def test_the_losses_of_zoedepth_match_the_authors_code(case):
+    info, tensors = golden.load(case)
+    target, mask = tensors["input/target"], tensors["input/mask"]
+
+    def fitted(small):
+        return torch.nn.functional.interpolate(small, size=target.shape[-2:], mode="bilinear", align_corners=True)
+
+    for name, key, loss in (
+        ("silog", "pred", lambda p: 10 * silog_unbiased(p, target, mask)),
+        ("silog_small", "pred_small", lambda p: 10 * silog_unbiased(fitted(p), target, mask)),
+        ("grad_l1", "pred", lambda p: gradient_l1(p, target, mask)),
+    ):
+        pred = tensors[f"input/{key}"].clone().requires_grad_()
+        value = loss(pred)
+        value.backward()
+        torch.testing.assert_close(value.detach(), tensors[f"output/{name}"], **golden.tolerance(info))
+        torch.testing.assert_close(pred.grad, tensors[f"grad/{name}/{key}"], **golden.tolerance(info))
 
 
 @pytest.mark.parametrize("case", golden.cases("seg_loss"))

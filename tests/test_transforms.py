@@ -2,6 +2,7 @@
 
 import random
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from train.sample import KINDS, Look, pick_nearest
 from train.schema import AugmentConfig
-from train.transforms import Seeded, build_transform, evaluation_size, seeded, timm_policy
+from train.transforms import Seeded, build_transform, cut_strip, evaluation_size, seeded, timm_policy
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +123,28 @@ def test_native_crop_keeps_the_pixels_of_the_file():
     top, left = int(red[0, 0]) // 4, int(green[0, 0]) // 3
     assert torch.equal(out["mask"], source["mask"].as_subclass(torch.Tensor)[top : top + 40, left : left + 56])
     assert torch.equal(red, source["image"][0, top : top + 40, left : left + 56].long())
+
+
+@pytest.mark.parametrize("case", golden.cases("cutdepth_strips"))
+def test_the_published_strip_matches_the_authors(case):
+    """Every fourth sample gets one; depth stays as it is."""
+    info, tensors = golden.load(case)
+    count = sum(name.startswith("input/image_") for name in tensors)
+    for i in range(count):
+        image, depth = tensors[f"input/image_{i}"].permute(2, 0, 1), tensors[f"input/depth_{i}"][None]
+        if i % info["kwargs"]["every"] == 0:
+            image = cut_strip(image, depth, *tensors[f"input/draws_{i}"].tolist())
+        torch.testing.assert_close(image / 255, tensors[f"output/image_{i}"], **golden.tolerance(info))
+        assert torch.equal(depth[0], tensors[f"output/depth_{i}"])
+
+
+def test_the_published_strip_holds_file_units_before_the_flip():
+    source = {**sample(48, 64), "depth": torch.full((1, 48, 64), 1.3)}
+    augment = AugmentConfig(cut_depth=1.0, cut_depth_form="file_units", hflip=1.0)
+    out = build_transform(True, ("depth",), (48, 64), (0.0,) * 3, (1.0,) * 3, augment, depth_divisor=1000)(source)
+    strip = (out["image"] * 255).round()[:, 0] == 1300 % 256
+    plain = (source["image"].flip(-1)[:, 0] == (out["image"] * 255).round()[:, 0]).all(0)
+    assert strip.all(0).any() and (strip.all(0) | plain).all()
 
 
 def test_cut_depth_puts_a_strip_of_the_depth_into_the_image():

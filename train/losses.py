@@ -286,6 +286,42 @@ def silog(pred: Tensor, target: Tensor, mask: Tensor | None = None, lam: float =
     return safe_sqrt(masked_mean(d * d, valid) - lam * mean**2)
 
 
+def silog_unbiased(pred: Tensor, target: Tensor, mask: Tensor | None = None, beta: float = 0.15) -> Tensor:
+    """ZoeDepth's scale-invariant log error sqrt(var d + beta (mean d)^2), var with one pixel less (arXiv 2302.12288).
+
+    Args:
+        pred: B 1 H W, metres.
+        target: B 1 H W, metres; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+        beta: of the mean; published with a factor of 10 on the whole.
+    """
+    pred, target, valid = depth_maps(pred, target, mask)
+    d = torch.where(valid, (pred.clamp_min(0) + 1e-7).log() - (target + 1e-7).log(), 0)
+    mean, count = masked_mean(d, valid), valid.sum()
+    variance = torch.where(valid, (d - mean) ** 2, 0).sum() / (count - 1).clamp_min(1)
+    return safe_sqrt(variance + beta * mean**2)
+
+
+def gradient_l1(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """ZoeDepth's GradL1: squared length and angle of the slopes compared (its configurations give it weight 0).
+
+    A slope is the difference to the pixel at the left and to the one above, where all three are valid.
+
+    Args:
+        pred: B 1 H W, metres.
+        target: B 1 H W, metres; 0 = no reading.
+        mask: where the target counts; None: where it is positive.
+    """
+    pred, target, valid = depth_maps(pred, target, mask)
+    valid = valid[:, 1:, 1:] & valid[:, 1:, :-1] & valid[:, :-1, 1:]
+    lengths, angles = [], []
+    for value in (pred, target):
+        x, y = value[:, 1:, 1:] - value[:, 1:, :-1], value[:, 1:, 1:] - value[:, :-1, 1:]
+        lengths.append(x**2 + y**2)
+        angles.append((y / (x + 1e-10)).atan())
+    return sum((masked_mean((a - b).abs(), valid) for a, b in (lengths, angles)), torch.zeros((), device=pred.device))
+
+
 def l1(pred: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean absolute error over the valid pixels of the batch."""
     pred, target, valid = depth_maps(pred, target, mask)
@@ -558,10 +594,12 @@ def omnidata(pred: Tensor, target: Tensor, mask: Tensor | None = None, alpha: fl
 
 DEPTH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "silog": silog,
+    "silog_unbiased": silog_unbiased,
     "l1": l1,
     "berhu": berhu,
     "sigloss": sigloss,
     "gradient": gradient,
+    "gradient_l1": gradient_l1,
     "ssi_mse": ssi_mse,
     "trimmed_mae": trimmed_mae,
     "omnidata": omnidata,

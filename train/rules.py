@@ -232,6 +232,7 @@ APPLIES: dict[str, Applies] = {
     "augment.color_jitter_prob": Applies("with augment.color_jitter", lambda config, dense: config.augment.color_jitter > 0),
     "augment.zoom_depth": DEPTH,
     "augment.cut_depth": DEPTH,
+    "augment.cut_depth_form": Applies("with augment.cut_depth", lambda config, dense: config.augment.cut_depth > 0),
     "optim.betas": _optimiser("has_betas", "with betas"),
     "optim.eps": _optimiser("has_eps", "with eps"),
     "optim.momentum": _optimiser("has_momentum", "with momentum, such as sgd"),

@@ -108,6 +108,8 @@ class AugmentConfig:
         auto_augment: timm's policy text, e.g. rand-m9-mstd0.5-inc1; classification only.
         cut_depth: probability that a strip of the image, of full height and random width, is replaced by the depth there
             (CutDepth, Ishii and Yamashita 2021, as in GLPN).
+        cut_depth_form: what the strip holds. "metres": metres, put into the finished image; "file_units": the numbers of the
+            file modulo 256 as grey levels, put into the image before flip, crop and colour, as GLPN's code does.
         random_erasing: probability that a box of noise is erased from the image; classification only.
         eval_crop: share of the image a centre crop keeps at evaluation; classification only.
         interpolation: of images.
@@ -125,6 +127,7 @@ class AugmentConfig:
     color_jitter_prob: float = 0.5
     auto_augment: str | None = None
     cut_depth: float = 0.0
+    cut_depth_form: Literal["metres", "file_units"] = "metres"
     random_erasing: float = 0.0
     eval_crop: float = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"

@@ -73,7 +73,8 @@ def _transform(config: Config, task: Task, plain: ImageDataset, split: str) -> C
     data = config.data
     assert data.mean is not None and data.std is not None  # config.resolve has filled them in
     train, targets, ignored = split == "train", task.targets(split), plain.ignore_index
-    return build_transform(train, targets, data.size, data.mean, data.std, config.augment, ignored, data.eval_resize)
+    divisor = plain.depth.divisor if plain.depth is not None else 1.0
+    return build_transform(train, targets, data.size, data.mean, data.std, config.augment, ignored, data.eval_resize, divisor)
 
 
 def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.Module:

@@ -37,6 +37,7 @@ def build_transform(
     augment: AugmentConfig | None = None,
     ignore_index: int = 255,
     eval_resize: EvalResize = None,
+    depth_divisor: float = 1.0,
 ) -> "TrainTransform | EvalTransform":
     """The transform of a split.
 
@@ -52,13 +53,14 @@ def build_transform(
         augment: what changes a training image; None = nothing.
         ignore_index: of the data set, for the pixels that padding adds to a mask.
         eval_resize: how dense evaluation sizes an image.
+        depth_divisor: units of a depth file per metre, for augment.cut_depth_form file_units.
     """
     augment = augment or AugmentConfig()
     dense = is_dense(task_targets)
     check_augment(augment, dense, size, mean, std)
     check_eval_resize(eval_resize, dense)
     if train:
-        return TrainTransform(augment, dense, pair(size), tuple(mean), tuple(std), ignore_index)
+        return TrainTransform(augment, dense, pair(size), tuple(mean), tuple(std), ignore_index, depth_divisor)
     return EvalTransform(augment, dense, pair(size), tuple(mean), tuple(std), ignore_index, eval_resize)
 
 
@@ -242,12 +244,21 @@ class TrainTransform(_Transform):
         size: (H, W) of the network's input.
         mean, std: of the normalisation.
         ignore_index: the mask value of void.
+        depth_divisor: units of a depth file per metre.
     """
 
     def __init__(
-        self, augment: AugmentConfig, dense: bool, size: Size, mean: Sequence[float], std: Sequence[float], ignore_index: int
+        self,
+        augment: AugmentConfig,
+        dense: bool,
+        size: Size,
+        mean: Sequence[float],
+        std: Sequence[float],
+        ignore_index: int,
+        depth_divisor: float = 1.0,
     ):
         super().__init__(augment, dense, size, mean, std, ignore_index)
+        self.depth_divisor = depth_divisor
         strength = augment.color_jitter
         self.box = v2.RandomResizedCrop(size, augment.scale, augment.ratio) if augment.crop == "area" else None
         self.jitter = v2.ColorJitter(strength, strength, strength, strength / 10) if strength else None
@@ -256,6 +267,10 @@ class TrainTransform(_Transform):
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         augment = self.augment
+        published = augment.cut_depth_form == "file_units"
+        if published and self.cuts(sample):
+            draws = float(torch.rand(())), float(torch.rand(()))
+            sample = {**sample, "image": cut_strip(sample["image"], sample["depth"] * self.depth_divisor, *draws)}
         sample = getattr(self, f"_{augment.crop}")(sample)
         for probability, axis in ((augment.hflip, -1), (augment.vflip, -2)):
             if probability and torch.rand(()) < probability:
@@ -271,13 +286,17 @@ class TrainTransform(_Transform):
         if self.jitter is not None and torch.rand(()) < augment.color_jitter_prob:
             sample = self.jittered(sample)
         sample = self.finished(sample)
-        if augment.cut_depth and "depth" in sample and torch.rand(()) < augment.cut_depth:
+        if not published and self.cuts(sample):
             left = int(self.size[1] * torch.rand(()))
             width = max(1, int(0.75 * (self.size[1] - left) * torch.rand(())))  # 0.75 of the rest at most: GLPN's number
             sample["image"][:, :, left : left + width] = sample["depth"][:, :, left : left + width]
         if self.erase is not None:
             sample["image"] = self.erase(sample["image"])
         return sample
+
+    def cuts(self, sample: dict[str, Any]) -> bool:
+        """Whether this sample gets a strip of its depth."""
+        return bool(self.augment.cut_depth and "depth" in sample and torch.rand(()) < self.augment.cut_depth)
 
     def jittered(self, sample: dict[str, Any]) -> dict[str, Any]:
         """The sample with other colours, the same change for all frames of a video."""
@@ -332,6 +351,26 @@ class TrainTransform(_Transform):
         top = int(torch.randint(height - self.size[0] + 1, ()))
         left = int(torch.randint(width - self.size[1] + 1, ()))
         return self.each(sample, lambda kind, value: kind.crop(value, top, left, self.size))
+
+
+def cut_strip(image: Tensor, depth: Tensor, alpha: float, beta: float) -> Tensor:
+    """A uint8 image C H W whose strip holds the depth 1 H W in file units, modulo 256 (CutDepth as GLPN's code has it).
+
+    The depth is a saw-tooth in the image: 0.256 m a period where a unit is a millimetre.
+
+    Args:
+        image: uint8 C H W.
+        depth: 1 H W, units of the file.
+        alpha: where the strip begins, a share of the width.
+        beta: how wide it is, times 0.75 of the width that is left.
+    """
+    width = image.shape[-1]
+    left = int(alpha * width)
+    strip = slice(left, left + int(max((width - alpha * width) * beta * 0.75, 1)))
+    image = image.clone()
+    # 0.01 more, because metres of whole units are off by up to 0.004 of a unit in float32
+    image[..., strip] = depth[..., strip].double().add(0.01).floor().remainder(256).to(torch.uint8)
+    return image
 
 
 def image_size(sample: dict[str, Any]) -> Size:

@@ -27,6 +27,7 @@ WITHOUT_EFFECT = {  # key -> (value, what the rest of the configuration is)
     "augment.color_jitter_prob": (0.3, {"augment": {"color_jitter": 0}}),
     "augment.zoom_depth": (True, {"augment": {"crop": "scale"}}),
     "augment.cut_depth": (0.5, {}),
+    "augment.cut_depth_form": ("file_units", {}),
     "optim.betas": ([0.9, 0.99], {"optim": {"name": "sgd"}}),
     "optim.eps": (1e-6, {"optim": {"name": "lion"}}),
     "optim.momentum": (0.9, {}),
