@@ -98,6 +98,10 @@ def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, step
     shared: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": config.warmup_lr, "t_in_epochs": False}
     if config.warmup_first:
         shared, steps = {**shared, "warmup_prefix": True}, steps - warmup
+    if config.schedule == "rise_fall":
+        if warmup:
+            raise ValueError("optim.schedule rise_fall starts with its own rise: set optim.warmup_steps and warmup_epochs to 0")
+        return RiseFall(built, round(config.decay_at[0] * steps), config.power, config.min_lr / config.lr)
     if config.schedule == "cosine":
         return CosineLRScheduler(built, t_initial=steps, lr_min=config.min_lr, **shared)
     if config.schedule in ("poly", "linear"):
@@ -105,6 +109,26 @@ def schedule(built: torch.optim.Optimizer, config: OptimConfig, steps: int, step
         return PolyLRScheduler(built, t_initial=steps, power=power, lr_min=config.min_lr, **shared)
     at = [round(share * steps) + 1 for share in config.decay_at] if config.schedule == "step" else []  # timm counts from 1
     return MultiStepLRScheduler(built, decay_t=at, decay_rate=config.decay_rate, **shared)
+
+
+class RiseFall(Scheduler):
+    """GLPN's rate: a power of the step up to the peak, and the same curve down from it, which may end a little below the start.
+
+    Args:
+        optimizer: whose rates it sets.
+        peak: step of the highest rate, the optimiser's own.
+        power: of the curve.
+        low: rate at the start, as a share of the highest.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, peak: int, power: float, low: float):
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.peak, self.power, self.low = max(peak, 1), power, low
+
+    def _get_lr(self, t: int) -> list[float]:
+        place = (t + 1) / self.peak  # GLPN counts steps from 1
+        share = place**self.power if place < 1 else 1 - (place - 1) ** self.power
+        return [base * (self.low + (1 - self.low) * share) for base in self.base_values]
 
 
 def averaged(model: nn.Module, config: OptimConfig) -> ModelEmaV3 | None:

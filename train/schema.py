@@ -144,8 +144,9 @@ class OptimConfig:
         betas: of Adam-like optimisers; null = the optimiser's own.
         momentum: of SGD-like optimisers.
         eps: null = the optimiser's own.
-        schedule: learning rate after the warm-up, per step.
-        power: of "poly".
+        schedule: learning rate after the warm-up, per step. rise_fall: from min_lr up to lr at the first of decay_at, and down
+            again (GLPN).
+        power: of "poly" and "rise_fall".
         decay_at: shares of the run at which "step" multiplies the rate by decay_rate.
         decay_rate: of "step".
         min_lr: the schedule ends here.
@@ -171,7 +172,7 @@ class OptimConfig:
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
     eps: float | None = None
-    schedule: Literal["constant", "cosine", "poly", "linear", "step"] = "cosine"
+    schedule: Literal["constant", "cosine", "poly", "linear", "step", "rise_fall"] = "cosine"
     power: float = 1.0
     decay_at: list[float] = field(default_factory=lambda: [0.5, 0.75])
     decay_rate: float = 0.1

@@ -2,6 +2,7 @@
 
 import math
 
+import golden
 import pytest
 import timm
 import torch
@@ -69,6 +70,26 @@ def rates(steps=20, **values):
         schedule.step_update(step)
         found.append(built.param_groups[0]["lr"])
     return found
+
+
+@pytest.mark.parametrize("case", golden.cases("cutdepth_lr"))
+def test_the_rate_of_glpn_matches_the_authors(case):
+    info, tensors = golden.load(case)
+    kwargs = info["kwargs"]
+    for epochs in (24, 25):
+        steps = kwargs["steps_per_epoch"] * epochs
+        share = (epochs // 2) / epochs
+        config = OptimConfig(
+            lr=kwargs["peak"], min_lr=kwargs["low"], power=kwargs["power"], schedule="rise_fall", decay_at=[share]
+        )
+        built = optim.optimizer(torch.nn.Linear(2, 2), config)
+        schedule = optim.schedule(built, config, steps, kwargs["steps_per_epoch"])
+        for n, expected in zip(tensors[f"input/steps_{epochs}"].tolist(), tensors[f"output/lr_{epochs}"], strict=True):
+            schedule.step_update(n - 1)
+            got = torch.tensor(built.param_groups[0]["lr"])
+            torch.testing.assert_close(got, expected, **golden.tolerance(info))
+    with pytest.raises(ValueError, match="starts with its own rise"):
+        optim.schedule(built, OptimConfig(schedule="rise_fall", warmup_steps=3), 10, 10)
 
 
 def test_schedules_follow_their_formulas():
