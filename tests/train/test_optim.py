@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+import backbones  # noqa: F401
 import heads
 from train import optim
 from train.schema import OptimConfig
