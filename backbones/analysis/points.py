@@ -1,7 +1,8 @@
 """What one place of an image attends to, in every block of a vision transformer of any kind.
 
 Read without a change to the model, whichever kernel its attention runs on: calls of the fused kernel are seen by a torch
-function mode, windows and neighbourhoods are computed anew from what their modules were given.
+function mode, windows and neighbourhoods are computed anew from what their modules were given. Only modules whose tokens are
+known to lie row by row are read: where an attention permutes tokens or makes new ones, its map would look right and be wrong.
 
 Shapes: B = 1 image, H W map height and width, h heads, d channels of a head, P prefix tokens (class token, registers).
 """
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import timm.layers
+import timm.models.pvt_v2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from backbones import cvt, fan, lit, mvit, nat
 from backbones.analysis.run import evaluation, layers
 from backbones.layers import pad_to_multiple
 from backbones.litv2 import HiLo
@@ -64,15 +68,14 @@ def point_attention(
 ) -> list[PointAttention]:
     """Every readable attention of a model for one image, first block first; empty for a model without any.
 
-    Read are timm's flat ViTs, windows (Swin and its hosts' variants), HiLo, neighbourhoods, Sparsifiner, and whatever calls
-    torch's fused attention over all cells of a map, also with pooled keys (PiT, CvT, LIT, PVT, ...).
+    Read are timm's flat ViTs, windows (Swin and its hosts' variants), HiLo, neighbourhoods, Sparsifiner, and the modules of
+    CELLS, which attend over all cells of a map, also with pooled keys.
 
     Args:
         model: a backbone, in any mode; runs in evaluation.
         image: 1 3 H W.
         at: the place that looks, x and y.
-        sizes: stage -> (H, W) of its feature map. An attention without a stage in its name belongs to the first one that fits;
-            where all maps have one size, the n-th attention is that of stage n.
+        sizes: stage -> (H, W) of its feature map; attention of other stages is left out.
         run: how the model runs on the image; default: `model.forward_features`.
     """
     run = run or model.forward_features  # type: ignore[assignment]
@@ -88,8 +91,8 @@ def point_attention(
         found = list(of_calls(calls.seen, at, sizes, prefix_counts(model)))
         for name, module, x in inputs:
             for kind, weights in READERS[type(module).forward](module, x, at):
-                found.append(PointAttention(name, kind, stage_of(name, weights.shape[-2:], sizes), weights))
-    return sorted(found, key=lambda one: one.stage)
+                found.append(PointAttention(name, kind, stage_of(name), weights))
+    return [one for one in sorted(found, key=lambda one: one.stage) if one.stage in sizes]
 
 
 def flat(model: nn.Module) -> bool:
@@ -101,11 +104,10 @@ def flat(model: nn.Module) -> bool:
     return not isinstance(model, TokenStream)
 
 
-def stage_of(name: str, size: Sequence[int], sizes: Mapping[int, tuple[int, int]]) -> int:
-    """The stage in a module's name, else the first whose map has the size, else the last."""
-    if found := re.match(r"(?:stages|layers)[._](\d+)", name):
-        return int(found[1])
-    return next((stage for stage, one in sizes.items() if tuple(one) == tuple(size)), max(sizes))
+def stage_of(name: str) -> int:
+    """The number of the stage, or of a flat network's block, in a module's name; -1 where there is none."""
+    found = re.match(r"(?:stages|layers|blocks)[._](\d+)", name)
+    return int(found[1]) if found else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------- flat ViTs
@@ -207,10 +209,23 @@ READERS: dict[Any, Callable[[Any, Tensor, Place], Iterator[tuple[str, Tensor]]]]
 # ----------------------------------------------------------------------------------------------------------- fused attention
 
 
+# Modules that call the fused kernel once, with the cells of a map, row by row behind prefix tokens, as queries.
+CELLS = (
+    timm.layers.Attention,
+    timm.models.pvt_v2.Attention,
+    cvt.Attention,
+    fan.TokenMixing,
+    lit.Attention,
+    mvit.PoolingAttention,
+    nat.FullAttention,
+)
+
+
 @dataclass
 class Call:
-    """One call of the fused kernel: queries, keys, mask and scale."""
+    """One call of the fused kernel: the module's name, queries, keys, mask and scale."""
 
+    name: str
     q: Tensor
     k: Tensor
     mask: Tensor | None
@@ -218,51 +233,45 @@ class Call:
 
 
 class Fused(TorchFunctionMode):
-    """Inside, notes the calls of torch's fused attention, which run as ever."""
+    """Inside, notes the calls of torch's fused attention by a module of CELLS; they run as ever."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Call] = []
-        self.inside = 0  # modules that have a reader of their own
+        self.within: str | None = None  # the module that runs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.note(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and self.within is not None:
+            self.note(self.within, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def note(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any
     ) -> None:
-        """Keep a call outside `inside` of one image.
-
-        Args:
-            query: B h N d, as torch's function takes it.
-            key: B h n d.
-            value: B h n e.
-            attn_mask: as torch's function takes it.
-            others: its further arguments.
-            named: its further arguments by name.
-        """
-        scale = named.get("scale") or query.shape[-1] ** -0.5
-        if not self.inside and query.ndim == 4 and query.shape[0] == key.shape[0] == 1 and query.shape[1] == key.shape[1]:
-            self.seen.append(Call(query, key, attn_mask, scale))
+        """Keep a call of one image with as many heads of keys as of queries."""
+        if query.ndim == 4 and query.shape[:2] == key.shape[:2] and query.shape[0] == 1:
+            self.seen.append(Call(name, query, key, attn_mask, named.get("scale") or query.shape[-1] ** -0.5))
 
 
 @contextmanager
 def given(model: nn.Module, calls: Fused) -> Iterator[list[tuple[str, nn.Module, Tensor]]]:
-    """Inside, collects (name, module, input) of every module that has a reader; `calls` leaves theirs out."""
+    """Inside, collects (name, module, input) of every module that has a reader, and tells `calls` which of CELLS runs."""
     found: list[tuple[str, nn.Module, Tensor]] = []
 
-    def enter(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+    def read(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
         found.append((name, module, inputs[0]))
-        calls.inside += 1
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        calls.within = name
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        calls.inside -= 1
+        calls.within = None
 
     handles = []
     for name, module in model.named_modules():
         if type(module).forward in READERS:
+            handles.append(module.register_forward_pre_hook(partial(read, name=name)))
+        elif type(module) in CELLS:
             handles.append(module.register_forward_pre_hook(partial(enter, name=name)))
             handles.append(module.register_forward_hook(leave, always_call=True))
     try:
@@ -282,9 +291,9 @@ def prefix_counts(model: nn.Module) -> set[int]:
 def of_calls(
     calls: Sequence[Call], at: Place, sizes: Mapping[int, tuple[int, int]], prefixes: Collection[int]
 ) -> Iterator[PointAttention]:
-    """Attention over all cells of a map, read from calls of the fused kernel in their order; others are passed over.
+    """Attention over all cells of a stage's map, read from calls of the fused kernel; calls of other tokens are passed over.
 
-    Queries are the cells of a stage's map behind its prefix tokens; keys the same, or those of a smaller map.
+    Queries are the cells behind prefix tokens; keys the same, or those of a smaller map.
 
     Args:
         calls: in their order.
@@ -292,19 +301,14 @@ def of_calls(
         sizes: stage -> (H, W) of its map.
         prefixes: how many prefix tokens there may be.
     """
-    flat_map = len(set(sizes.values())) == 1 and len(sizes) > 1
-    stages, read = sorted(sizes), 0
-    numbers: dict[int, int] = {}
     for call in calls:
-        fits = [stage for stage in stages if call.q.shape[2] - math.prod(sizes[stage]) in prefixes]
-        if not fits:
+        stage = stage_of(call.name)
+        if stage not in sizes:
             continue
-        like = fits[0]
-        stages = stages if flat_map else [stage for stage in stages if stage >= like]  # maps do not grow again
-        height, width = sizes[like]
+        height, width = sizes[stage]
         prefix = call.q.shape[2] - height * width
         pooled = pooled_size(call.k.shape[2], height, width, prefix)
-        if pooled is None:
+        if prefix not in prefixes or pooled is None:
             continue
         ahead = call.k.shape[2] - math.prod(pooled)
         row, column = cell(at, height, width)
@@ -314,11 +318,8 @@ def of_calls(
             mask = call.mask.expand(1, call.q.shape[1], call.q.shape[2], -1)[0, :, query]
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
         weights = scores.softmax(-1)[:, ahead:].unflatten(1, pooled)
-        stage = read if flat_map else like
-        read += 1
-        number = numbers[stage] = numbers.get(stage, -1) + 1
         kind = "all cells" if pooled == (height, width) else f"{pooled[0]}x{pooled[1]} pooled keys of {height}x{width}"
-        yield PointAttention(f"stage {stage}, attention {number}", kind, stage, weights)
+        yield PointAttention(call.name, kind, stage, weights)
 
 
 def pooled_size(keys: int, height: int, width: int, prefix: int) -> tuple[int, int] | None:

@@ -88,27 +88,44 @@ def test_a_vit_shows_its_maps_with_fused_attention_too(fused):
         torch.testing.assert_close(one.weights.flatten(1), expected[0, :, 1 + row * 5 + column, 1:])
 
 
+class Stand(nn.Module):
+    """A stand-in for a network: one attention, and calls that are nobody's."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, call):
+        super().__init__()
+        self.stages = nn.ModuleList([Cells(call)])
+
+    def forward(self, image):
+        window = torch.randn(1, 2, 24, 4)
+        F.scaled_dot_product_attention(window, window, window)  # as many tokens as cells, and none of CELLS
+        return self.stages[0](image)
+
+
+class Cells(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, image):
+        return F.scaled_dot_product_attention(*self.call[:3], attn_mask=self.call[3], scale=0.3)
+
+
 @torch.no_grad()
-def test_calls_of_the_fused_kernel_are_read_with_prefix_mask_and_pooled_keys():
-    """A stand-in with a class token, keys of half the map and a bias."""
+def test_calls_of_the_fused_kernel_are_read_with_prefix_mask_and_pooled_keys(monkeypatch):
+    """A class token, keys of half the map and a bias."""
     torch.manual_seed(0)
+    monkeypatch.setattr(points, "CELLS", (Cells,))
     q, k, v = torch.randn(1, 2, 1 + 24, 4), torch.randn(1, 2, 1 + 6, 4), torch.randn(1, 2, 1 + 6, 4)
     bias = torch.randn(1, 1, 25, 7)
-
-    class Model(nn.Module):
-        num_prefix_tokens = 1
-
-        def forward(self, image):
-            F.scaled_dot_product_attention(torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4))  # windows
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=0.3)
-
-    model = Model()
+    model = Stand((q, k, v, bias))
     (found,) = points.point_attention(model, torch.zeros(1), AT, {0: (4, 6)}, model)
     row, column = points.cell(AT, 4, 6)
     expected = (q[0, :, 1 + row * 6 + column, None] @ k[0].mT * 0.3 + bias[0, 0, 1 + row * 6 + column]).softmax(-1)[:, 0, 1:]
     torch.testing.assert_close(found.weights.flatten(1), expected)
     assert found.weights.shape == (2, 2, 3) and found.kind == "2x3 pooled keys of 4x6"
-    Model.num_prefix_tokens = 0  # then 25 queries are no map of 4 x 6
+    monkeypatch.setattr(Stand, "num_prefix_tokens", 0)  # then 25 queries are no map of 4 x 6
     assert points.point_attention(model, torch.zeros(1), AT, {0: (4, 6)}, model) == []
 
 
@@ -121,6 +138,8 @@ SMALL = {
     "cvt_13": ({"depths": (1, 1, 1)}, {"pooled keys": 3}),
     "lit_s": ({"depths": (1, 1, 1, 1)}, {"all cells": 2}),
     "poolformer_s12_gn": ({"depths": (1, 1, 1, 1)}, {}),
+    "stvit_small": ({"depths": (1, 1, 1, 1)}, {}),  # its super tokens are as many as the cells of the next stage
+    "sret_t": ({}, {}),  # permutes its tokens
 }
 
 
@@ -155,7 +174,7 @@ def test_an_attention_of_a_flat_network_belongs_to_its_own_block(name):
     )
     model = timm.create_model(name, **args).eval()
     found = points.point_attention(model, torch.randn(1, 3, 64, 96), AT, {1: (4, 6), 3: (4, 6)})
-    assert [one.stage for one in found] == [0, 1, 2, 3]
+    assert [one.stage for one in found] == [1, 3]
 
 
 @torch.no_grad()
