@@ -24,6 +24,7 @@ class Head(nn.Module):
             registers) stand beside each map.
         prefix_tokens: it reads pairs (map, prefix tokens) instead of maps.
         returns_names: `forward` returns a dict instead of one map.
+        returns_layers: that dict is {"map": B K h w, "layers": [the same of earlier layers, trained with the same loss]}.
         only_channels: the one value of out_channels it has a meaning for (a head that gives metres: 1), or None for any.
     """
 
@@ -33,6 +34,7 @@ class Head(nn.Module):
     takes_prefix_counts: bool = False
     prefix_tokens: bool = False
     returns_names: bool = False
+    returns_layers: bool = False
     only_channels: int | None = None
 
     forward: Callable[..., Output]

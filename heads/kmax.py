@@ -372,24 +372,26 @@ class Predictor(nn.Module):
         classes: without the no-object class.
         head_width: of the convolution before the masks.
         embedding: channels that pixels and clusters are compared in.
+        void: with a class for none; without it the classes are values of any kind.
     """
 
-    def __init__(self, pixels: int, query: int, classes: int, head_width: int, embedding: int):
+    def __init__(self, pixels: int, query: int, classes: int, head_width: int, embedding: int, void: bool = True):
         super().__init__()
         self._pixel_space_head_conv0bnact = ConvNorm(pixels, pixels, 5, groups=pixels, act=True)
         self._pixel_space_head_conv1bnact = ConvNorm(pixels, head_width, act=True)
         self._pixel_space_head_last_convbn = ConvNorm(head_width, embedding, bias=True, std=0.01)
         self._transformer_mask_head = ConvNorm(query, embedding, dimensions=1)
-        self._transformer_class_head = ConvNorm(query, classes + 1, dimensions=1, norm=False, bias=True, std=0.01)
+        self._transformer_class_head = ConvNorm(query, classes + void, dimensions=1, norm=False, bias=True, std=0.01)
         self._pixel_space_mask_batch_norm = batch_norm(1, start=0.1)
-        self.void_bias = math.log(classes * 0.9 / 0.1)  # a constant of the source, not in its files
+        self.void_bias = math.log(classes * 0.9 / 0.1) if void else None  # a constant of the source, not in its files
 
     def forward(self, class_embeddings: Tensor, mask_embeddings: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         """Class and mask logits of clusters, from embeddings B Q N and pixels B C H W."""
         x = self._pixel_space_head_conv1bnact(self._pixel_space_head_conv0bnact(pixels))
         feature = F.normalize(self._pixel_space_head_last_convbn(x), dim=1)
         classes = self._transformer_class_head(class_embeddings).mT
-        classes = torch.cat([classes[..., :-1], classes[..., -1:] + self.void_bias], -1)
+        if self.void_bias is not None:
+            classes = torch.cat([classes[..., :-1], classes[..., -1:] + self.void_bias], -1)
         masks = torch.einsum("behw,ben->bnhw", feature, self._transformer_mask_head(mask_embeddings))
         masks = self._pixel_space_mask_batch_norm(masks.flatten(1, 2)[:, None])[:, 0].view_as(masks)
         return {"class_logits": classes, "mask_logits": masks, "pixel_feature": feature}
@@ -424,6 +426,7 @@ class KMeansLayer(nn.Module):
         head_width: of the convolutions before the masks.
         embedding: channels that pixels and clusters are compared in.
         drop_path: stochastic depth of the layer.
+        void: see Predictor.
     """
 
     def __init__(
@@ -437,6 +440,7 @@ class KMeansLayer(nn.Module):
         head_width: int,
         embedding: int,
         drop_path: float,
+        void: bool = True,
     ):
         super().__init__()
         width = 2 * base
@@ -448,7 +452,7 @@ class KMeansLayer(nn.Module):
         self._query_conv3_bn = ConvNorm(width, query, dimensions=1, start=0.0)
         self._query_ffn_conv1_bn_act = ConvNorm(query, ffn, dimensions=1, act=True)
         self._query_ffn_conv2_bn = ConvNorm(ffn, query, dimensions=1, start=0.0)
-        self._predcitor = Predictor(width, width, classes, head_width, embedding)
+        self._predcitor = Predictor(width, width, classes, head_width, embedding, void)
         self._kmeans_query_batch_norm_retrieved_value = batch_norm(width, 1)
         self._kmeans_query_conv3_bn = ConvNorm(width, query, dimensions=1, start=0.0)
         self.drop_path = DropPath(drop_path)
@@ -484,6 +488,7 @@ class KMeansDecoder(nn.Module):
         head_width, embedding: of the predictions.
         drop_path: the largest stochastic depth.
         aux: the auxiliary semantic head, or None.
+        void: see Predictor.
     """
 
     def __init__(
@@ -499,19 +504,20 @@ class KMeansDecoder(nn.Module):
         embedding: int,
         drop_path: float,
         aux: nn.Module | None,
+        void: bool = True,
     ):
         super().__init__()
         query = 2 * base
         self.level = [level for level, count in enumerate(layers) for _ in range(count)]
         self._kmax_transformer_layers = nn.ModuleList(
-            KMeansLayer(channels[level], classes, base, query, ffn, heads, head_width, embedding, drop_path)
+            KMeansLayer(channels[level], classes, base, query, ffn, heads, head_width, embedding, drop_path, void)
             for level in self.level
         )
         self._cluster_centers = nn.Embedding(query, queries)
         nn.init.trunc_normal_(self._cluster_centers.weight, std=1.0, a=-2.0, b=2.0)
         self._class_embedding_projection = ConvNorm(query, query, dimensions=1, act=True)
         self._mask_embedding_projection = ConvNorm(query, query, dimensions=1, act=True)
-        self._predcitor = Predictor(channels[-1], query, classes, head_width, embedding)
+        self._predcitor = Predictor(channels[-1], query, classes, head_width, embedding, void)
         self._auxiliary_semantic_predictor = aux
 
     def classifiers(self) -> list[nn.Module]:

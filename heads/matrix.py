@@ -19,6 +19,8 @@ NARROW: dict[str, dict[str, Any]] = {  # arguments that make a head small: only 
     | {"decoder_ffn": 8, "heads": 2},
     "kmax": {"queries": 4, "widths": [8], "blocks": [1], "layers": [1, 1, 1], "base": 8, "ffn": 8, "heads": 2}
     | {"head_width": 8, "embedding": 8, "aux_width": 8, "aux_projections": [4, 4]},
+    "polymax": {"queries": 4, "widths": [8], "blocks": [1], "layers": [1, 1, 1], "base": 8, "ffn": 8, "heads": 2}
+    | {"head_width": 8, "embedding": 8},
     "monodepth2": {"widths": [8]},
     "lite_mono": {},
     "zoedepth": {"width": 16, "bins": 4, "embedding": 8},

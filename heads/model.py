@@ -115,6 +115,8 @@ class DensePredictor(FromRun):
     def outputs(self, images: Tensor) -> dict[str, Any]:
         """{"main": .., "aux": ..}, in training and evaluation alike; "aux" only with an auxiliary head.
 
+        A head that is trained in its earlier layers too has their maps in "layers", a list of such as "main".
+
         A head's one map is B K H W at the size of the images. Named outputs stay as the head returned them, at the head's own
         sizes, because a loss may sample points of a mask or want a disparity at each size; "size" among them says what image
         size their maps cover: (H, W) of the images after the backbone's padding, right and bottom.
@@ -262,6 +264,10 @@ def outputs(backbone: FeatureBackbone, neck: nn.Module | None, head: Any, maps: 
     """
     size = backbone.padded_size(*images.shape[-2:])
     output = run_head(neck, head, maps, size)
+    if head.returns_layers:
+        assert not isinstance(output, Tensor)  # said by the head
+        layers = [at_image_size(layer, size, images) for layer in output["layers"]]
+        return {"main": at_image_size(output["map"], size, images), "layers": layers}
     return {"main": at_image_size(output, size, images) if isinstance(output, Tensor) else output}
 
 

@@ -10,6 +10,7 @@ from .kmax import KMax
 from .linear import Linear
 from .mask2former import Mask2Former
 from .plugins import Table
+from .polymax import PolyMax
 from .sdt import SDT
 from .segformer import SegFormer
 from .upernet import UPerNet
@@ -29,6 +30,7 @@ HEADS: Table[type[Head]] = Table(
         "glpn": GLPN,
         "mask2former": Mask2Former,
         "kmax": KMax,
+        "polymax": PolyMax,
         "monodepth2": Monodepth2,
         "lite_mono": LiteMonoDecoder,
         "zoedepth": ZoeDepth,

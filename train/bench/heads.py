@@ -127,6 +127,33 @@ def mmseg_fpn(channels: list[int]) -> nn.Module:
     return nn.Sequential(neck, mmseg_head("FPNHead", [256] * 4, channels=128, feature_strides=[4, 8, 16, 32]))
 
 
+class HuggingFaceMask2Former(nn.Module):
+    """transformers' Mask2Former without its backbone: pixel decoder, transformer, classes, and the same scores as ours."""
+
+    def __init__(self, channels: list[int]):
+        from transformers import Mask2FormerConfig
+        from transformers.models.mask2former import modeling_mask2former as code
+
+        super().__init__()
+        config = Mask2FormerConfig(num_labels=CLASSES)
+        self.decoder = code.Mask2FormerPixelDecoder(config, feature_channels=channels)
+        self.transformer = code.Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
+        self.classify = nn.Linear(config.hidden_dim, CLASSES + 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        levels = self.decoder(list(maps), output_hidden_states=False)
+        found = self.transformer(
+            multi_scale_features=levels.multi_scale_features,
+            mask_features=levels.mask_features,
+            output_hidden_states=True,
+            output_attentions=False,
+        )
+        # every prediction is classified, as there in training and evaluation alike, and as ours
+        classes = [self.classify(states.transpose(0, 1)) for states in found.intermediate_hidden_states]
+        share = classes[-1].softmax(-1)[..., :-1]
+        return torch.einsum("bnk,bnhw->bkhw", share, found.masks_queries_logits[-1].sigmoid())
+
+
 DPT = {"norm": True, "predictor": "segmentation", "fusion": "double", "reassemble": [256, 512, 1024, 1024], "one_scale": True}
 CASES = [
     Case("linear", "linear"),
@@ -144,8 +171,9 @@ CASES = [
     Case("dpt, depth", "dpt", {"one_scale": True}, TOKENS),
     Case("sdt", "sdt", features=TOKENS),
     Case("glpn", "glpn"),
-    Case("mask2former", "mask2former"),
+    Case("mask2former", "mask2former", peers={"transformers Mask2Former": HuggingFaceMask2Former}),
     Case("kmax", "kmax"),
+    Case("polymax", "polymax"),
     Case("monodepth2", "monodepth2"),
     Case("lite_mono", "lite_mono"),
     Case("zoedepth", "zoedepth"),

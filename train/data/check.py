@@ -23,6 +23,7 @@ from train.schema import DataConfig
 from train.show import Panel, save_sheet, to_rgb
 from train.show.depth import metric_panel
 from train.show.masks import class_legend, color_mask, overlay
+from train.show.normals import color_normals
 from train.show.panoptic import numbered_segments
 from train.show.sheet import make_palette
 from train.tasks import Task
@@ -146,6 +147,8 @@ def sheet(datasets: list[ImageDataset], path: Path) -> None:
                 row[-1].legend = class_legend(dataset.classes, palette, np.where(segments < 0, -1, segments // SEGMENTS))
             if "frames" in dataset.targets:
                 row += frames.panels(dataset, step * len(dataset) // count, sample)
+            if "normal" in dataset.targets:
+                row.append(Panel(color_normals(np.asarray(sample["normal"])), "normals: red right, green up, blue near"))
             if "depth" in dataset.targets:
                 row.append(metric_panel(np.squeeze(np.asarray(sample["depth"])), "depth"))
             rows.append(row)

@@ -111,6 +111,8 @@ def read_sample(dataset: ImageDataset, index: int, facts: SplitFacts) -> None:
         facts.segments.update(labels[found != VOID].tolist())
         facts.crowds += int((np.isin(labels, list(dataset.things)) & (found % SEGMENTS == 0) & (found != VOID)).sum())
         facts.most_segments = max(facts.most_segments, int((found != VOID).sum()))
+    if "normal" in dataset.targets:
+        dataset.check_size(sample, "normal", np.shape(sample["normal"])[-2:], (height, width))
     if "depth" in dataset.targets:
         depth, place = np.asarray(sample["depth"]).reshape(-1), str(sample.get("depth_path", path))
         dataset.check_size(sample, "depth", np.shape(sample["depth"])[-2:], (height, width))

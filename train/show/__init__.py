@@ -8,7 +8,20 @@ from train.show.base import Names, Several, Show
 from train.show.depth import DepthMaps
 from train.show.labels import Labels
 from train.show.masks import Masks
+from train.show.normals import NormalMaps
 from train.show.panoptic import Segments
 from train.show.sheet import Panel, save_sheet, to_rgb
 
-__all__ = ["DepthMaps", "Labels", "Masks", "Names", "Panel", "Segments", "Several", "Show", "save_sheet", "to_rgb"]
+__all__ = [
+    "DepthMaps",
+    "Labels",
+    "Masks",
+    "Names",
+    "NormalMaps",
+    "Panel",
+    "Segments",
+    "Several",
+    "Show",
+    "save_sheet",
+    "to_rgb",
+]

@@ -6,6 +6,7 @@ from train.tasks.classification import Classification
 from train.tasks.depth import Depth
 from train.tasks.mask_classification import MaskClassification
 from train.tasks.multitask import MultiTask
+from train.tasks.normals import Normals
 from train.tasks.panoptic import Panoptic
 from train.tasks.segmentation import Segmentation
 from train.tasks.selfsup_depth import SelfSupDepth
@@ -19,6 +20,7 @@ TASKS: Table[type[Task]] = Table(
         "segmentation": Segmentation,
         "depth": Depth,
         "mask_classification": MaskClassification,
+        "normals": Normals,
         "panoptic": Panoptic,
         "multitask": MultiTask,
         "selfsup_depth": SelfSupDepth,

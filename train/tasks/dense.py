@@ -35,6 +35,7 @@ class DenseTask(Task):
     out_channels: int
     aux_weight: float
     auxiliary: bool = False  # whether the model that was built has an auxiliary head
+    layered: bool = False  # whether its head is trained in its earlier layers too
 
     @abc.abstractmethod
     def head_losses(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -48,15 +49,21 @@ class DenseTask(Task):
         return (self.target,)
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The main head's terms, and the auxiliary head's, times aux_weight, as aux_NAME."""
+        """The main head's terms; those of its earlier layers, summed, as layer_NAME; the auxiliary head's, times aux_weight, as
+        aux_NAME.
+        """
         terms = self.head_losses(outputs["main"], batch)
+        for layer in outputs.get("layers", ()):
+            for name, loss in self.head_losses(layer, batch).items():
+                terms[f"layer_{name}"] = terms[f"layer_{name}"] + loss if f"layer_{name}" in terms else loss
         if self.auxiliary:
             terms |= {f"aux_{name}": self.aux_weight * loss for name, loss in self.head_losses(outputs["aux"], batch).items()}
         return terms
 
     def counts(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         counts = self.head_counts(batch)
-        return counts | {f"aux_{name}": count for name, count in counts.items()} if self.auxiliary else counts
+        further = [kind for kind, there in (("layer", self.layered), ("aux", self.auxiliary)) if there]
+        return counts | {f"{kind}_{name}": count for kind in further for name, count in counts.items()}
 
     def build(self, model: ModelConfig) -> nn.Module:
         """A heads.DensePredictor with `out_channels` outputs. Raises ValueError for a head that returns named outputs."""
@@ -70,7 +77,9 @@ class DenseTask(Task):
             **backbone_arguments(model),
         )
         self.auxiliary = model.aux_head is not None
-        return one_map(predictor, type(self).__name__.lower())
+        head: Any = predictor.head
+        self.layered = head.returns_layers and head.layers > 0
+        return one_map(predictor, type(self).__name__.lower(), layers=True)
 
     def measure(self, metric: Metric, output: Any, batch: dict[str, Any]) -> Any:
         """Image by image, because each target has its own size; the prediction is resized to it before it is rounded."""
@@ -163,10 +172,14 @@ def backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def one_map(predictor: nn.Module, task: str) -> nn.Module:
-    """The predictor. ValueError if one of its heads returns named outputs, which need a task of their own."""
+def one_map(predictor: nn.Module, task: str, layers: bool = False) -> nn.Module:
+    """The predictor. ValueError if one of its heads returns named outputs, which need a task of their own.
+
+    layers: a head that also returns the maps of its earlier layers will do, but not as an auxiliary head.
+    """
     for head in predictor.modules():
-        if isinstance(head, heads.Head) and head.returns_names:
+        main = layers and head is getattr(predictor, "head", None)
+        if isinstance(head, heads.Head) and head.returns_names and not (main and head.returns_layers):
             raise ValueError(f"{type(head).__name__} returns named outputs; task {task} trains heads that return one map")
     return predictor
 
