@@ -89,8 +89,9 @@ class PolyMax(Head):
         output = self.predictor([*stages[:LEVELS], stages[-1]], maps)
         return {"map": mixed(output), "layers": [mixed(prediction) for prediction in output["aux"]]}
 
-    def scores(self, output: dict[str, Any]) -> Tensor:
-        return output["map"]
+    def scores(self, output: dict[str, Any] | Tensor) -> Tensor:
+        """The last map, of what `forward` returned or by itself."""
+        return output if isinstance(output, Tensor) else output["map"]
 
 
 def mixed(prediction: dict[str, Tensor]) -> Tensor:

@@ -65,10 +65,11 @@ def test_every_head_on_every_kind(kind, head):
     model = DensePredictor(backbone, head, channels, NARROW.get(head, {"width": 8}))
     model.zero_grad()
     images = torch.randn(2, 3, *SIZE)
-    main = model.train()(images)["main"]
+    found = model.train()(images)
+    main = found["main"]
     out = at_image_size(model.head.scores(main), backbone.padded_size(*SIZE), images)
     assert out.shape == (2, channels, *SIZE)
-    sum(part.square().mean() for part in [out, *tensors(main)]).backward()
+    sum(part.square().mean() for part in [out, *tensors(found)]).backward()
     lost = [name for name, p in model.head.named_parameters() if p.grad is None]
     assert not lost and out.isfinite().all()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
