@@ -23,6 +23,10 @@ def batch_for(task, loaded):
         batch["mask"] = torch.randint(0, classes, (2, *size))
     if "depth" in task.targets("train"):
         batch["depth"] = torch.rand(2, 1, *size) * 4 + 0.6
+    if "frames" in task.targets("train"):
+        batch |= {"frames": torch.randn(2, 2, 3, *size), "pose": torch.full((2, 2, 4, 4), torch.nan)}
+        batch |= {"views": torch.randint(0, 256, (2, 3, 3, *size)), "intrinsics": torch.eye(3).expand(2, 3, 3)}
+        task.offsets = (-1, 1)
     return batch
 
 
@@ -63,8 +67,9 @@ def test_a_shipped_configuration_takes_a_step(name):
     moved = [key for key, value in net.named_parameters() if not torch.equal(value, before[key])]
     assert moved and all(net.get_parameter(key).requires_grad for key in moved)
     net.eval()
+    seen = {name: value for name, value in batch.items() if name != "frames"}  # evaluation has one image
     with torch.no_grad():
-        prediction = task.predict(task.forward(net, batch), (SIZE, SIZE) if "label" not in batch else None)
+        prediction = task.predict(task.forward(net, seen), (SIZE, SIZE) if "label" not in batch else None)
     assert prediction is not None
 
 
