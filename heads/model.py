@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from .base import Head, Maps, Output
 from .blocks import Pyramid, resize
 from .features import FeatureBackbone
+from .multilevel import MultiLevelNeck
 from .plugins import nearest
 from .runs import FromRun
 from .table import HEADS
+
+Neck = Pyramid | MultiLevelNeck
+NECKS: dict[str, type[Neck]] = {"pyramid": Pyramid, "multilevel": MultiLevelNeck}
 
 
 class Levels(Protocol):
@@ -24,8 +28,12 @@ class Levels(Protocol):
 
 
 def build_head(
-    head: str | type[Head], backbone: Levels, out_channels: int, head_args: Mapping[str, Any] | None = None
-) -> tuple[Pyramid | None, Head]:
+    head: str | type[Head],
+    backbone: Levels,
+    out_channels: int,
+    head_args: Mapping[str, Any] | None = None,
+    neck: str = "pyramid",
+) -> tuple[Neck | None, Head]:
     """(neck or None, head) for this backbone. The neck makes a pyramid of one-scale maps for heads that need one.
 
     ValueError names the nearest head if the name is unknown; TypeError lists the arguments the head takes if one is wrong, and
@@ -36,7 +44,10 @@ def build_head(
         backbone: what its maps are like.
         out_channels: classes, or what the depth rule reads.
         head_args: further arguments of the head.
+        neck: what makes the pyramid, a name of NECKS.
     """
+    if neck not in NECKS:
+        raise ValueError(f"neck is {neck!r}; use {' or '.join(map(repr, NECKS))}")
     if isinstance(head, str):
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}: {nearest(head, HEADS)}")
@@ -54,9 +65,9 @@ def build_head(
         args.setdefault("one_scale", backbone.one_scale)
     if cls.takes_prefix_counts:
         args.setdefault("prefix_counts", backbone.prefix_counts)
-    neck = Pyramid(backbone.channels) if cls.pyramid and backbone.one_scale else None
+    made: Neck | None = NECKS[neck](backbone.channels) if cls.pyramid and backbone.one_scale else None
     make: Any = cls  # arguments are each head's own
-    return neck, make(neck.channels if neck else backbone.channels, out_channels, **args)
+    return made, make(made.channels if made else backbone.channels, out_channels, **args)
 
 
 class DensePredictor(FromRun):
@@ -75,6 +86,7 @@ class DensePredictor(FromRun):
         aux_args: the second head's own arguments.
         in_chans: image channels.
         img_size: (H, W) the images will have; only models bound to one size need it.
+        neck: of a plain ViT under heads that read a pyramid: "pyramid" (ViTDet's), or "multilevel" (mmsegmentation's UPerNet).
     """
 
     family = "dense"
@@ -91,20 +103,21 @@ class DensePredictor(FromRun):
         aux_args: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
+        neck: str = "pyramid",
     ):
         super().__init__()
         self.backbone = as_features(backbone, pretrained, backbone_args, in_chans, img_size)
         self.out_channels = out_channels
-        self.neck, self.head = build_head(head, self.backbone, out_channels, head_args)
-        self.aux_neck: Pyramid | None = None
+        self.neck, self.head = build_head(head, self.backbone, out_channels, head_args, neck)
+        self.aux_neck: Neck | None = None
         self.aux_head: Head | None = None
         if aux_head is not None:
-            self.aux_neck, self.aux_head = build_head(aux_head, self.backbone, out_channels, aux_args)
+            self.aux_neck, self.aux_head = build_head(aux_head, self.backbone, out_channels, aux_args, neck)
         elif aux_args:
             raise TypeError(f"aux_args {sorted(aux_args)} without an aux_head")
         want_prefix_tokens(self.backbone, [head for head in (self.head, self.aux_head) if head is not None])
 
-    def forward(self, images: Tensor, named: bool = False) -> Tensor | dict[str, Any]:
+    def forward(self, images: Tensor, *, named: bool = False) -> Tensor | dict[str, Any]:
         """In evaluation the head's scores B K H W at the size of the images; while training, or if `named`, what `outputs`
         gives.
         """

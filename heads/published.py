@@ -210,7 +210,7 @@ def _glpn() -> dict[str, Published]:
 def _mmsegmentation() -> dict[str, Published]:
     """UPerNet on the zoo's backbones (`import backbones` first) and PoolFormer's semantic FPN, ADE20K.
 
-    Not here: UPerNet on mmsegmentation's own plain ViT, whose backbone and neck (MultiLevelNeck) no backbone of ours has.
+    Not here: UPerNet on mmsegmentation's own plain ViT, whose names no converter knows; its neck is heads.multilevel.
     """
     upernet = ["swin_t", "swin_s", "swin_b", "swin_l", "nat_mini", "nat_tiny", "nat_small", "nat_base"]
     upernet += [f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large")]

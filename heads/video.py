@@ -65,10 +65,10 @@ class VideoPredictor(DensePredictor):
             )
         self.pose = pose
 
-    def forward(self, images: Tensor, pairs: Tensor | None = None) -> Any:
+    def forward(self, images: Tensor, pairs: Tensor | None = None, *, named: bool = False) -> Any:
         """With pairs B S 2C H W also {"disparities": finest first, "motions": [(axis-angle, translation)] of the S pairs}."""
         if pairs is None:
-            return super().forward(images)
+            return super().forward(images, named=named)
         found = self.outputs(images)["main"]
         motions = [] if self.pose is None else [self.pose(pair) for pair in pairs.unbind(1)]
         return {"disparities": found["disparities"], "size": found["size"], "motions": motions}
