@@ -248,7 +248,17 @@ class Fused(TorchFunctionMode):
     def note(
         self, name: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any, **named: Any
     ) -> None:
-        """Keep a call of one image with as many heads of keys as of queries."""
+        """Keep a call of one image with as many heads of keys as of queries.
+
+        Args:
+            name: of the module that runs.
+            query: B h N d, as torch's function takes it.
+            key: B h n d.
+            value: B h n e.
+            attn_mask: as torch's function takes it.
+            others: its further arguments.
+            named: its further arguments by name.
+        """
         if query.ndim == 4 and query.shape[:2] == key.shape[:2] and query.shape[0] == 1:
             self.seen.append(Call(name, query, key, attn_mask, named.get("scale") or query.shape[-1] ** -0.5))
 
