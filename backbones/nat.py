@@ -47,7 +47,8 @@ def pad_to_least(x: Tensor, least: int) -> Tensor:
     """Zeros at the bottom and on the right of B H W C until both sides have `least` rows."""
     height, width = x.shape[1:3]
     if torch.compiler.is_exporting():  # an exported program may keep the sizes open
-        return F.pad(x, (0, 0, 0, torch.sym_max(width, least) - width, 0, torch.sym_max(height, least) - height))
+        missing: list[Any] = [torch.sym_max(side, least) - side for side in (height, width)]
+        return F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
     if height < least or width < least:
         x = F.pad(x, (0, 0, 0, max(least - width, 0), 0, max(least - height, 0)))
     return x

@@ -135,7 +135,8 @@ class HuggingFaceMask2Former(nn.Module):
         from transformers.models.mask2former import modeling_mask2former as code
 
         super().__init__()
-        config = Mask2FormerConfig(num_labels=CLASSES)
+        config = Mask2FormerConfig()
+        config.num_labels = CLASSES
         self.decoder = code.Mask2FormerPixelDecoder(config, feature_channels=channels)
         self.transformer = code.Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
         self.classify = nn.Linear(config.hidden_dim, CLASSES + 1)
