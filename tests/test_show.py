@@ -9,6 +9,7 @@ from train.data import DATASETS, DepthSpec
 from train.show import DepthMaps, Labels, Masks, Names, Panel, Several, save_sheet, sheet, to_rgb
 from train.show.labels import BAD, GOOD
 from train.show.masks import class_legend, color_mask, overlay
+from train.show.normals import NormalMaps
 from train.show.sheet import MISSING, depth_to_rgb, make_palette, resize_rgb, wrapped
 
 
@@ -142,3 +143,11 @@ def test_legend_holds_the_classes_that_occur():
     mask = np.array([[3, 1], [1, 255]])
     assert class_legend(list("abcde"), palette, mask) == {1: ("b", palette[1]), 3: ("d", palette[3])}
     assert class_legend(None, palette, mask) == {}
+
+
+def test_normals_have_a_name_and_a_picture_of_the_photographs_size():
+    normals = torch.nn.functional.normalize(torch.randn(1, 3, 8, 9), dim=1)
+    show, image = NormalMaps(), np.zeros((8, 9, 3), np.uint8)
+    assert torch.equal(show.fields(normals)["normal"], normals[0])
+    assert show.picture(image, normals, Names()).shape == (8, 9, 3)
+    assert np.array_equal(show.moving(Names())(image, normals), show.picture(image, normals, Names()))

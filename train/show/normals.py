@@ -39,6 +39,14 @@ class NormalMaps(Show):
         Image.fromarray(color_normals(values)).save(files[1])
         return files
 
+    def fields(self, prediction: Tensor) -> dict[str, Tensor]:
+        """normal: 3 H W, x right, y down, z into the image."""
+        return {"normal": prediction[0].float().cpu()}
+
+    def picture(self, image: np.ndarray, prediction: Tensor, names: Names, legend: bool = True) -> np.ndarray:
+        """The colours of the normals, which need no legend."""
+        return color_normals(prediction[0])
+
 
 def color_normals(normals: Tensor | np.ndarray) -> np.ndarray:
     """Normals 3 H W -> uint8 H W 3; a pixel without a normal is grey."""
