@@ -1,1 +1,1 @@
-"""Speed: `zoo bench MODEL...`, and `zoo bench` with ops, heads, linear, gpu or train."""
+"""Speed: `zoo bench MODEL...`, and `zoo bench` with ops, heads, linear, claims, gpu or train."""

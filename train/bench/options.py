@@ -10,6 +10,7 @@ MODEL@openvino.
 Or one of
   ops      neighbourhood attention: the backends beside each other
   heads    dense heads beside other libraries' on the same features
+  claims   what papers say of speed and cost (docs/benchmarks/claims.md)
   linear   linear layers with weights packed once, as `backbones.fuse` has them, beside plain ones
   edits    ViTs with merged tokens, pruned and with folded norms, beside the plain ones
   gpu      everything a GPU has to show in a few minutes, into one JSON file (--minutes, --out, --cifar, --rehearse, --parts)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from train.bench import gpu
+from train.bench.claims import bench_claims, count_claims
 from train.bench.clock import machine, machine_facts, table
 from train.bench.edits import bench_edits
 from train.bench.heads import bench_heads
@@ -19,7 +20,7 @@ from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
 
-WHOLE = ("ops", "heads", "linear", "edits", "gpu", "train")
+WHOLE = ("ops", "heads", "linear", "claims", "edits", "gpu", "train")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +79,11 @@ def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str
             size or (512, 512), min(args.rounds, 3), device, training, memory
         )  # a round takes minutes of one core
         return {"dense heads: time, peak memory in MB, share of the model's forward time": rows}
+    if what == "claims":
+        return {
+            "what papers say of speed: one image, float32": bench_claims(args.rounds, device, args.threads),
+            "and of cost, counted at 224 x 224": count_claims(),
+        }
     if what == "linear":
         if device != "cpu":
             raise ValueError("packed weights are oneDNN's, for the CPU: give --device cpu")
