@@ -25,6 +25,7 @@ def test_a_subject_holds_its_ways():
         ("nat_tinny", "nothing to measure is called 'nat_tinny'.*nat_tiny"),
         ("swin_t@compille", "unknown way 'compille'.*compile"),
         ("swin_t@compile+eager", "names compile and eager: give one"),
+        ("swin_t@int8+fuse", "int8 is for eager models"),
         ("nothing.onnx", "nothing.onnx is not a file"),
     ],
 )
@@ -69,6 +70,15 @@ def test_the_command_prints_rows_with_ratio_speed_and_share_of_the_limit(capsys)
         assert row["images_per_s"] == pytest.approx(1e3 / row["ms"])
         assert row["gflops"] == pytest.approx(2 * times * row["gmacs"] / row["ms"] * 1e3)
         assert row["of_matmul"] == pytest.approx(row["gflops"] / found["ceilings"]["matmul_gflops"])
+
+
+@pytest.mark.parametrize(("way", "least", "most"), [("int8", 1e-5, 0.2), ("fuse", 0.0, 1e-5), ("channels_last", 0.0, 1e-4)])
+def test_a_way_says_how_far_its_numbers_are_from_the_plain_models(way, least, most, tmp_path):
+    settings = Settings(size=(160, 160))
+    runner = models.Runner(parse(f"test_vit@{way}", settings), settings, str(tmp_path))
+    error = runner.error()
+    assert error is not None and least <= error <= most
+    assert models.Runner(parse("test_vit", settings), settings, str(tmp_path)).error() is None
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

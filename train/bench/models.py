@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from train.plugins import is_model
 
 PEER = "swin_tiny_patch4_window7_224"
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
-WAYS = (*ENGINES, "fuse", "channels_last", *neighborhood.BACKENDS)
+WAYS = (*ENGINES, "fuse", "int8", "channels_last", *neighborhood.BACKENDS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILES = (".onnx", ".pt2")
 
@@ -65,6 +66,7 @@ class Subject:
     fuse: bool
     channels_last: bool
     backend: str | None
+    int8: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -72,7 +74,7 @@ class Subject:
 
     @property
     def trains(self) -> bool:
-        return self.engine in ("eager", "compile") and not self.fuse and not self.is_file
+        return self.engine in ("eager", "compile") and not self.fuse and not self.int8 and not self.is_file
 
 
 def parse(text: str, settings: Settings) -> Subject:
@@ -99,14 +101,18 @@ def parse(text: str, settings: Settings) -> Subject:
             f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of ops, heads, "
             f"linear, edits and train; {nearest(source, ['ops', 'heads', 'linear', 'edits', 'train', *timm.list_models()])}"
         )
-    return Subject(
+    found = Subject(
         text,
         source,
         engines[0] if engines else settings.engine,
         settings.fuse or "fuse" in ways,
         settings.channels_last or "channels_last" in ways,
         backends[0] if backends else None,
+        "int8" in ways,
     )
+    if found.int8 and (found.engine != "eager" or found.fuse or settings.device != "cpu" or settings.dtype != "float32"):
+        raise ValueError(f"{text!r}: int8 is for eager models on the CPU in float32, and not folded")
+    return found
 
 
 def bench_models(
@@ -189,6 +195,7 @@ def bench_pass(
                 "gmacs": runner.gmacs,
                 "gflops": flops,
                 "of_matmul": None if flops is None else flops / matmul,
+                "error": None if train else runner.error(),
                 "memory_mb": memory_of(runner, settings, batch, train) if memory else None,
             }
         )
@@ -224,6 +231,8 @@ class Runner:
                 raise ValueError(f"{subject.label}: a .pt2 file runs as it was exported, on the CPU in float32")
             return self.model
         dtype = DTYPES[settings.dtype]
+        if subject.int8:
+            return quantised(self.model)
         if subject.fuse or dtype != torch.float32:  # the training step keeps the weights in float32
             model = (backbones.fuse(self.model) if subject.fuse else build(subject.source, settings.size)[0]).to(dtype)
         else:
@@ -241,6 +250,19 @@ class Runner:
         path = Path(self.folder) / f"{self.subject.label.replace('/', '_')}.onnx"
         export(model, path, self.settings.size, self.channels)
         return str(path)
+
+    def error(self) -> float | None:
+        """Largest difference of the output to the plain model's in float32, over the largest output; None for the plain one."""
+        subject, settings = self.subject, self.settings
+        changed = subject.fuse or subject.int8 or subject.channels_last or subject.backend or subject.engine != "eager"
+        if self.model is None or subject.is_file or not (changed or settings.dtype != "float32"):
+            return None
+        with torch.inference_mode():
+            images = self.images(1, torch.float32)
+            wanted = first_tensor(self.model.to(settings.device).eval()(images)).float()
+            with attention_by(subject.backend):
+                found = first_tensor(self.fast(images.to(DTYPES[settings.dtype]))).float()
+        return float((found - wanted).abs().max() / wanted.abs().max())
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         assert self.settings.size is not None
@@ -279,6 +301,26 @@ class Runner:
             optimizer.zero_grad()
 
         return step
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """A copy whose linear layers multiply in int8: weights rounded once per tensor, inputs at every call (torch's dynamic way).
+
+    Raises ImportError where this torch has it no more.
+    """
+    quantize = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
+    if quantize is None:
+        raise ImportError(f"torch {torch.__version__} has no torch.ao.quantization.quantize_dynamic, which int8 needs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return quantize(model.eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first array of a model's or an engine's output."""
+    values = output.values() if hasattr(output, "to_tuple") else output  # openvino's is a mapping that pytree does not know
+    leaves = [leaf for leaf in pytree.tree_leaves(values) if hasattr(leaf, "shape")]
+    return torch.as_tensor(leaves[0] if leaves else output[0])
 
 
 def any_loss(output: Any) -> Tensor:

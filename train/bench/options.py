@@ -6,7 +6,7 @@ from train.bench import gpu
 
 HELP = """what is one or more models, run folders or exported files, measured beside each other; the first is compared with the
 others, one alone with timm's swin_tiny_patch4_window7_224. Ways follow an "@": swin_t@fuse, nat_tiny@compile+tiled,
-MODEL@openvino.
+MODEL@openvino, RUN@int8 (linear layers quantised dynamically; the error beside it is that of these weights and noise images).
 Or one of
   ops      neighbourhood attention: the backends beside each other
   heads    dense heads beside other libraries' on the same features

@@ -126,5 +126,6 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "GMACs": number("gmacs", ".2f"),
         "GFLOP/s": number("gflops", ".1f"),
         "of matmul": number("of_matmul", ".0f", 100) + (" %" if row["of_matmul"] is not None else ""),
+        "error": number("error", ".0e"),
         "MB": number("memory_mb", ".0f"),
     }
