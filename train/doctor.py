@@ -14,6 +14,7 @@ from rich.console import Console
 import backbones
 from backbones.ops import neighborhood
 from train.bench.clock import measure, processor, shown, table
+from train.halves import bfloat16_instructions, slow_bfloat16
 from train.packages import origins
 from train.plugins import require_model
 
@@ -84,6 +85,7 @@ def system() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             values[name] = "not installed"
     values |= {f"package {name}": place for name, place in origins().items()}
+    values["bfloat16 on the CPU"] = slow_bfloat16() or " and ".join(bfloat16_instructions()) or "not known"
     values["C++ attention kernel"] = neighborhood.cpp_backend.unavailable() or "compiled"
     return values
 

@@ -12,8 +12,10 @@ from torch import nn
 
 import backbones.edits
 import weights
+from backbones.ops import neighborhood
 from train import optim
 from train.data import ImageDataset, open_split
+from train.halves import slow_bfloat16
 from train.schema import Config
 from train.tasks import Task
 from train.transforms import Seeded, build_transform
@@ -44,6 +46,8 @@ def start(config: Config) -> Accelerator:
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if run.precision == "bf16" and accelerator.device.type == "cpu" and (note := slow_bfloat16()):
+        accelerator.print(f"run.precision bf16: {note}")
     return accelerator
 
 
@@ -93,6 +97,8 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
         if not hasattr(net, "set_grad_checkpointing"):
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
         cast(Any, net).set_grad_checkpointing(True)
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        neighborhood.settle(net)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
 
 

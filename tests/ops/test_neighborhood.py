@@ -1,5 +1,6 @@
 """Neighbourhood attention: every backend that can run here against the authors' kernels and against the definition."""
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -12,6 +13,7 @@ import threading
 
 import golden
 import pytest
+import timm
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -442,8 +444,9 @@ def test_without_a_compiler_there_is_one_log_line_and_the_tiled_path(tmp_path):
 
 ATTEND = """
     import logging, torch
-    from backbones.ops.neighborhood import check, choose, neighborhood_attention
+    from backbones.ops.neighborhood import check, choose, cpp_backend, neighborhood_attention
     logging.basicConfig()
+    cpp_backend.unavailable()  # without it the compiler would work in the background
     x = torch.ones(1, 9, 9, 1, 4)
     assert torch.equal(neighborhood_attention(x, x, x, 3), x)
     print(choose(check(x, x, x, 3)))
@@ -602,3 +605,38 @@ def test_what_natten_has_and_this_op_lacks_is_said(name):
         neighborhood.na1d  # noqa: B018
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         neighborhood.neighborhood_attention(q, k, v, 4)
+
+
+def test_without_a_name_nothing_waits_for_the_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    started = []
+
+    class Builder:
+        done = None
+
+        def __init__(self, command, **options):
+            started.append(command)
+
+        def poll(self):
+            return Builder.done
+
+    loads = functools.cache(lambda: None)
+    monkeypatch.setattr(cpp_backend, "_load", loads)
+    monkeypatch.setattr(cpp_backend, "_builder", None)
+    monkeypatch.setattr(cpp_backend.subprocess, "Popen", Builder)
+    x = torch.randn(1, 7, 7, 1, 16)
+    call = neighborhood.check(x, x, x, 7)
+    assert [neighborhood.choose(call) for _ in range(2)] == ["tiled"] * 2 and len(started) == 1
+    assert "being compiled in the background" in cpp_backend.refuses_now(call)
+    Builder.done = 0
+    assert neighborhood.choose(call) == "cpp" and loads.cache_info().currsize == 1
+    assert neighborhood.choose(call, "cpp") == "cpp"
+
+
+def test_what_must_repeat_waits_for_the_compiler(monkeypatch):
+    waited = []
+    monkeypatch.setattr(cpp_backend, "unavailable", lambda: waited.append(1))
+    neighborhood.settle(torch.nn.Linear(1, 1))
+    assert not waited
+    neighborhood.settle(timm.create_model("nat_mini", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)))
+    assert waited

@@ -25,6 +25,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from train.halves import bfloat16_instructions
+
 
 def machine(device: str, threads: int = 1) -> str:
     """One line that says what the numbers were measured on."""
@@ -49,17 +51,7 @@ def machine_facts(device: str, threads: int = 1) -> dict[str, Any]:
 
 def instructions() -> str:
     """The widest vector instructions torch uses on this CPU, and those for bfloat16 products that the CPU has."""
-    products = [name for name in ("avx512_bf16", "amx_bf16", "bf16") if name in cpu_flags()]
-    return " + ".join([torch.backends.cpu.get_cpu_capability(), *products])
-
-
-def cpu_flags() -> frozenset[str]:
-    """The CPU's features by the system's names; empty where the system does not list them."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    return " + ".join([torch.backends.cpu.get_cpu_capability(), *bfloat16_instructions()])
 
 
 def processor() -> str:

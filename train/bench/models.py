@@ -215,6 +215,7 @@ class Runner:
             self.model = torch.export.load(subject.source).module()
         elif not subject.is_file:
             self.model, self.channels = build(subject.source, settings.size)
+            neighborhood.settle(self.model)
             self.gmacs = multiply_adds(self.model, self.channels, settings.size)
         self.fast = self._fast()
 

@@ -19,6 +19,7 @@ from train.bench.linear import bench_linear
 from train.bench.models import Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
+from train.halves import slow_bfloat16
 
 WHOLE = ("ops", "heads", "linear", "claims", "edits", "gpu", "train")
 
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 170)  # a file has room for a whole row
     console.print(machine(device, args.threads))
+    if args.dtype == "bfloat16" and device == "cpu" and (note := slow_bfloat16()):
+        console.print(f"bfloat16: {note}")
     if limits := tables.get("ceilings"):
         console.print(
             f"this machine: matrix product {limits['matmul_gflops']:.0f} GFLOP/s in {args.dtype}, copy (read + write) "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones.arguments import nearest
 
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "neighborhood_attention",
     "recording",
+    "settle",
     "using",
 ]
 
@@ -190,12 +191,22 @@ def choose(call: Call, backend: str | None = None) -> str:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "tiled"
     for name in AUTOMATIC.get(call.q.device.type, ("tiled",)):
-        reason = BACKENDS[name].refuses(call)
+        module: Any = BACKENDS[name]
+        reason = getattr(module, "refuses_now", module.refuses)(call)
         if reason is None:
             return name
         if not torch.compiler.is_compiling():
             _logger.debug("neighbourhood attention: %s refuses: %s", name, reason)
     raise AssertionError("the tiled backend never refuses")
+
+
+def settle(model: nn.Module) -> None:
+    """Waits until the choice of a backend on the CPU will not change any more: what is measured or must repeat asks for it.
+
+    Only a model with this attention waits, and only for the C++ library's first compilation on a machine.
+    """
+    if any(hasattr(module, "rpb") and hasattr(module, "backend") for module in model.modules()):
+        cpp_backend.unavailable()
 
 
 def _known(backend: str) -> None:

@@ -1,5 +1,8 @@
 """Neighbourhood attention on the CPU in C++ (kernels.cpp and its headers), compiled at first use and kept for later processes.
 
+Asked for by name, or by `unavailable`, the first call waits for the compiler. Without a name another process compiles, which
+takes half a minute or more, and the tiled path serves until it is done.
+
 Forward and recomputing backward with the bias gradient, float32 and bfloat16 (float32 inside), any strides, no attention map:
 extra memory is two numbers per query, some rows of the map per thread and, for the backward, what the gradients need. The
 library goes to torch's extension folder (TORCH_EXTENSIONS_DIR, by default in the user's cache) under a name that holds a digest
@@ -16,12 +19,14 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,13 +47,28 @@ FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", *(["-fope
 
 def refuses(call: Call) -> str | None:
     """Why this call cannot run here, or None. The first call that could run compiles the library."""
+    return refuses_kind(call) or unavailable()
+
+
+def refuses_now(call: Call) -> str | None:
+    """As `refuses`, but it does not wait for the compiler: while another process compiles, that is the reason.
+
+    A call that is being compiled into a graph does wait, as the graph would keep the other path.
+    """
+    if (reason := refuses_kind(call)) is not None:
+        return reason
+    return unavailable() if torch.compiler.is_compiling() else unavailable_now()
+
+
+def refuses_kind(call: Call) -> str | None:
+    """Why no such call runs here, or None."""
     if call.q.device.type != "cpu":
         return f"it runs on the CPU, and the tensors are on {call.q.device}"
     if call.q.dtype not in (torch.float32, torch.bfloat16):
         return f"it computes float32 and bfloat16, not {call.q.dtype}"
     if max(call.kernel) > 15:
         return f"it is tested for kernels up to 15, not {call.kernel}"
-    return unavailable()
+    return None
 
 
 def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
@@ -62,6 +82,31 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
 def unavailable() -> str | None:
     """Loads the library, compiling it if need be. None, or the sentence that says why there is none (logged once)."""
     return _load()
+
+
+_builder: subprocess.Popen | None = None
+_loading = threading.Lock()
+
+
+def unavailable_now() -> str | None:
+    """As `unavailable`, but a library that is not there yet is compiled by another process, and that is the sentence."""
+    global _builder
+    if _load.cache_info().currsize or not sys.executable:
+        return _load()
+    if _builder is None:
+        with _loading:
+            if _intact(_path()):
+                return _load()
+            if _builder is None:
+                _logger.info("compiling the neighbourhood attention kernel in the background; the tiled path serves until then")
+                root = str(Path(__file__).resolve().parents[3])
+                call = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import library; library()"
+                quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+                # a session of its own: it finishes for the next process if this one ends first
+                _builder = subprocess.Popen([sys.executable, "-c", call], start_new_session=True, **quiet)
+    if _builder.poll() is None:
+        return "its C++ library is being compiled in the background"
+    return _load()  # after a failure this meets the same one, and says it
 
 
 @functools.cache
@@ -81,17 +126,22 @@ def _load() -> str | None:
     return None
 
 
-def library() -> Path:
-    """Path of the compiled library, compiled if no process has done so yet. Raises what the compiler or linker raises."""
+def _path() -> Path:
+    """Where the library is, or will be."""
     version = hashlib.sha256(repr([*FLAGS, torch.__version__, platform.machine()]).encode())
     for source in SOURCES:
         version.update(source.read_bytes())
     # torch's own default; its function for it lives in a module that looks for CUDA, and warns, when it is imported
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
-    path = root / f"backbones_neighborhood_{version.hexdigest()[:16]}.so"
+    return root / f"backbones_neighborhood_{version.hexdigest()[:16]}.so"
+
+
+def library() -> Path:
+    """Path of the compiled library, compiled if no process has done so yet. Raises what the compiler or linker raises."""
+    path = _path()
     if not _intact(path):
-        root.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.with_suffix(".lock")):
             if not _intact(path):
                 _compile(path)
