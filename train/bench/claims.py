@@ -37,7 +37,14 @@ class Claim:
 
 
 def attentions(side: int, device: str, dim: int = 384, heads: int = 12) -> dict[str, Call]:
-    """HiLo, spatial reduction (to 7 x 7 keys) and windows of 7 x 7 on a map of `side` x `side`."""
+    """HiLo, spatial reduction (to 7 x 7 keys) and windows of 7 x 7 on a square map.
+
+    Args:
+        side: rows and columns of the map.
+        device: where the modules run.
+        dim: channels.
+        heads: heads of each attention.
+    """
     x = torch.randn(1, side, side, dim, device=device)
     modules: dict[str, nn.Module] = {
         "HiLo": HiLo(dim, heads, window=2, alpha=0.5),
@@ -108,6 +115,12 @@ def bench_claims(
     """A row per claim and contender: milliseconds, and its time over that of the first, with quartiles.
 
     One image, float32, random weights; ratios are of neighbouring rounds.
+
+    Args:
+        rounds: timed calls of each contender.
+        device: where the models run.
+        threads: of the CPU.
+        claims: what to measure.
     """
     rows = []
     for claim in claims:
