@@ -21,6 +21,11 @@ def batch_for(task, loaded):
         batch["label"] = torch.tensor([0, classes - 1])
     if "mask" in task.targets("train"):
         batch["mask"] = torch.randint(0, classes, (2, *size))
+    if "panoptic" in task.targets("train"):
+        thing = min(task.things)
+        batch["panoptic"] = torch.zeros(2, *size, dtype=torch.int64)  # stuff 0, and two things in its middle
+        batch["seed"] = torch.tensor([1, 2])
+        batch["panoptic"][:, 16:40, 8:24], batch["panoptic"][:, 16:40, 32:48] = 1000 * thing + 1, 1000 * thing + 2
     if "depth" in task.targets("train"):
         batch["depth"] = torch.rand(2, 1, *size) * 4 + 0.6
     if "frames" in task.targets("train"):

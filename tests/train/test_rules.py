@@ -17,6 +17,7 @@ CLASSES = {"task": {"name": "classification", "num_classes": 10}, "data": {"name
 WITHOUT_EFFECT = {  # key -> (value, what the rest of the configuration is)
     "model.head": ("upernet", CLASSES),
     "model.head_args": ({}, CLASSES),
+    "model.checkpoint_which": ("model_ema", {}),
     "model.aux_head": ("fcn", CLASSES),
     "model.aux_args": ({"width": 3}, {**CLASSES, "model": {"aux_head": "fcn"}}),
     "model.out_indices": ([0, 1], CLASSES),

@@ -304,7 +304,7 @@ def test_written_predictions_have_the_size_of_the_image(arguments, tmp_path):
             assert np.load(path).shape == (20, 30) and np.load(path).dtype == np.float32
         elif "classes" in path.name or path.name.endswith("depth.png"):
             raw = Image.open(path)
-            assert raw.size == (30, 20) and raw.mode == ("L" if "classes" in path.name else "I;16")
+            assert raw.size == (30, 20) and raw.mode == ("P" if "classes" in path.name else "I;16")
     measured = prediction if task.targets("val") == ("label",) else wrapped(prediction)
     assert task.show.panels(image, {}, measured, Names(list("abcd"), None))
 

@@ -32,6 +32,8 @@ from train.bench.clock import AddedPeak, in_own_process, interleaved, one_thread
 from train.checks import nearest
 from train.plugins import is_model
 
+WHOLE = ("ops", "heads", "linear", "claims", "edits", "gpu", "train")  # benchmarks by a name of their own
+
 PEER = "swin_tiny_patch4_window7_224"
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
 WAYS = (*ENGINES, "fuse", "int8", "channels_last", *neighborhood.BACKENDS)
@@ -98,8 +100,8 @@ def parse(text: str, settings: Settings) -> Subject:
         return Subject(text, source, engine if path.suffix == ".onnx" else "eager", False, False, None)
     if not path.is_dir() and not is_model(source):
         raise ValueError(
-            f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of ops, heads, "
-            f"linear, edits and train; {nearest(source, ['ops', 'heads', 'linear', 'edits', 'train', *timm.list_models()])}"
+            f"nothing to measure is called {source!r}: a model, a run folder, an .onnx or .pt2 file, or one of "
+            f"{', '.join(WHOLE)}; {nearest(source, [*WHOLE, *timm.list_models()])}"
         )
     found = Subject(
         text,

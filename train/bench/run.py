@@ -16,12 +16,10 @@ from train.bench.clock import machine, machine_facts, table
 from train.bench.edits import bench_edits
 from train.bench.heads import bench_heads
 from train.bench.linear import bench_linear
-from train.bench.models import Settings, bench_models
+from train.bench.models import WHOLE, Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
 from train.bench.training import bench_training
 from train.halves import slow_bfloat16
-
-WHOLE = ("ops", "heads", "linear", "claims", "edits", "gpu", "train")
 
 
 def run(args: argparse.Namespace) -> int:
