@@ -20,6 +20,7 @@ from accelerate.utils import broadcast
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from backbones.ops import neighborhood
 from train import config as configuration
 from train import loader, optim, sharding, syncbn
 from train.damaged import Damaged
@@ -234,6 +235,8 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
             due = {} if changes else {"log.csv": config.run.log_every, "metrics.csv": eval_every}
             repair_rows(folder, state.step, due, say)
         open_folder(folder, config, resume)  # after what can fail: a wrong path or argument leaves nothing behind
+    if accelerator.device.type == "cpu":
+        neighborhood.settle(net)
     if config.run.trackers:
         sections = configuration.as_dict(config).items()
         flat = {f"{name}.{key}": str(value) for name, part in sections for key, value in part.items()}

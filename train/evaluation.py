@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
 
+from backbones.ops import neighborhood
 from train import config as configuration
 from train import loader
 from train.damaged import Damaged
@@ -116,6 +117,8 @@ def evaluate_run(folder: str | Path, overrides: Sequence[str] = (), weights: str
     config, task, model, _ = open_run(folder, overrides, weights)
     data = validation_set(config, task)
     damaged = Damaged(config.data.skip_unreadable, {"val": data})
+    if accelerator.device.type == "cpu":
+        neighborhood.settle(model)
     metrics = evaluate(task, model.to(accelerator.device), data, accelerator, config, damaged)
     damaged.agree(accelerator)
     skipped = {"unreadable": damaged.counts()["val"]} if damaged.share else {}

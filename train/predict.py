@@ -60,9 +60,9 @@ def predict(
         say: is told what happens, a line at a time.
         sheet: also write each photograph and its prediction side by side.
     """
-    model, pipeline = open_model(run, weights, overrides)
     source, out = Path(images), Path(out)
     files = find_images(source, say, (*SUFFIXES, *VIDEO_SUFFIXES))
+    model, pipeline = open_model(run, weights, overrides)
     base = source if source.is_dir() else source.parent
     stems = {path: out / path.relative_to(base).with_suffix("") for path in files}
     outputs = {path: outputs_of(pipeline, path, stem, sheet) for path, stem in stems.items()}

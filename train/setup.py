@@ -12,7 +12,6 @@ from torch import nn
 
 import backbones.edits
 import weights
-from backbones.ops import neighborhood
 from train import optim
 from train.data import ImageDataset, open_split
 from train.halves import slow_bfloat16
@@ -97,8 +96,6 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
         if not hasattr(net, "set_grad_checkpointing"):
             raise ValueError(f"{type(net).__name__} has no activation checkpointing; set run.grad_checkpointing=false")
         cast(Any, net).set_grad_checkpointing(True)
-    if config.run.device == "cpu" or not torch.cuda.is_available():
-        neighborhood.settle(net)
     return net.to(memory_format=torch.channels_last) if config.run.channels_last else net
 
 

@@ -389,9 +389,9 @@ def test_the_first_that_does_not_refuse_is_chosen(monkeypatch):
     x = torch.zeros(1, 9, 9, 1, 4)
     call = neighborhood.check(x, x, x, 3)
     asked = []
-    monkeypatch.setattr(cpp_backend, "refuses", lambda call: asked.append("cpp") or "not today")
+    monkeypatch.setattr(cpp_backend, "refuses_now", lambda call: asked.append("cpp") or "not today")
     assert neighborhood.choose(call) == "tiled" and asked == ["cpp"]
-    monkeypatch.setattr(cpp_backend, "refuses", lambda call: None)
+    monkeypatch.setattr(cpp_backend, "refuses_now", lambda call: None)
     assert neighborhood.choose(call) == "cpp"
     assert neighborhood.choose(neighborhood.check(*[x.to("meta")] * 3, 3)) == "tiled"
 
