@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from backbones.ops import neighborhood
 from train.data.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES
 from train.data.finding import hidden, walk
 from train.output import make_folder, whole
@@ -60,9 +61,11 @@ def predict(
         say: is told what happens, a line at a time.
         sheet: also write each photograph and its prediction side by side.
     """
+    model, pipeline = open_model(run, weights, overrides)
     source, out = Path(images), Path(out)
     files = find_images(source, say, (*SUFFIXES, *VIDEO_SUFFIXES))
-    model, pipeline = open_model(run, weights, overrides)
+    if not any(p.is_cuda for p in model.parameters()):
+        neighborhood.settle(model)
     base = source if source.is_dir() else source.parent
     stems = {path: out / path.relative_to(base).with_suffix("") for path in files}
     outputs = {path: outputs_of(pipeline, path, stem, sheet) for path, stem in stems.items()}

@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from backbones.analysis.run import evaluation
-from backbones.ops import neighborhood
 from train.data.files import PixelRules, array_image, image_array, read_image
 from train.evaluation import inference, open_run
 from train.inference import Predictor
@@ -233,6 +232,4 @@ def open_model(
     config, task, model, names = open_run(folder, overrides, weights)
     pipeline = Pipeline(config, task, names)
     where = device or config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if where == "cpu":
-        neighborhood.settle(model)
     return model.to(where), pipeline
