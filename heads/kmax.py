@@ -26,7 +26,78 @@ LEVELS = 3  # the coarsest maps of the pixel decoder, which the k-means layers r
 LONGEST = 255  # of an axis: the relative positions that the released tables hold
 
 
-class KMax(Head):
+class ClusterHead(Head):
+    """What heads of k-means clusters share: the axial pixel decoder, and k-means layers on its three coarsest maps.
+
+    `forward` returns the last prediction, and that of each k-means layer in "aux".
+
+    Args:
+        channels: of each map, finest first.
+        out_channels: K, the number of classes without "void", or of values.
+        queries: N.
+        widths: of the pixel decoder's stages, coarsest first; a stage gives 4 times its width.
+        blocks: of each stage.
+        layers: k-means layers on each of the three coarsest maps.
+        base: widths of the k-means layers are 1 and 2 times this.
+        ffn: hidden width of their MLPs.
+        heads: of their self-attention.
+        head_width: width of the convolutions before the masks.
+        embedding: channels that pixels and mask kernels are compared in.
+        drop_path: of the three residuals of a k-means layer.
+        axial: how many of the coarsest stages are axial; the others are bottlenecks.
+    """
+
+    pyramid = True
+    returns_names = True
+    void = True  # whether a cluster may be of no class
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        out_channels: int,
+        queries: int = 128,
+        widths: Sequence[int] = (512, 256, 128, 64, 32),
+        blocks: Sequence[int] = (1, 5, 1, 1, 1),
+        layers: Sequence[int] = (2, 2, 2),
+        base: int = 128,
+        ffn: int = 2048,
+        heads: int = 8,
+        head_width: int = 256,
+        embedding: int = 128,
+        drop_path: float = 0.2,
+        axial: int = 2,
+    ):
+        super().__init__()
+        levels = len(channels)
+        widths = [*widths, *[widths[-1]] * (levels - len(widths))][:levels]
+        blocks = [*blocks, *[blocks[-1]] * (levels - len(blocks))][:levels]
+        self.pixel_decoder = PixelDecoder(channels[::-1], widths, blocks, axial)
+        outputs = [4 * width for width in widths]
+        self.predictor = KMeansDecoder(
+            [*outputs[:LEVELS], outputs[-1]],
+            out_channels,
+            queries=queries,
+            layers=layers[: min(levels, LEVELS)],
+            base=base,
+            ffn=ffn,
+            heads=heads,
+            head_width=head_width,
+            embedding=embedding,
+            drop_path=drop_path,
+            void=self.void,
+        )
+        self.layers = len(self.predictor.level)
+
+    def get_classifier(self) -> tuple[nn.Module, ...]:
+        """Every layer that depends on K: one a prediction, and the auxiliary head's."""
+        return tuple(self.predictor.classifiers())
+
+    def forward(self, maps: Sequence[Tensor]) -> dict[str, Any]:
+        stages = self.pixel_decoder(maps[::-1])
+        return self.predictor([*stages[:LEVELS], stages[-1]], maps)
+
+
+class KMax(ClusterHead):
     """Axial pixel decoder, then k-means layers on its three coarsest maps, then class and mask of each cluster.
 
     `forward` returns {"class_logits": B N K+1 (the last is "void"), "mask_logits": B N h w at the finest map's size,
@@ -37,23 +108,13 @@ class KMax(Head):
         channels: of each map, finest first.
         out_channels: K, the number of classes without "void".
         queries: N.
-        widths: of the pixel decoder's stages, coarsest first; a stage gives 4 times its width.
-        blocks: of each stage; the first two stages are axial, the others bottlenecks.
-        layers: k-means layers on each of the three coarsest maps.
-        base: widths of the k-means layers are 1 and 2 times this.
-        ffn: hidden width of their MLPs.
-        heads: of their self-attention.
-        head_width: width of the convolutions before the masks.
-        embedding: E, channels that pixels and mask kernels are compared in.
+        widths, blocks, layers, base, ffn, heads, head_width: of `ClusterHead`.
+        embedding: E, of `ClusterHead`.
         aux: auxiliary semantic head: "aspp" (COCO, ADE20K: classes and void), "plain" (Cityscapes: classes), or null for none.
         aux_width: its width.
         aux_projections: of the two finer maps that "aspp" reads.
-        drop_path: of the three residuals of a k-means layer.
-        axial: how many of the coarsest stages are axial.
+        drop_path, axial: of `ClusterHead`.
     """
-
-    pyramid = True
-    returns_names = True
 
     def __init__(
         self,
@@ -74,36 +135,25 @@ class KMax(Head):
         drop_path: float = 0.2,
         axial: int = 2,
     ):
-        super().__init__()
-        levels = len(channels)
         if aux not in ("aspp", "plain", None):
             raise ValueError(f"kmax: aux is {aux!r}; use 'aspp', 'plain' or null")
-        widths = [*widths, *[widths[-1]] * (levels - len(widths))][:levels]
-        blocks = [*blocks, *[blocks[-1]] * (levels - len(blocks))][:levels]
-        self.pixel_decoder = PixelDecoder(channels[::-1], widths, blocks, axial)
-        outputs = [4 * width for width in widths]
-        self.predictor = KMeansDecoder(
-            [*outputs[:LEVELS], outputs[-1]],
+        super().__init__(
+            channels,
             out_channels,
-            queries=queries,
-            layers=layers[: min(levels, LEVELS)],
-            base=base,
-            ffn=ffn,
-            heads=heads,
-            head_width=head_width,
-            embedding=embedding,
-            drop_path=drop_path,
-            aux=auxiliary(aux, channels, out_channels, aux_width, aux_projections),
+            queries,
+            widths,
+            blocks,
+            layers,
+            base,
+            ffn,
+            heads,
+            head_width,
+            embedding,
+            drop_path,
+            axial,
         )
-        self.queries, self.layers, self.semantic = queries, len(self.predictor.level), aux is not None
-
-    def get_classifier(self) -> tuple[nn.Module, ...]:
-        """Every layer that depends on the number of classes: one a prediction, and the auxiliary head's."""
-        return tuple(self.predictor.classifiers())
-
-    def forward(self, maps: Sequence[Tensor]) -> dict[str, Any]:
-        stages = self.pixel_decoder(maps[::-1])
-        return self.predictor([*stages[:LEVELS], stages[-1]], maps)
+        self.queries, self.semantic = queries, aux is not None
+        self.predictor._auxiliary_semantic_predictor = auxiliary(aux, channels, out_channels, aux_width, aux_projections)
 
     def scores(self, output: dict[str, Any]) -> Tensor:
         """B K H W: for each class the sum over clusters of class probability times the pixel's share of the cluster."""
@@ -503,7 +553,7 @@ class KMeansDecoder(nn.Module):
         head_width: int,
         embedding: int,
         drop_path: float,
-        aux: nn.Module | None,
+        aux: nn.Module | None = None,
         void: bool = True,
     ):
         super().__init__()
