@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MODES = ("whole", "slide")
-AVERAGES = ("probabilities", "values")
+AVERAGES = ("probabilities", "values", "vectors")
 BLENDS = ("mean", "smooth")
 
 Output = Tensor | dict[str, Tensor]
@@ -30,7 +30,9 @@ class Predictor:
         scales: of the image.
         flip: also the mirrored image.
         blend: what overlapping windows weigh: "mean" all the same (mmsegmentation), "smooth" less towards their borders.
-        average: "probabilities" averages softmax over K, "values" the outputs themselves (depth); by output name for a dict.
+        average: "probabilities" averages softmax over K, "values" the outputs themselves (depth), "vectors" directions (K = 3:
+            right, down, into the image), of which a mirrored image mirrors the first; each window and each pass is made a
+            unit vector, and so is the result. By output name for a dict.
     """
 
     window: tuple[int, int]  # of mode "slide"
@@ -89,18 +91,20 @@ class Predictor:
         """The averaged output at `size`, default that of the images; each pass is resized to it before softmax (bilinear)."""
         size = tuple(images.shape[-2:]) if size is None else tuple(size)
         total: dict[str | None, Tensor] = {}
-        count = 0
+        passes = len(self.scales) * (2 if self.flip else 1)
         for scaled, flipped in self._views(images):
             output = self._run(scaled)
             named = output if isinstance(output, dict) else {None: output}
             for name, value in named.items():
+                kind = self._average(name)
                 if value.ndim == 4:
-                    value = resized(value.flip(-1) if flipped else value, size)
-                if self._average(name) == "probabilities":
+                    value = resized(mirrored(value, kind) if flipped else value, size)
+                if kind == "probabilities":
                     value = value.softmax(1)
+                elif kind == "vectors":
+                    value = F.normalize(value, dim=1)
                 total[name] = total[name] + value if name in total else value
-            count += 1
-        return unnamed({name: value / count if count > 1 else value for name, value in total.items()})
+        return unnamed({name: mean(value, passes, self._average(name)) for name, value in total.items()})
 
     def _average(self, name: str | None) -> str:
         if isinstance(self.average, str):
@@ -136,9 +140,24 @@ class Predictor:
                     )
                 if name not in sums:
                     sums[name] = value.new_zeros((*value.shape[:2], *images.shape[-2:]), dtype=torch.float32)
-                sums[name][..., rows, columns] += resized(value.float(), crop.shape[-2:]) * weight
+                value = resized(value.float(), crop.shape[-2:])
+                value = F.normalize(value, dim=1) if self._average(name) == "vectors" else value
+                sums[name][..., rows, columns] += value * weight
             weights[rows, columns] += weight
         return unnamed({name: value.div_(weights) for name, value in sums.items()})
+
+
+def mean(total: Tensor, passes: int, kind: str) -> Tensor:
+    """The average of several passes from their sum: that of vectors is a unit vector."""
+    if passes == 1:
+        return total
+    return F.normalize(total, dim=1) if kind == "vectors" else total / passes
+
+
+def mirrored(x: Tensor, kind: str) -> Tensor:
+    """An output B K H W of a mirrored image as that of the image itself; of vectors, the first component changes its sign."""
+    x = x.flip(-1)
+    return torch.cat([-x[:, :1], x[:, 1:]], 1) if kind == "vectors" else x
 
 
 def unnamed(outputs: dict[str | None, Tensor]) -> Output:

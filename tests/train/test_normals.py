@@ -9,7 +9,8 @@ import torch
 from heads import DensePredictor
 from heads.matrix import NARROW
 from heads.polymax import PolyMax, mixed
-from train import engine, log, results
+from train import engine, evaluation, log, results
+from train.inference import Predictor
 from train.normals import NORMAL_LOSSES, NormalMetric
 from train.show.normals import color_normals
 from train.tasks import TASKS
@@ -112,9 +113,48 @@ def test_layers_are_at_the_images_size():
     assert tuple(model.eval()(torch.randn(1, 3, 40, 50)).shape) == (1, 3, 40, 50)
 
 
+def test_a_flip_mirrors_the_first_component():
+    left, right = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 4.0])
+
+    def model(images):  # the same two vectors at the left and the right of every image, mirrored or not
+        found = torch.stack([left, right], 1)[None, :, None].expand(len(images), -1, images.shape[2], -1)
+        return found.repeat_interleave(images.shape[3] // 2, 3)
+
+    plain = Predictor(model, average="vectors")(torch.zeros(1, 3, 2, 4))
+    assert plain[0, :, 0, 0].tolist() == pytest.approx([1, 0, 0]) and plain[0, :, 0, 3].tolist() == pytest.approx([0, 0.6, 0.8])
+    both = Predictor(model, average="vectors", flip=True)(torch.zeros(1, 3, 2, 4))[0, :, 0]
+    middle = [value / math.sqrt(2) for value in (1, 0.6, 0.8)]  # of (1, 0, 0) and the mirrored (0, 0.6, 0.8), as unit vectors
+    assert both[:, 0].tolist() == pytest.approx(middle)
+    assert both[:, 3].tolist() == pytest.approx([-middle[0], *middle[1:]])
+
+
+def test_windows_and_scales_average_unit_vectors():
+    images = torch.zeros(1, 3, 4, 6)
+    images[:, :, :, 3:] = 1
+
+    def model(images):  # a window that sees the right part is sure (a long vector) of another direction
+        sure = images.amax((1, 2, 3), keepdim=True)
+        return torch.cat([1 + 9 * sure, 0 * sure, 2 - 2 * sure], 1).expand(-1, -1, *images.shape[2:])
+
+    found = Predictor(model, "slide", window=(4, 3), stride=(4, 2), average="vectors")(images)[0, :, 0]
+    first, second = torch.tensor([1, 0, 2]) / math.sqrt(5), torch.tensor([1.0, 0, 0])
+    middle = torch.nn.functional.normalize(first + second, dim=0)
+    torch.testing.assert_close(found, torch.stack([first, first, middle, second, second, second], 1))
+    scaled = Predictor(lambda x: torch.full_like(x, x.shape[-1]), scales=(0.5, 1.0), average="vectors")(images)
+    torch.testing.assert_close(scaled, torch.full_like(scaled, 1 / math.sqrt(3)))
+
+
+def test_a_run_is_evaluated_in_windows_scales_and_flips():
+    infer = {"mode": "slide", "window": [24, 32], "scales": [1.0, 1.5], "flip": True}
+    config = engine.configuration.resolve({**tiny.values(infer=infer), "task": {"name": "normals"}})
+    task = engine.configuration.build_task(config)
+    through = evaluation.inference(task, task.build(config.model).eval(), config)
+    prediction = task.predict(task.forward(through, {"image": torch.randn(1, 3, 48, 64)}), (50, 60))
+    torch.testing.assert_close(prediction.norm(dim=1), torch.ones(1, 50, 60))
+    assert "windows 24x32" in evaluation.protocol(task, config) and "flip" in evaluation.protocol(task, config)
+
+
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="normals runs whole images once"):
-        engine.configuration.resolve({**tiny.values(infer={"flip": True}), "task": {"name": "normals"}})
     from train.data import DATASETS
 
     with pytest.raises(ValueError, match="Digits has no surface normals"):

@@ -27,8 +27,8 @@ class Task(abc.ABC):
     best:    the metric that names the best checkpoint, and whether its "max" or "min" is best.
     mixes:   whether `augment` mixes pairs of images. A micro-batch then holds whole groups of them, and batch["partner"] has
         the place of each one's partner, so that pairs do not depend on how the total batch is cut.
-    average: what windows, scales and flips average: "probabilities" or "values", by output name for several; None: not
-        possible.
+    average: what windows, scales and flips average: "probabilities", "values" or "vectors", by output name for several; None:
+        not possible.
     takes_heads: whether `build` reads model.head and what belongs to it; otherwise setting those keys is an error.
     show:    draws and writes predictions (train/show); None: there is nothing to see.
     gives_probabilities: whether `probabilities` gives some beside the prediction.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Normals(DenseTask):
     """Surface normals: three values per pixel, made a unit vector (x right, y down, z into the image).
 
-    A mirrored image mirrors its vectors, so windows, scales and flips at evaluation are not for this task.
+    Windows, scales and flips at evaluation average unit vectors.
 
     Args:
         losses: names of NORMAL_LOSSES, each with a factor: {l2: {}, angular: {factor: 0.5}}; means over pixels, which do not
@@ -28,7 +28,7 @@ class Normals(DenseTask):
 
     target = "normal"
     best = ("mean_angle", "min")
-    average: Any = None
+    average = "vectors"
     out_channels = 3
 
     def __init__(self, losses: dict[str, Any] | None = None, aux_weight: float = 0.4):
