@@ -1,7 +1,9 @@
-"""Constructor arguments that no model can be built with, and the names nearest to a wrong one."""
+"""Constructor arguments: those of the authors' names, those that no model can be built with, and names near to a wrong one."""
 
 import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -32,6 +34,12 @@ RULES: dict[str, Rule] = {
 }
 HEADS = ("num_heads", "heads")
 
+# Ends of sentences for a family's `authors_others`.
+BUILT_IN = "has no counterpart: every published model has the value that is built in"
+CHECKPOINTING = "is model.set_grad_checkpointing() here"
+NO_SCORE_DROPOUT = "has no counterpart: no published model drops attention scores"
+NO_SCORES = "has no counterpart: linear attention has no scores"
+
 
 def check_arguments(name: str, arguments: Mapping[str, Any], zeros: Iterable[str] = ()) -> None:
     """Raise ValueError, with model, argument, value and what it must be, for an argument that makes no model.
@@ -46,6 +54,57 @@ def check_arguments(name: str, arguments: Mapping[str, Any], zeros: Iterable[str
             rule = POSITIVE if isinstance(value, Real) else POSITIVES
         if rule is not None and value is not None and not rule[0](value):
             raise ValueError(f"{name}: {key} must be {rule[1]}, got {value!r}")
+
+
+def from_authors(name: str, cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` for `cls`, where those that its authors call by another name have ours.
+
+    A class may have two tables. `authors_names`: their name -> our name of an argument that takes the same value.
+    `authors_others`: their name -> the end of a sentence that says what to do instead.
+
+    Args:
+        name: of the model, for the message.
+        cls: class of the model.
+        arguments: as the user gave them.
+
+    Raises TypeError with that sentence, and for an argument that is given under both names.
+    """
+    names: Mapping[str, str] = getattr(cls, "authors_names", {})
+    others: Mapping[str, str] = getattr(cls, "authors_others", {})
+    ours = {}
+    for key, value in arguments.items():
+        if key in others:
+            raise TypeError(f"{name}: the authors' argument `{key}` {others[key]}")
+        known = names.get(key, key)
+        if known in ours:
+            both = sorted(given for given in arguments if names.get(given, given) == known)
+            raise TypeError(f"{name}: {' and '.join(f'`{given}`' for given in both)} are one argument: give one of them")
+        ours[known] = value
+    return ours
+
+
+def taken(cls: type) -> set[str]:
+    """Names of the arguments that the constructors of a class and of its bases take."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base) and base.__module__.startswith("backbones."):
+            found |= {p.name for p in inspect.signature(base).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return found
+
+
+def unknown_argument(name: str, cls: type, arguments: Mapping[str, Any], error: TypeError) -> TypeError:
+    """Python's error for an argument that the constructor of `cls` lacks, as a sentence with the nearest name; else `error`.
+
+    Args:
+        name: of the model, for the message.
+        cls: class of the model.
+        arguments: that were given; the error must be about one of them.
+        error: what the constructor raised.
+    """
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if found is None or found[1] not in arguments:
+        return error
+    return TypeError(f"{name} has no argument {found[1]!r}: {nearest(found[1], taken(cls))}")
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:

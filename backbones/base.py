@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from backbones.arguments import check_arguments
+from backbones.arguments import check_arguments, from_authors, unknown_argument
 from backbones.tracing import leaf
 
 MAP_POOLS = ("avg", "max", "avgmax", "catavgmax", "")  # timm's, of a map
@@ -375,6 +375,8 @@ def check_pool(pool: str) -> None:
 def register_variants(cls: type[nn.Module], rows: Mapping[str, dict[str, Any]]) -> None:
     """Register models with timm: name -> the arguments of `cls` that make it, which those of `timm.create_model` override.
 
+    Arguments under the authors' names are translated or answered: backbones.arguments.from_authors.
+
     The names also become functions `name(pretrained=False, **kwargs)` of the module of `cls`, which holds its `default_cfgs`.
     """
     for name, row in rows.items():
@@ -385,7 +387,7 @@ def _entry_point(cls: type[nn.Module], name: str, row: dict[str, Any]) -> Callab
     """What timm calls to make model `name`, and what it knows the model by."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(cls, name, pretrained, **row | kwargs)
+        return build(cls, name, pretrained, **row | from_authors(name, cls, kwargs))
 
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = cls.__module__
@@ -411,7 +413,7 @@ def build(
         dtype: in which type they are made.
         kwargs: further arguments of `cls` and of timm; img_size is only checked where a family builds no size in.
 
-    Raises ValueError for weights that the file lacks.
+    Raises ValueError for weights that the file lacks, TypeError for an argument that the class lacks.
     """
     family: Any = cls  # has the min_size and default_out_indices of StagedBackbone, though timm's ViT may be its base
     if kwargs.get("features_only") and (reason := getattr(cls, "no_maps", None)):
@@ -431,7 +433,12 @@ def build(
             overlay["state_dict"] = weights.open_checkpoint(file)
     complete = functools.partial(weights.complete_state_dict, features=kwargs.get("features_only", False))
     with torch.device(device) if device is not None else contextlib.nullcontext(), default_dtype(dtype):
-        model = build_model_with_cfg(cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs)
+        try:
+            model = build_model_with_cfg(
+                cls, name, pretrained, pretrained_filter_fn=complete, feature_cfg=feature_cfg, **kwargs
+            )
+        except TypeError as error:
+            raise unknown_argument(name, cls, kwargs, error) from error
     if file:  # the model remembers where its weights came from, not a second copy of them
         source: Any = weights.convert.backbone(model)
         source.pretrained_cfg |= {"state_dict": None, "file": file}

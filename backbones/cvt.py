@@ -15,6 +15,7 @@ import torch
 from timm.layers import DropPath, Mlp, QuickGELU
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN
 from backbones.base import StagedBackbone, State, TokenStage, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from backbones.layers import sdpa
@@ -202,6 +203,13 @@ class CvT(StagedBackbone):
     family = "cvt"
     min_size = 3  # of the released stem: its 7x7 kernel with a padding of 2 on both sides
     default_out_indices = (0, 1, 2)
+    authors_others = {
+        "spec": "is several arguments here: dims (DIM_EMBED), depths (DEPTH), heads (NUM_HEADS), mlp_ratios, patches (size, "
+        "stride, padding), convolutions (QKV_PROJ_METHOD), kv (kernel, stride, padding), class_tokens (CLS_TOKEN), qkv_bias",
+        "act_layer": BUILT_IN,
+        "norm_layer": BUILT_IN,
+        "init": BUILT_IN,
+    }
 
     def __init__(
         self,

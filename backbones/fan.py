@@ -329,6 +329,17 @@ class FAN(StagedBackbone):
     family = "fan"
     zeros = ("depths",)  # a 0 stands for a stage without
     min_size = 1
+    authors_names = {"num_scales": "scales", "cls_attn_layers": "class_depth"}
+    authors_others = {
+        "depth": "is the sum of `depths` here, the blocks up to each returned map",
+        "out_idx": "is `depths` here, the blocks up to each returned map",
+        "hybrid_backbone": "is `conv_dims` and the first two of `depths` here",
+        "backbone": "is `conv_dims` and the first two of `depths` here",
+        "sr_ratio": "has no counterpart: it is 1 in every published model",
+        "eta": "has no counterpart: scales start at 1",
+        "tokens_norm": "has no counterpart: it is true in every published model",
+        "sharpen_attn": "has no counterpart: it is false in every published model",
+    }
 
     def __init__(
         self,

@@ -271,6 +271,16 @@ class FcaFormer(StagedBackbone):
 
     family = "fcaformer"
     zeros = ("heads",)  # a 0 stands for a stage without
+    authors_names = {
+        "embed_dims": "dims",
+        "num_heads": "heads",
+        "cab_max_d": "memory",
+        "seg_head_dims": "feature_dims",
+        "layer_scale_init_value": "layer_scale",
+    }
+    authors_others = {
+        "head_init_scale": "has no counterpart: the classifier starts as timm's do",
+    }
     min_size = 1
 
     def __init__(

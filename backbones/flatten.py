@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, to_2tuple
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN, CHECKPOINTING, NO_SCORES
 from backbones.base import Stage, StagedBackbone, check_img_size, init_linear, register_variants
 from backbones.layers import crop, drop_path_rates, layer_norm, pad_to_multiple
 from backbones.ops.linear_attention import linear_attention
@@ -477,6 +478,15 @@ class FlattenPVT(StagedBackbone):
     host = "pvt"
     nhwc = True
     min_size = 1
+    authors_names = {"embed_dims": "dims"}
+    authors_others = {
+        "attn_drop_rate": NO_SCORES,
+        "qk_scale": NO_SCORES,
+        "linear": "has no counterpart: no published model pools its keys",
+        "use_checkpoint": CHECKPOINTING,
+        "norm_eps": BUILT_IN,
+        "norm_layer": BUILT_IN,
+    }
 
     def __init__(
         self,
@@ -487,7 +497,7 @@ class FlattenPVT(StagedBackbone):
         num_heads: Sequence[int] = (1, 2, 5, 8),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        la_sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        la_sr_ratios: Sequence[int] | str = (1, 1, 1, 1),
         attn_type: str = "LLLL",
         focusing_factor: float | None = 3,
         kernel_size: int = 5,
@@ -505,7 +515,8 @@ class FlattenPVT(StagedBackbone):
             img_size: side, or (height, width), for which the encodings are made; other sizes run too.
             version: 1 or 2.
             dims, depths, num_heads, mlp_ratios: channels, blocks, heads, hidden channels per channel.
-            sr_ratios, la_sr_ratios: sides of the patches that become a key, of softmax and of linear attention.
+            sr_ratios, la_sr_ratios: sides of the patches that become a key, of softmax and of linear attention, the latter
+                also as the authors write it, "1111".
             attn_type: see the top of the file.
             focusing_factor, kernel_size: of the linear attention.
             patch_size: of the first embedding, 4 in all published models.
@@ -532,7 +543,9 @@ class FlattenPVT(StagedBackbone):
             norm = self.make_norm if version == 1 else plain_norm  # of the reduced map; SLAB's PVTv2 keeps LayerNorms there
             attn: nn.Module
             if is_linear(attn_type, count, i, j):
-                attn = ReducedLinearAttention(dims[i], num_heads[i], self.grid(i), qkv_bias, la_sr_ratios[i], norm, **linear)
+                attn = ReducedLinearAttention(
+                    dims[i], num_heads[i], self.grid(i), qkv_bias, int(la_sr_ratios[i]), norm, **linear
+                )
             else:
                 attn = ReducedAttention(dims[i], num_heads[i], qkv_bias, sr_ratios[i], norm)
             hidden = int(dims[i] * mlp_ratios[i])
@@ -692,6 +705,15 @@ class FlattenCSwin(StagedBackbone):
     host = "cswin"
     nhwc = True
     min_size = 3  # the stem's 7x7 kernel with its padding of 2
+    authors_names = {"depth": "depths"}
+    authors_others = {
+        "attn_drop_rate": NO_SCORES,
+        "qk_scale": NO_SCORES,
+        "use_checkpoint": CHECKPOINTING,
+        "use_chk": CHECKPOINTING,
+        "norm_eps": BUILT_IN,
+        "norm_layer": BUILT_IN,
+    }
 
     def __init__(
         self,
@@ -700,7 +722,7 @@ class FlattenCSwin(StagedBackbone):
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         split_size: Sequence[int] = (1, 2, 7, 7),
-        la_split_size: Sequence[int] = (56, 28, 14, 7),
+        la_split_size: Sequence[int] | str = (56, 28, 14, 7),
         split_at: int = 224,
         attn_type: str = "LLSS",
         focusing_factor: float | None = 3,
@@ -719,7 +741,8 @@ class FlattenCSwin(StagedBackbone):
             img_size: side, or (height, width), for which the encodings are made; other sizes run too.
             embed_dim: channels of the first stage, doubled by each next one.
             depths, num_heads: blocks and heads.
-            split_size, la_split_size: width of the stripes of softmax and of linear attention.
+            split_size, la_split_size: width of the stripes of softmax and of linear attention, the latter also as the
+                authors write it, "56-28-14-7".
             split_at: side of the images whose maps may be one stripe: a block whose stripes would be as wide as its map there
                 has one branch over the whole map, at any size.
             attn_type: see the top of the file.
@@ -732,11 +755,12 @@ class FlattenCSwin(StagedBackbone):
         self.img_size = check_img_size(img_size, self.min_size)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         rates, count = drop_path_rates(drop_path_rate, depths), len(depths)
+        linear_width = [int(side) for side in (la_split_size.split("-") if isinstance(la_split_size, str) else la_split_size)]
         linear: dict[str, Any] = {"kernel_size": kernel_size, "focusing": focusing_factor}
 
         def block(i: int, j: int) -> nn.Module:
             lines, grid = is_linear(attn_type, count, i, j), self.grid(i)
-            width = (la_split_size if lines else split_size)[i]
+            width = (linear_width if lines else split_size)[i]
             whole = i == count - 1 or width == split_at // 4 // 2**i
             sizes = [(None, None)] if whole else [(None, width), (width, None)]
             dim, heads = dims[i] // len(sizes), num_heads[i] // len(sizes)

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.arguments import BUILT_IN
 from backbones.base import check_img_size, check_size, register_variants, take_indices
 from backbones.layers import drop_path_rates
 from backbones.tracing import leaf
@@ -83,6 +84,14 @@ class HVT(VisionTransformer):
     no_maps = "its pooling flattens the grid of tokens; it classifies only"
     default_out_indices = ()
     min_size = 1  # of a model: what leaves tokens for every pooling
+    authors_names = {"pool_block_width": "pool_every", "pool_kernel_size": "pool_kernel", "num_blocks": "depth"}
+    authors_others = {
+        "pool_stride": "has no counterpart: the authors' code always steps by 2",
+        "head_dim": "is `embed_dim` over `num_heads` here",
+        "qk_scale": BUILT_IN,
+        "norm_eps": BUILT_IN,
+        "norm_layer": BUILT_IN,
+    }
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN, CHECKPOINTING, NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, State, TokenStage, check_img_size, init_linear, register_variants
 from backbones.layers import Block, DeformableMerge, drop_path_rates, relative_bias, sdpa
 from backbones.tracing import leaf
@@ -116,6 +117,17 @@ class LIT(StagedBackbone):
     family = "lit"
     nhwc = True
     min_size = 29  # eight rows of patches, so that the last map has one
+    authors_names = {"num_heads": "heads"}
+    authors_others = {
+        "embed_dim": "is `dims` here, the channels of every stage: (96, 192, 384, 768) for 96",
+        "patch_size": "has no counterpart: it is 4",
+        "qk_scale": BUILT_IN,
+        "ape": "has no counterpart: no published model has it",
+        "patch_norm": BUILT_IN,
+        "use_checkpoint": CHECKPOINTING,
+        "norm_layer": BUILT_IN,
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+    }
 
     def __init__(
         self,
@@ -261,6 +273,13 @@ class LITTi(StagedBackbone):
     family = "lit"
     nhwc = True
     min_size = 32
+    authors_names = {"embed_dims": "dims", "num_heads": "heads"}
+    authors_others = {
+        "patch_size": "has no counterpart: it is 4",
+        "norm_layer": BUILT_IN,
+        "qk_scale": BUILT_IN,
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+    }
 
     def __init__(
         self,

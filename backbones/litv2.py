@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN, CHECKPOINTING, NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import Block, DeformableMerge, crop, drop_path_rates, pad_to_multiple, sdpa
 from weights.manifest import default_cfgs as _default_cfgs
@@ -128,6 +129,18 @@ class LITv2(StagedBackbone):
     family = "litv2"
     nhwc = True
     min_size = 29  # eight rows of patches, so that the last map has one
+    authors_names = {"num_heads": "heads"}
+    authors_others = {
+        "embed_dim": "is `dims` here, the channels of every stage: (96, 192, 384, 768) for 96",
+        "local_ws": "is `windows` here, without the two zeros of the stages that have no attention",
+        "patch_size": "has no counterpart: it is 4",
+        "qk_scale": BUILT_IN,
+        "ape": "has no counterpart: no published model has it",
+        "patch_norm": BUILT_IN,
+        "use_checkpoint": CHECKPOINTING,
+        "norm_layer": BUILT_IN,
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+    }
 
     def __init__(
         self,

@@ -185,6 +185,7 @@ class LiteMono(StagedBackbone):
     family = "monodepth"
     default_out_indices = (0, 1, 2)
     min_size = 1
+    authors_names = {"depth": "depths", "expansion": "mlp_ratio", "position_embedding": "positions", "expan_ratio": "mlp_ratio"}
 
     def __init__(
         self,

@@ -370,6 +370,8 @@ class NATIsotropic(Isotropic):
         kwargs: further arguments of Isotropic.
     """
 
+    authors_others = {"layer": "is the model's name here: nat_isotropic_* and dinat_isotropic_* for 'na', vitrpb_* for 'vit'"}
+
     def __init__(
         self,
         embed_dim: int = 384,
@@ -407,6 +409,11 @@ class ViTRPB(Isotropic):
     """
 
     layout = "vitrpb"
+    authors_others = {
+        "layer": "is the model's name here: nat_isotropic_* and dinat_isotropic_* for 'na', vitrpb_* for 'vit'",
+        "kernel_size": "has no counterpart: every token sees all others",
+        "dilation": "has no counterpart: every token sees all others",
+    }
 
     def __init__(
         self,

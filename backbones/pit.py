@@ -118,6 +118,7 @@ class PiT(StagedBackbone):
     family = "pit"
     token_head = PiTHead
     min_size = 1  # of a model: its patch_size
+    authors_names = {"image_size": "img_size", "depth": "depths"}
     default_out_indices = (0, 1, 2)
 
     def __init__(

@@ -99,6 +99,12 @@ class PoolFormer(StagedBackbone):
 
     family = "poolformer"
     min_size = 3  # the stem's 7x7 kernel with its padding of 2
+    authors_names = {"layers": "depths", "embed_dims": "dims", "layer_scale_init_value": "layer_scale"}
+    authors_others = {
+        "use_layer_scale": "is `layer_scale` here: the initial value, or None for none",
+        "downsamples": "has no counterpart: every stage but the first begins with one",
+        "fork_feat": "is `features_only=True` of timm.create_model here, and `feature_norms=True` for the dense norms",
+    }
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN, NO_SCORE_DROPOUT
 from backbones.base import (
     Stage,
     StagedBackbone,
@@ -242,6 +243,12 @@ class SlabDeiT(Norms, StagedBackbone):
     host = "deit"
     nhwc = True
     min_size = 1
+    authors_others = {
+        "depth": "is `depths` here, the blocks up to each returned map: (3, 3, 3, 3) makes 12",
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+        "qk_scale": BUILT_IN,
+        "norm_layer": "is `norm` here, 'prepbn' or 'repbn'",
+    }
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN
 from backbones.base import OpenNames, check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
 from backbones.layers import drop_path_rates, sdpa
@@ -427,6 +428,26 @@ class Sparsifiner(OpenNames, TokenStream, VisionTransformer):
     differs = "predicts which keys its queries see"
     default_out_indices = 3  # the last three blocks, as in timm's ViTs
     min_size = 16
+    authors_names = {
+        "num_heads": "heads",
+        "attn_keep_rate_list": "keep_rate",
+        "token_keep_rate_list": "token_keep_rate",
+        "reduce_n_factor": "reduce_n",
+        "reduce_c_factor": "reduce_c",
+        "share_inout_proj": "share_proj",
+    }
+    authors_others = {
+        "token_pruning_loc_indicator": "is `token_keep_rate` here: a rate below that of the block before removes tokens",
+        "qkv_bias": "has no counterpart: the DeiT form has it and the LV-ViT form has none",
+        "distill": "has no counterpart: the attentions are kept when a loss asks for them",
+        "cfg": "is `coef_top`, `coef_threshold`, `basis_threshold` and `score_threshold` here",
+        "norm_layer": BUILT_IN,
+        "qk_scale": BUILT_IN,
+        "p_emb": "has no counterpart: `lvvit=True` makes the published form",
+        "skip_lam": "has no counterpart: `lvvit=True` makes the published form",
+        "return_dense": "has no counterpart: `lvvit=True` makes the published form",
+        "mix_token": "has no counterpart: `lvvit=True` makes the published form",
+    }
 
     def __init__(
         self,

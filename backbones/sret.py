@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from backbones.arguments import NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, check_img_size, check_size, register_variants
 from backbones.layers import PooledNormHead, sdpa
 from backbones.tracing import leaf
@@ -229,6 +230,13 @@ class SReT(StagedBackbone):
 
     family = "sret"
     min_size = 1
+    authors_names = {"image_size": "img_size", "recursive_num": "depths", "groups1": "groups", "groups2": "recursive_groups"}
+    authors_others = {
+        "depth": "is `depths` times `loops` here: blocks with weights of their own, and passes through each of them",
+        "patch_size": "is read by nothing: the stem is three convolutions of stride 2",
+        "stride": "is read by nothing: the stem is three convolutions of stride 2",
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+    }
     default_out_indices = (0, 1, 2)
 
     def __init__(

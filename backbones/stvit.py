@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d, to_2tuple
 from torch import Tensor, nn
 
+from backbones.arguments import BUILT_IN, CHECKPOINTING, NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import channels_last_on_cpu, crop, drop_path_rates, pad_to_multiple, sdpa
 from weights.manifest import default_cfgs as _default_cfgs
@@ -171,6 +172,21 @@ class STViT(StagedBackbone):
 
     family = "stvit"
     min_size = 1
+    authors_names = {
+        "embed_dim": "dims",
+        "num_heads": "heads",
+        "n_iter": "iterations",
+        "stoken_size": "super_tokens",
+        "layerscale": "layer_scale",
+    }
+    authors_others = {
+        "qk_scale": BUILT_IN,
+        "init_values": "has no counterpart: learned scales start at 1e-6",
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+        "use_checkpoint": CHECKPOINTING,
+        "checkpoint_num": CHECKPOINTING,
+        "freeze_bn": "is for a training loop to do: put the BatchNorms in evaluation mode",
+    }
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 
+from backbones.arguments import CHECKPOINTING, NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, init_linear, register_variants
 from backbones.layers import (
     Block,
@@ -278,6 +279,11 @@ class Swin(StagedBackbone):
     family = "swin"
     nhwc = True
     min_size = 1
+    authors_others = {
+        "attn_drop_rate": NO_SCORE_DROPOUT,
+        "use_checkpoint": CHECKPOINTING,
+        "fused_window_process": "has no counterpart: windows are not copied here",
+    }
 
     def __init__(
         self,
