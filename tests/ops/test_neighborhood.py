@@ -640,3 +640,25 @@ def test_what_must_repeat_waits_for_the_compiler(monkeypatch):
     assert not waited
     neighborhood.settle(timm.create_model("nat_mini", embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)))
     assert waited
+
+
+def test_nattens_name_and_arguments():
+    """HDiT's call, `natten.functional.na2d(q, k, v, kernel_size, scale=1.0)`, and NATTEN's own with every neutral argument."""
+    q, k, v = torch.randn(3, 1, 9, 8, 2, 4)
+    expected = neighborhood.neighborhood_attention(q, k, v, 7, scale=1.0, backend="reference")
+    torch.testing.assert_close(neighborhood.na2d(q, k, v, 7, scale=1.0), expected)
+    neutral = neighborhood.na2d(
+        q, k, v, (7, 7), stride=(1, 1), is_causal=(False, False), scale=1.0, return_lse=False, additional_keys=None
+    )
+    torch.testing.assert_close(neutral, expected)
+    dilated = neighborhood.na2d(q, k, v, kernel_size=3, dilation=2, backend="reference")
+    torch.testing.assert_close(dilated, neighborhood.neighborhood_attention(q, k, v, 3, 2, backend="reference"))
+    for name, argument in {
+        "stride": 2,
+        "is_causal": (True, False),
+        "additional_keys": k,
+        "rpb": v,
+        "q_tile_shape": (8, 8),
+    }.items():
+        with pytest.raises(TypeError, match=f"takes no '{name}'"):
+            neighborhood.na2d(q, k, v, 7, **{name: argument})

@@ -32,6 +32,7 @@ __all__ = [
     "check",
     "choose",
     "explain",
+    "na2d",
     "neighborhood_attention",
     "recording",
     "settle",
@@ -148,10 +149,45 @@ def _refuse_arguments(others: dict[str, Any]) -> NoReturn:
     raise TypeError(f"neighborhood_attention takes no {name!r}: {reason}")
 
 
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    is_causal: bool | tuple[bool, bool] = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """`neighborhood_attention` under the name and arguments of NATTEN's `natten.functional.na2d` (HDiT calls it).
+
+    Args:
+        query: B H W heads dim, floating.
+        key: like query.
+        value: like query.
+        kernel_size: odd; int or (rows, columns).
+        stride: 1, the only one here.
+        dilation: int or (rows, columns).
+        is_causal: False, the only one here.
+        scale: factor on q k^T, default dim ** -0.5.
+        others: `backend` and `bias` of neighborhood_attention; NATTEN's other arguments may stand at their neutral value.
+
+    Returns B H W heads dim.
+    Raises as neighborhood_attention does, and TypeError for an argument of NATTEN that this op lacks.
+    """
+    given = {"stride": stride, "is_causal": is_causal} | others
+    ours = {name: given.pop(name) for name in ("backend", "bias") if name in given}
+    for name, argument in given.items():
+        neutral = (1, (1, 1)) if name == "stride" else (None, False, (False, False))
+        if isinstance(argument, Tensor) or argument not in neutral:
+            _refuse_arguments({name: argument})
+    return neighborhood_attention(query, key, value, kernel_size, dilation, scale=scale, **ours)
+
+
 def __getattr__(name: str) -> NoReturn:
-    if name in ("na1d", "na3d", "na2d"):
-        hint = "for 2-D maps it is neighborhood_attention, with NATTEN's layout"
-        raise AttributeError(f"NATTEN's {name} is not here: {hint}" + ("" if name == "na2d" else "; others are not supported"))
+    if name in ("na1d", "na3d"):
+        raise AttributeError(f"NATTEN's {name} is not here: only maps of two axes are, with na2d or neighborhood_attention")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
