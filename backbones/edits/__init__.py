@@ -22,6 +22,7 @@ from backbones.edits.progressive_norm import prepbn
 from backbones.edits.pruning import prune
 from backbones.edits.registers import add_test_time_registers
 from backbones.edits.relative_position import irpe
+from backbones.edits.relu_attention import relu_attention
 from backbones.edits.sigma import sigma_reparam
 from backbones.edits.sparsity import topk_mlp
 
@@ -33,6 +34,7 @@ EDITS: dict[str, Callable[..., nn.Module]] = {
     "mimetic_init": mimetic_init,
     "prepbn": prepbn,
     "prune": prune,
+    "relu_attention": relu_attention,
     "repeat_blocks": repeat_blocks,
     "sigma_reparam": sigma_reparam,
     "sub_ln": sub_ln,

@@ -122,6 +122,7 @@ class Cross(nn.Module):
 class RelativeAttention(nn.Module):
     """A mixin over timm's attentions: their forward with iRPE's terms, and unfused where values have one."""
 
+    by_parts = False  # also over a pruned attention: its parts alone would leave the terms out
     rpe: tuple[str, float]  # method, ratio
     grid_source: list[Part]  # the patch embedding, in a list so that it is no submodule here
     rpe_skip: int

@@ -17,7 +17,7 @@ from backbones.edits import depth, initialisation
 from backbones.edits.progressive_norm import merge_prepbn
 from backbones.edits.sigma import merge_sigma
 from backbones.prepbn import Affine, PRepBN
-from backbones.vit import Skip
+from backbones.vit import Skip, project, rotate
 
 ARGS = {
     "deepnet": {},
@@ -27,6 +27,7 @@ ARGS = {
     "mimetic_init": {},
     "prepbn": {"steps": 4},
     "prune": {"neurons": {"0": [1, 3], 2: [0]}},
+    "relu_attention": {},
     "repeat_blocks": {"order": [0, 1, 1, 2]},
     "sigma_reparam": {},
     "sub_ln": {},
@@ -476,3 +477,48 @@ def test_deepnet_is_what_the_paper_says():
     for other, message in (("vit_small_patch14_dinov2", "has LayerScale"), ("eva02_tiny_patch14_224", "got EvaBlock")):
         with pytest.raises(ValueError, match=message):
             edited(small(other)[0], "deepnet")
+
+
+@pytest.mark.parametrize("vit", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "eva02_tiny_patch14_224"])
+def test_relu_attention_is_what_the_paper_says(vit):
+    model, x = small(vit)
+    edited(model, "relu_attention")
+    attn, seen = model.blocks[1].attn, []
+    with torch.no_grad():
+        attn.norm.weight.normal_(), attn.norm.gate.normal_()
+        attn.register_forward_hook(lambda m, args, kwargs, out: seen.append((args, kwargs, out)), with_kwargs=True)
+        model(x)
+        (tokens,), kwargs, out = seen[0]
+        q, k, v = rotate(attn, *project(attn, tokens), kwargs.get("rope"))
+        mixed = torch.einsum("bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).mul(attn.scale).clamp(min=0), v).flatten(
+            2
+        )
+        normed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attn.norm.weight
+        close(out, attn.proj(normed * torch.sigmoid(attn.norm.gate * mixed)))
+
+
+def test_relu_attention_weighs_masked_pairs_with_zero_and_refuses_a_norm_that_is_there():
+    model, x = small("vit_tiny_patch16_224")
+    edited(model, "relu_attention")
+    with torch.no_grad():
+        tokens = torch.randn(2, 6, 48)
+        alone = model.blocks[0].attn(tokens[:, :4])
+        rows = torch.arange(6)
+        close(model.blocks[0].attn(tokens, attn_mask=(rows < 4).expand(6, 6))[:, :4], alone)
+        close(model.blocks[0].attn(tokens, is_causal=True)[:, :1], model.blocks[0].attn(tokens[:, :1]))
+    for vit, names in (
+        ("vit_tiny_patch16_224", ("sub_ln", "relu_attention")),
+        ("beit_base_patch16_224", ("relu_attention",)),
+        ("vit_tiny_patch16_224", ("token_merging", "relu_attention")),
+    ):
+        with pytest.raises(ValueError, match="free place for its norm|apply relu_attention first"):
+            edited(small(vit)[0], *names)
+
+
+@pytest.mark.parametrize("name", ["irpe", "relu_attention"])
+def test_a_pruned_attention_with_a_forward_of_its_own_is_not_run_by_parts(name):
+    model, _ = small("vit_tiny_patch16_224")
+    edits.apply(model, [{"name": "prune", "heads": {0: [0], 1: [0], 2: [1]}}, {"name": name}])
+    for edit in ("token_merging", "prune"):
+        with pytest.raises(ValueError, match="blocks.0.attn of this VisionTransformer is a"):
+            edited(model, edit)

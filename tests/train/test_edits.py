@@ -1,5 +1,6 @@
 """model.edits of a configuration: checked, applied after the weights they work on, and part of a run's own file."""
 
+import processes
 import pytest
 import timm
 import tiny
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from backbones.edits import EDITS as EDITS_BY_NAME
 from backbones.prepbn import PRepBN
-from train import config, engine, evaluation, setup
+from train import config, engine, evaluation, log, results, setup
 from train.results import save_product
 from train.show import Names
 
@@ -165,3 +166,29 @@ def stops_after(steps):
         return step(log, number, *args)
 
     return stopping
+
+
+@pytest.mark.slow  # each starts two processes
+@pytest.mark.parametrize("micro", [None, 2], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("name", ["prepbn", "relu_attention", "sigma_reparam", "token_merging"])
+def test_two_processes_train_an_edited_model_as_one_does(tmp_path, monkeypatch, name, micro):
+    if name == "prepbn" and micro:
+        pytest.skip("batch norm sees how micro-batches cut the batch")
+    given = values(edits=[{"name": name, **ARGUMENTS.get(name, {})}])
+    changes = {key: given[key] for key in ("task", "model", "run")}
+    changes["data"] = given["data"] | {"args": {}}
+    changes["optim"] = {"steps": 12, "global_batch": 8, "micro_batch": micro}
+    changes["run"] |= {"eval_every": 12}
+    monkeypatch.setattr(results, "pictures", lambda *args: None)
+    monkeypatch.setattr(results, "curves", lambda folder: None)
+    engine.fit(tiny.make(tmp_path / "one", **changes))
+    said = processes.fit(2, tmp_path / "two", changes)
+    assert f"total batch 8 = 2 processes x {2 if micro else 1} micro-batch" in said
+    one, two = (log.read(tmp_path / run / "log.csv") for run in ("one", "two"))
+    assert two["step"] == one["step"] == list(range(1, 13))
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, atol=1e-4, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
