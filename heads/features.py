@@ -36,8 +36,8 @@ class FeatureBackbone(nn.Module):
         norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
         pad_patches: a ConvNeXt pads its maps as kMaX-DeepLab's does (see heads/padding.py).
         multiple: images are padded to a multiple of it, right and bottom, also where the model takes others (Mask2Former: 32).
-        positions: the rule by which a plain ViT resizes its positions, "dpt" or "dinov2" (see heads/positions.py); default:
-            timm's.
+        positions: the rule by which a plain ViT resizes its positions, "dpt", "dinov2" or "mmsegmentation" (see
+            heads/positions.py); default: timm's.
         taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates
             does not reach (DPT-Hybrid: ResNet stages inside the patch embedding). Tokens are laid out at the image's aspect
             ratio.
@@ -99,7 +99,7 @@ class FeatureBackbone(nn.Module):
         if not isinstance(backbone, nn.Module) and hasattr(model, "prune_intermediate_layers"):
             # what no map needs is cut, so that every parameter left gets a gradient (DDP insists)
             prune: Any = model.prune_intermediate_layers
-            self.out_indices = list(prune(self.out_indices, prune_norm=not norm))
+            self.out_indices = list(prune(self.out_indices, prune_norm=not norm and "norm" not in (taps or ())))
         count = getattr(model, "num_prefix_tokens", 0)
         counts = [entries[i].get("prefix_tokens", count) for i in self.out_indices]
         self.prefix_counts: list[int] | None = None if taps else counts

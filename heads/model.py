@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,11 +33,12 @@ def build_head(
     backbone: Levels,
     out_channels: int,
     head_args: Mapping[str, Any] | None = None,
-    neck: str = "pyramid",
+    neck: str | None = "pyramid",
 ) -> tuple[Neck | None, Head]:
     """(neck or None, head) for this backbone. The neck makes a pyramid of one-scale maps for heads that need one.
 
-    ValueError names the nearest head if the name is unknown; TypeError lists the arguments the head takes if one is wrong, and
+    ValueError names the nearest head if the name is unknown, and says why "multilevel" does not go with a head or a backbone;
+    TypeError lists the arguments the head takes if one is wrong, and
     refuses a class that does not derive from `heads.Head`.
 
     Args:
@@ -44,10 +46,10 @@ def build_head(
         backbone: what its maps are like.
         out_channels: classes, or what the depth rule reads.
         head_args: further arguments of the head.
-        neck: what makes the pyramid, a name of NECKS.
+        neck: what makes the pyramid, a name of NECKS; None: nothing does, the head reads the maps as they are.
     """
-    if neck not in NECKS:
-        raise ValueError(f"neck is {neck!r}; use {' or '.join(map(repr, NECKS))}")
+    if neck is not None and neck not in NECKS:
+        raise ValueError(f"neck is {neck!r}; use {', '.join(map(repr, NECKS))} or None")
     if isinstance(head, str):
         if head not in HEADS:
             raise ValueError(f"unknown head {head!r}: {nearest(head, HEADS)}")
@@ -65,9 +67,31 @@ def build_head(
         args.setdefault("one_scale", backbone.one_scale)
     if cls.takes_prefix_counts:
         args.setdefault("prefix_counts", backbone.prefix_counts)
-    made: Neck | None = NECKS[neck](backbone.channels) if cls.pyramid and backbone.one_scale else None
+    made: Neck | None = None
+    if neck == "multilevel":
+        made = multilevel(backbone, cls)
+    elif neck is not None and cls.pyramid and backbone.one_scale:
+        made = NECKS[neck](backbone.channels)
     make: Any = cls  # arguments are each head's own
     return made, make(made.channels if made else backbone.channels, out_channels, **args)
+
+
+def multilevel(backbone: Any, head: type[Head]) -> MultiLevelNeck:
+    """mmsegmentation's neck on maps of one size. ValueError for maps of several, and for a head that reads no pyramid."""
+    if len(set(strides := getattr(backbone, "strides", ()))) > 1:
+        raise ValueError(f"neck 'multilevel' is for maps of one size, and these have strides {', '.join(map(str, strides))}")
+    if not head.pyramid:
+        raise ValueError(f"neck 'multilevel' makes a pyramid, which {head.__name__} does not read")
+    return MultiLevelNeck(backbone.channels)
+
+
+@dataclass(frozen=True)
+class Necked:
+    """What a head is built for behind a neck."""
+
+    channels: list[int]
+    one_scale: bool = False
+    prefix_counts: list[int] | None = None
 
 
 class DensePredictor(FromRun):
@@ -86,7 +110,8 @@ class DensePredictor(FromRun):
         aux_args: the second head's own arguments.
         in_chans: image channels.
         img_size: (H, W) the images will have; only models bound to one size need it.
-        neck: of a plain ViT under heads that read a pyramid: "pyramid" (ViTDet's), or "multilevel" (mmsegmentation's UPerNet).
+        neck: of a plain ViT under heads that read a pyramid: "pyramid" (ViTDet's), "multilevel" (mmsegmentation's UPerNet; the
+            auxiliary head reads its maps too), or None: the maps as they are.
     """
 
     family = "dense"
@@ -103,7 +128,7 @@ class DensePredictor(FromRun):
         aux_args: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         img_size: int | Sequence[int] | None = None,
-        neck: str = "pyramid",
+        neck: str | None = "pyramid",
     ):
         super().__init__()
         self.backbone = as_features(backbone, pretrained, backbone_args, in_chans, img_size)
@@ -111,8 +136,11 @@ class DensePredictor(FromRun):
         self.neck, self.head = build_head(head, self.backbone, out_channels, head_args, neck)
         self.aux_neck: Neck | None = None
         self.aux_head: Head | None = None
+        self.shared_neck = isinstance(self.neck, MultiLevelNeck)
         if aux_head is not None:
-            self.aux_neck, self.aux_head = build_head(aux_head, self.backbone, out_channels, aux_args, neck)
+            levels = Necked(self.neck.channels) if isinstance(self.neck, MultiLevelNeck) else self.backbone
+            own = None if self.shared_neck else neck
+            self.aux_neck, self.aux_head = build_head(aux_head, levels, out_channels, aux_args, own)
         elif aux_args:
             raise TypeError(f"aux_args {sorted(aux_args)} without an aux_head")
         want_prefix_tokens(self.backbone, [head for head in (self.head, self.aux_head) if head is not None])
@@ -134,8 +162,10 @@ class DensePredictor(FromRun):
         sizes, because a loss may sample points of a mask or want a disparity at each size; "size" among them says what image
         size their maps cover: (H, W) of the images after the backbone's padding, right and bottom.
         """
-        maps = self.backbone(images)
-        named = outputs(self.backbone, self.neck, self.head, maps, images)
+        maps, neck = self.backbone(images), self.neck
+        if neck is not None and self.shared_neck:
+            maps, neck = neck(without_prefix(maps)), None
+        named = outputs(self.backbone, neck, self.head, maps, images)
         if self.aux_head is not None:
             named["aux"] = outputs(self.backbone, self.aux_neck, self.aux_head, maps, images)["main"]
         return named
@@ -234,6 +264,11 @@ def want_prefix_tokens(backbone: FeatureBackbone, heads: Iterable[Head]) -> None
         backbone.return_prefix_tokens()
 
 
+def without_prefix(maps: Maps) -> list[Tensor]:
+    """Maps alone, of maps or of pairs (map, prefix tokens)."""
+    return [m if isinstance(m, Tensor) else m[0] for m in maps]
+
+
 def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]) -> Output:
     """A head's output on the backbone's maps.
 
@@ -246,7 +281,7 @@ def run_head(neck: nn.Module | None, head: Head, maps: Maps, size: Sequence[int]
         size: (H, W) of these images, which named outputs carry as "size".
     """
     if not head.prefix_tokens:
-        maps = [m if isinstance(m, Tensor) else m[0] for m in maps]
+        maps = without_prefix(maps)
     output = head(neck(maps) if neck is not None else maps)
     return output if isinstance(output, Tensor) else {**output, "size": tuple(size)}
 

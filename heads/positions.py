@@ -1,8 +1,8 @@
 """How published dense models on plain ViTs resize their positions for images of another size than they were trained at.
 
-timm resizes a position embedding bicubically with antialiasing, and binds a BEiT to one size. The authors of DPT, MiDaS and
-Depth-Anything do otherwise, and their depth maps differ at every size but the native one. `follow(model, rule)` makes a timm
-model keep its authors' rule; names and shapes of its weights do not change.
+timm resizes a position embedding bicubically with antialiasing, and binds a BEiT to one size. The authors of DPT, MiDaS,
+Depth-Anything and mmsegmentation do otherwise, and their depth maps differ at every size but the native one. `follow(model,
+rule)` makes a timm model keep its authors' rule; names and shapes of its weights do not change.
 
 Shapes: B batch, h w grid of patches, N tokens, C channels, P prefix tokens (class token, registers).
 """
@@ -17,14 +17,15 @@ from timm.models.beit import Attention, Beit, gen_relative_position_index
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-RULES = ("dpt", "dinov2")
+RULES = ("dpt", "dinov2", "mmsegmentation")
 
 
 def follow(model: Any, rule: str) -> Any:
     """Resize the positions of a timm VisionTransformer or Beit by `rule` from now on, in place; returns the model.
 
-    rule: "dpt" (DPT, MiDaS: bilinear; in a BEiT the table of offsets of every block) or "dinov2" (DINOv2, Depth-Anything:
-    bicubic, by the factors (n + 0.1) / native grid). Raises ValueError for another rule and for a model without such positions.
+    rule: "dpt" (DPT, MiDaS: bilinear; in a BEiT the table of offsets of every block), "dinov2" (DINOv2, Depth-Anything:
+    bicubic, by the factors (n + 0.1) / native grid) or "mmsegmentation" (bicubic, without antialiasing). Raises ValueError for
+    another rule and for a model without such positions.
     """
     if rule not in RULES:
         raise ValueError(f"positions is {rule!r}; use one of {', '.join(RULES)}, or null for timm's own rule")
@@ -53,8 +54,9 @@ class PlainViT(VisionTransformer):
         if tuple(old) == tuple(new):
             return table
         image = table.float().mT.unflatten(2, tuple(old))
-        if self.position_rule == "dpt":
-            image = F.interpolate(image, tuple(new), mode="bilinear", align_corners=False)
+        if self.position_rule != "dinov2":
+            mode = "bilinear" if self.position_rule == "dpt" else "bicubic"
+            image = F.interpolate(image, tuple(new), mode=mode, align_corners=False)
         else:  # the factors are also the steps of the sampling, which is not quite resizing to the new size
             factors = tuple((n + 0.1) / o for n, o in zip(new, old, strict=True))
             image = F.interpolate(image, scale_factor=factors, mode="bicubic", align_corners=False)

@@ -26,6 +26,7 @@ ADE20K = 150  # classes; output channel 0 is class 1 of the annotation
 class Published:
     """A predictor as its authors trained it.
 
+    neck: of DensePredictor. img_size: (H, W) the encoder's positions are for, where they are not timm's own.
     rule: what the output channels of a depth model mean; None: class scores. normalisation: mean and std of RGB in [0, 1].
     size: (H, W) the image is resized towards; multiple, method, keep_aspect: the other arguments of `input_size`.
     """
@@ -37,6 +38,9 @@ class Published:
     head_args: dict = field(default_factory=dict)
     backbone_args: dict = field(default_factory=dict)
     aux_head: str | None = None
+    aux_args: dict = field(default_factory=dict)
+    neck: str | None = "pyramid"
+    img_size: tuple[int, int] | None = None
     rule: DepthRule | None = None
     normalisation: tuple = HALF
     size: tuple[int, int] = (384, 384)
@@ -53,7 +57,7 @@ def build(name: str, img_size: int | Sequence[int] | None = None) -> DensePredic
     """
     spec = PUBLISHED[name]
     if "positions" in spec.backbone_args:
-        img_size = None
+        img_size = spec.img_size
     return DensePredictor(
         spec.backbone,
         spec.head,
@@ -61,6 +65,8 @@ def build(name: str, img_size: int | Sequence[int] | None = None) -> DensePredic
         spec.head_args,
         backbone_args=spec.backbone_args,
         aux_head=spec.aux_head,
+        aux_args=spec.aux_args,
+        neck=spec.neck,
         img_size=img_size,
     )
 
@@ -208,9 +214,9 @@ def _glpn() -> dict[str, Published]:
 
 
 def _mmsegmentation() -> dict[str, Published]:
-    """UPerNet on the zoo's backbones (`import backbones` first) and PoolFormer's semantic FPN, ADE20K.
+    """UPerNet on the zoo's backbones (`import backbones` first) and on plain ViTs, and PoolFormer's semantic FPN, ADE20K.
 
-    Not here: UPerNet on mmsegmentation's own plain ViT, whose names no converter knows; its neck is heads.multilevel.
+    The plain ViTs are mmsegmentation's: "mln" has its MultiLevelNeck, "ln" a norm behind the last map.
     """
     upernet = ["swin_t", "swin_s", "swin_b", "swin_l", "nat_mini", "nat_tiny", "nat_small", "nat_base"]
     upernet += [f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large")]
@@ -223,6 +229,23 @@ def _mmsegmentation() -> dict[str, Published]:
         "size": (512, 512),
     }
     found = {f"upernet_{name}": Published(name, "upernet", aux_head="fcn", **shared) for name in upernet}
+    for name, backbone in (
+        ("vit_b16", "vit_base_patch16_224"),
+        ("deit_s16", "deit_small_patch16_224"),
+        ("deit_b16", "deit_base_patch16_224"),
+    ):
+        for form in ("", "_mln", "_ln_mln") if name != "vit_b16" else ("_mln", "_ln_mln"):
+            last = "norm" if "ln" in form.split("_") else "blocks.11"
+            args = {"positions": "mmsegmentation", "taps": ("blocks.2", "blocks.5", "blocks.8", last)}
+            found[f"upernet_{name}{form}"] = Published(
+                backbone,
+                "upernet",
+                aux_head="fcn",
+                aux_args={"index": 3},
+                neck="multilevel" if form else None,
+                img_size=(512, 512),
+                **shared | {"backbone_args": args},
+            )
     for size in ("s12", "s24", "s36", "m36", "m48"):
         found[f"fpn_poolformer_{size}"] = Published(f"poolformer_{size}_gn", "fpn", **shared)
     return found

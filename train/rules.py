@@ -224,6 +224,9 @@ APPLIES: dict[str, Applies] = {
     "model.checkpoint_which": Applies("with model.checkpoint", lambda config, dense: config.model.checkpoint is not None),
     "model.aux_head": _dense(OWN_CLASSIFIER),
     "model.aux_args": _dense(OWN_CLASSIFIER),
+    "model.neck": Applies(
+        f"to dense tasks with one head; {OWN_CLASSIFIER}", lambda config, dense: dense and "parts" not in config.task
+    ),
     "model.out_indices": _dense(OWN_CLASSIFIER),
     "data.skip_unreadable": Applies("to data sets of files", lambda config, dense: config.data.root is not None),
     "augment.scale": _crop("area", "scale", "native"),

@@ -25,6 +25,8 @@ class ModelConfig:
         head_args: arguments of the head class.
         aux_head: a second head trained beside the first, or null.
         aux_args: arguments of the second head.
+        neck: what makes a pyramid of the maps of a plain ViT, for heads that read one: "pyramid" (ViTDet's), "multilevel"
+            (mmsegmentation's MultiLevelNeck), or null for the maps as they are.
         out_indices: feature levels the head sees; null = all.
         freeze_backbone: train the head only; the backbone stays in evaluation mode.
         in_chans: image channels: 1 = grey, 3 = RGB, else as many as the files have (RGBA, four-band TIFF, .npy).
@@ -41,6 +43,7 @@ class ModelConfig:
     head_args: dict[str, Any] = field(default_factory=dict)
     aux_head: str | None = None
     aux_args: dict[str, Any] = field(default_factory=dict)
+    neck: Literal["pyramid", "multilevel"] | None = "pyramid"
     out_indices: list[int] | None = None
     freeze_backbone: bool = False
     in_chans: int = 3

@@ -272,6 +272,8 @@ def _check_dense(source: str, lost: list[str], extra: list[str]) -> None:
         text = f"{source} holds weights that this predictor lacks, {summary(extra)}"
         if any("feature_norms." in name for name in extra):
             text += "; build the backbone with feature_norms=True to use the norms of its maps"
+        if any(".final_norm." in name for name in extra):
+            text += "; build the backbone with taps that end with 'norm' (as heads.published does) to norm its last map"
     else:
         return
     raise ValueError(f"{text}; pass strict=False to load the backbone alone")

@@ -20,6 +20,7 @@ WITHOUT_EFFECT = {  # key -> (value, what the rest of the configuration is)
     "model.checkpoint_which": ("model_ema", {}),
     "model.aux_head": ("fcn", CLASSES),
     "model.aux_args": ({"width": 3}, {**CLASSES, "model": {"aux_head": "fcn"}}),
+    "model.neck": ("multilevel", CLASSES),
     "model.out_indices": ([0, 1], CLASSES),
     "data.skip_unreadable": (0.5, {}),
     "augment.scale": ([0.5, 2], {"augment": {"crop": "resize"}}),

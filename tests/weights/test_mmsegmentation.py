@@ -105,6 +105,123 @@ def test_its_own_mit():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in source.state_dict().items())
 
 
+VIT = {"embed_dim": 24, "depth": 4, "num_heads": 2}
+MAPS = ("blocks.0", "blocks.1", "blocks.2")
+
+
+def vit_predictor(
+    last: str = "norm", neck: str | None = "multilevel", positions: str | None = "mmsegmentation", size: int = 32
+):
+    args = VIT | {"positions": positions, "taps": (*MAPS, last)}
+    aux = {"aux_head": "fcn", "aux_args": {"width": 4, "index": 3}}
+    options = {"backbone_args": args, "img_size": (32, 32), "neck": neck, **aux}
+    return DensePredictor("vit_tiny_patch16_224", "upernet", 5, {"width": 8}, **options).eval()
+
+
+def vit_file(norm: bool = True, neck: bool = True, grid: int = 2) -> State:
+    """A file as mmsegmentation writes it for upernet_vit-b16_(ln_)mln, small, from its own names and shapes."""
+    draw = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "backbone.cls_token": (1, 1, 24),
+        "backbone.pos_embed": (1, grid * grid + 1, 24),
+        "backbone.patch_embed.projection.weight": (24, 3, 16, 16),
+        "backbone.patch_embed.projection.bias": (24,),
+    }
+    for i in range(4):
+        stem = f"backbone.layers.{i}."
+        linear = {"attn.attn.out_proj": (24, 24), "ffn.layers.0.0": (96, 24), "ffn.layers.1": (24, 96)}
+        shapes |= {f"{stem}attn.attn.in_proj_weight": (72, 24), f"{stem}attn.attn.in_proj_bias": (72,)}
+        for name, shape in (linear | {"ln1": (24,), "ln2": (24,)}).items():
+            shapes |= {f"{stem}{name}.weight": shape, f"{stem}{name}.bias": shape[:1]}
+    if norm:
+        shapes |= {"backbone.ln1.weight": (24,), "backbone.ln1.bias": (24,)}
+    state = {name: torch.randn(shape, generator=draw) * 0.2 for name, shape in shapes.items()}
+    if neck:
+        for i in range(4):
+            for name, kernel in (("lateral_convs", 1), ("convs", 3)):
+                state[f"neck.{name}.{i}.conv.weight"] = torch.randn(24, 24, kernel, kernel, generator=draw)
+                state[f"neck.{name}.{i}.conv.bias"] = torch.randn(24, generator=draw)
+    like = vit_predictor()
+    for place, head in (("decode_head", like.head), ("auxiliary_head", like.aux_head)):
+        state |= {f"{place}.{name}": value for name, value in head.state_dict().items()}
+    return state
+
+
+def vit_maps(state: State, images: torch.Tensor, grid: int = 2) -> list[torch.Tensor]:
+    """mmsegmentation's VisionTransformer, step by step: the maps of every layer, a norm behind the last one."""
+    part = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    functional = torch.nn.functional
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.layer_norm(x, (24,), part[f"{name}.weight"], part[f"{name}.bias"], 1e-6)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.linear(x, part[f"{name}.weight"], part[f"{name}.bias"])
+
+    patches = functional.conv2d(images, part["patch_embed.projection.weight"], part["patch_embed.projection.bias"], stride=16)
+    size = patches.shape[-2:]
+    table = part["pos_embed"][:, 1:].mT.reshape(1, 24, grid, grid)
+    table = functional.interpolate(table, size, mode="bicubic", align_corners=False).flatten(2).mT
+    x = torch.cat([part["cls_token"].expand(len(images), -1, -1), patches.flatten(2).mT], 1)
+    x = x + torch.cat([part["pos_embed"][:, :1], table], 1)
+    found = []
+    for i in range(4):
+        stem = f"layers.{i}."
+        weights_, bias = part[f"{stem}attn.attn.in_proj_weight"], part[f"{stem}attn.attn.in_proj_bias"]
+        q, k, v = functional.linear(norm(x, f"{stem}ln1"), weights_, bias).unflatten(2, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+        heads = (q @ k.mT / 12**0.5).softmax(-1) @ v
+        x = x + linear(heads.transpose(1, 2).flatten(2), f"{stem}attn.attn.out_proj")
+        x = x + linear(functional.gelu(linear(norm(x, f"{stem}ln2"), f"{stem}ffn.layers.0.0")), f"{stem}ffn.layers.1")
+        if i == 3 and "ln1.weight" in part:
+            x = norm(x, "ln1")
+        found.append(x[:, 1:].mT.unflatten(2, size))
+    return found
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)])
+def test_its_own_plain_vit_with_multilevelneck(norm, size):
+    state, model = vit_file(norm), vit_predictor("norm" if norm else "blocks.3")
+    report = weights.load_checkpoint(model, {"state_dict": state, "meta": {}})
+    assert report.format == "official-dense" and not report.missing and not report.unexpected and not report.warnings
+    assert len(report.loaded) == len(model.state_dict()) == len(state)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for own, theirs in zip(model.backbone(images), vit_maps(state, images), strict=True):
+            torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-5)
+    back = weights.convert.converter(model).to_official(model.state_dict(), model)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_positions_of_another_grid_are_resized_as_mmsegmentation_does():
+    state, model = vit_file(grid=4), vit_predictor()
+    report = weights.load_checkpoint(model, state)
+    assert report.resized == {"backbone.model.pos_embed": ((1, 17, 24), (1, 5, 24))}
+    table = state["backbone.pos_embed"][:, 1:].mT.unflatten(2, (4, 4))
+    small = torch.nn.functional.interpolate(table, (2, 2), mode="bicubic", align_corners=False).flatten(2).mT
+    torch.testing.assert_close(model.state_dict()["backbone.model.pos_embed"][:, 1:], small)
+
+
+def test_what_of_its_plain_vit_does_not_fit_is_refused():
+    for neck in (None, "pyramid"):
+        with pytest.raises(ValueError, match="MultiLevelNeck and the predictor has another neck or none: .* neck='multilevel'"):
+            weights.load_checkpoint(vit_predictor(neck=neck), vit_file())
+    with pytest.raises(ValueError, match="lacks weights of this predictor, 16: neck.lateral_convs"):
+        weights.load_checkpoint(vit_predictor(), vit_file(neck=False))
+    with pytest.raises(ValueError, match="final_norm.*; build the backbone with taps that end with 'norm'"):
+        weights.load_checkpoint(vit_predictor("blocks.3"), vit_file())
+    with pytest.raises(ValueError, match="lacks weights of this predictor, 2: backbone.model.norm"):
+        weights.load_checkpoint(vit_predictor(), vit_file(norm=False))
+    assert "positions='mmsegmentation'" in str(weights.load_checkpoint(vit_predictor(positions=None), vit_file()))
+    for neck, args, sentence in (
+        ("pyramid", {}, "ViTDet's pyramid.*has no place"),
+        (None, {"init_values": 1.0}, r"ViT has no place for blocks\.0\.ls1\.gamma"),
+    ):
+        model = DensePredictor("vit_tiny_patch16_224", "upernet", 5, {"width": 8}, backbone_args=VIT | args, neck=neck)
+        with pytest.raises(ValueError, match=sentence):
+            weights.convert.converter(model).to_official(model.state_dict(), model)
+
+
 @pytest.mark.parametrize("backbone", ["ZooBackbone", "TIMMBackbone"])
 @pytest.mark.parametrize("head", ["ZooHead", "UPerHead"])
 @pytest.mark.parametrize("name", ["nat_mini", "test_resnet"])

@@ -74,6 +74,7 @@ class DenseTask(Task):
             head_args=model.head_args,
             aux_head=model.aux_head,
             aux_args=model.aux_args,
+            neck=model.neck,
             **backbone_arguments(model),
         )
         self.auxiliary = model.aux_head is not None

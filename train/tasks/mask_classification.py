@@ -62,7 +62,12 @@ class MaskClassification(Segmentation):
         if model.aux_head is not None:
             raise ValueError("model.aux_head: the layers of a mask head are its own auxiliary heads; set it to null")
         predictor = heads.DensePredictor(
-            model.backbone, model.head, self.num_classes, head_args=model.head_args, **backbone_arguments(model)
+            model.backbone,
+            model.head,
+            self.num_classes,
+            head_args=model.head_args,
+            neck=model.neck,
+            **backbone_arguments(model),
         )
         head: Any = predictor.head
         if not hasattr(head, "queries"):

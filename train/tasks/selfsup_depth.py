@@ -112,7 +112,8 @@ class SelfSupDepth(Task):
         if model.aux_head is not None:
             raise ValueError("model.aux_head: the coarser disparities are this task's auxiliary outputs; set it to null")
         pose = PoseNetwork(**self.pose, in_chans=model.in_chans) if self.learned else None
-        return VideoPredictor(model.backbone, model.head, 1, head_args=model.head_args, pose=pose, **backbone_arguments(model))
+        args = backbone_arguments(model)
+        return VideoPredictor(model.backbone, model.head, 1, head_args=model.head_args, neck=model.neck, pose=pose, **args)
 
     def check(self, dataset: ImageDataset) -> None:
         name = type(dataset).__name__

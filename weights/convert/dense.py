@@ -64,7 +64,16 @@ def to_native(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         state_dict = {key: value for key, value in state_dict.items() if key not in native}
         if model.aux_head is None:
             native = {key: value for key, value in native.items() if not key.startswith("aux_")}
+        necks = [key for key in model.state_dict() if key.startswith("neck.")]
+        native |= {key: state_dict.pop(key) for key in necks if key in state_dict}
+        if any(key.startswith("neck.convs.") for key in state_dict):
+            raise ValueError(
+                "the file has mmsegmentation's MultiLevelNeck and the predictor has another neck or none: build it with "
+                "neck='multilevel'"
+            )
     parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "head": {}, "aux_head": {}}
+    if getattr(model.backbone, "taps", ())[-1:] == ("norm",):
+        state_dict = {re.sub(r"^backbone\.final_norm\.", "backbone.norm.", key): value for key, value in state_dict.items()}
     for key, value in state_dict.items():
         if key.startswith(prefix):
             parts["backbone"][key.removeprefix(prefix)] = value
@@ -104,7 +113,7 @@ def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Our names -> mmsegmentation's for heads of its making, isl-org's or Depth-Anything's for DPT, GLPN's for GLPN, and
     detectron2's for heads with queries.
     """
-    parts: dict[str, dict[str, Tensor]] = {"backbone.model.": {}, "head.": {}, "aux_head.": {}}
+    parts: dict[str, dict[str, Tensor]] = {"backbone.model.": {}, "head.": {}, "aux_head.": {}, "neck.": {}}
     for key, value in state_dict.items():
         if prefix := next((p for p in parts if key.startswith(p)), None):
             parts[prefix][key.removeprefix(prefix)] = value
@@ -112,14 +121,19 @@ def to_official(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     aux = parts["aux_head."]
     module = convert.converter(model.backbone.model)
     backbone = module.to_official(parts["backbone.model."], model.backbone.model) if module else parts["backbone.model."]
+    if any(key.startswith("levels.") for key in parts["neck."]):
+        raise ValueError("ViTDet's pyramid, the neck of this predictor, has no place in other programs' files")
     if any(key.startswith("scratch.layer") for key in head):
         form = "depth-anything" if any(key.startswith("projects.") for key in head) else "isl"
     elif any(key.startswith("pixel_decoder.") for key in head):
         form = "detectron"
     else:
         form = "glpn" if "decoder.bot_conv.weight" in head else "mmsegmentation"
+    if form == "mmsegmentation" and module is None and "vision_transformer" in architectures(model.backbone.model):
+        backbone = convert.mmsegmentation.plain_vit(backbone)
     place = {"mmsegmentation": "decode_head.", "depth-anything": "depth_head.", "detectron": "sem_seg_head."}.get(form, "")
     official = {f"{FORMATS[form][1]}{key}": value for key, value in backbone.items()}
+    official |= {f"neck.{key}": value for key, value in parts["neck."].items()}
     for key, value in head.items():
         neck = (
             form == "mmsegmentation"
@@ -164,11 +178,11 @@ def fit_shapes(native: dict[str, Tensor], model: Any, source: dict[str, Tensor])
     encoder = FORMATS[form][1] if form else prefix
     written = {key.removeprefix(encoder): value for key, value in source.items() if key.startswith(encoder)}
     fitted = dict(inner)
-    if convert.converter(backbone) is None and form in ("isl", "depth-anything"):
+    if convert.converter(backbone) is None and position_rule(source) is not None:
         own = backbone.state_dict()
         for name, value in inner.items():
             if name in own and own[name].shape != value.shape:
-                fitted[name] = resize_positions(name, value, backbone, form)
+                fitted[name] = resize_positions(name, value, backbone, str(form))
     by_rule = {name: (tuple(inner[name].shape), tuple(fitted[name].shape)) for name in inner}
     fitted, resized = convert.fit_shapes(fitted, backbone, written)
     resized = {name: shapes for name, shapes in by_rule.items() if shapes[0] != shapes[1]} | resized
@@ -177,8 +191,7 @@ def fit_shapes(native: dict[str, Tensor], model: Any, source: dict[str, Tensor])
 
 def doubts(source: dict[str, Tensor], model: Any) -> list[str]:
     """A sentence if the file's authors resize positions by another rule than the model's backbone does."""
-    backbone, form = model.backbone.model, program(source)
-    rule = {"isl": "dpt", "depth-anything": "dinov2"}.get(form or "")
+    backbone, rule = model.backbone.model, position_rule(source)
     if rule is None or not architectures(backbone) & {"vision_transformer", "beit"} or hasattr(backbone, "position_rule"):
         return []
     if convert.converter(backbone) is not None or not getattr(backbone, "dynamic_img_size", False):
@@ -189,10 +202,20 @@ def doubts(source: dict[str, Tensor], model: Any) -> list[str]:
     ]
 
 
+def position_rule(source: Iterable[str]) -> str | None:
+    """The rule of heads.positions by which the authors of a file resize positions; None for timm's and where there are none."""
+    source = list(source)
+    form = program(source)
+    if form == "mmsegmentation":  # its own plain ViT; timm's inside mmsegmentation has other names
+        return "mmsegmentation" if "backbone.pos_embed" in source else None
+    return {"isl": "dpt", "depth-anything": "dinov2"}.get(form or "")
+
+
 def resize_positions(name: str, value: Tensor, model: Any, form: str) -> Tensor:
-    """The positions of a timm ViT or BEiT for its grid, by the rule of DPT, MiDaS or Depth-Anything; other tensors as they are.
+    """The positions of a timm ViT or BEiT for its grid, by the rule of its program; other tensors as they are.
 
     DPT and MiDaS: bilinear, without antialiasing; BEiT's three entries of the class token are kept. Depth-Anything: DINOv2's.
+    mmsegmentation: bicubic, without antialiasing.
 
     Args:
         name: of the tensor.
@@ -208,8 +231,9 @@ def resize_positions(name: str, value: Tensor, model: Any, form: str) -> Tensor:
         return value
     count = 0 if model.no_embed_class else model.num_prefix_tokens
     grid = tuple(model.patch_embed.grid_size)
-    if form == "isl":
-        return resample_position_embedding(value, grid, count, mode="bilinear")
+    if form in ("isl", "mmsegmentation"):
+        mode = "bilinear" if form == "isl" else "bicubic"
+        return resample_position_embedding(value, grid, count, mode=mode)
     old = square(value.shape[1] - count, "a position embedding")
     positions = dino_positions(value[:, count:], old, grid, antialias=False, offset=0.1)
     return torch.cat([value[:, :count], positions], 1)
