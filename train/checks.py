@@ -51,7 +51,7 @@ class Collected:
             raise Mistakes(list(dict.fromkeys(self.sentences)))
 
 
-def sentences_of(error: ValueError) -> list[str]:
+def sentences_of(error: Exception) -> list[str]:
     """The mistakes that an error names, one or several."""
     return error.sentences if isinstance(error, Mistakes) else [str(error)]
 

@@ -33,7 +33,7 @@ from train.log import Log
 from train.randomness import by_position, drawn_for, seed_all
 from train.results import finish, save_product
 from train.schema import Config
-from train.setup import build, start, training_set, validation_set
+from train.setup import build, data_sets, start
 from train.show import Names
 from train.state import Parts, RunState, improved, restore, save, settings
 from train.tasks import Task
@@ -189,7 +189,7 @@ def prepare(config: Config, accelerator: Accelerator, resume: bool, accept_chang
     changes = check_folder(folder, config, resume, accept_changes)
     seed_all(config.run.seed)
     task = configuration.build_task(config)
-    train_set, val_set = training_set(config, task), validation_set(config, task)
+    train_set, val_set = data_sets(config, task)
     plain = cast(ImageDataset, train_set.dataset)
     damaged = Damaged(config.data.skip_unreadable, {"train": plain, "val": val_set})
     for sentence in refuse([plain, val_set], val_is_train=config.data.val_is_train):

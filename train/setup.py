@@ -13,6 +13,7 @@ from torch import nn
 import backbones.edits
 import weights
 from train import optim
+from train.checks import Mistakes, sentences_of
 from train.data import ImageDataset, open_split
 from train.halves import slow_bfloat16
 from train.schema import Config
@@ -48,6 +49,23 @@ def start(config: Config) -> Accelerator:
     if run.precision == "bf16" and accelerator.device.type == "cpu" and (note := slow_bfloat16()):
         accelerator.print(f"run.precision bf16: {note}")
     return accelerator
+
+
+def data_sets(config: Config, task: Task) -> tuple[Seeded, ImageDataset]:
+    """(training split, validation split). Mistakes of both come together, each with its split's name."""
+    found: list[tuple[str, Exception]] = []
+    splits: list[Any] = []
+    for split, opened in (("train", training_set), ("val", validation_set)):
+        try:
+            splits.append(opened(config, task))
+        except (ValueError, FileNotFoundError) as error:
+            found.append((split, error))
+    if len({str(error) for _, error in found}) == 2:
+        raise Mistakes([f"{split}: {text}" for split, error in found for text in sentences_of(error)]) from found[0][1]
+    if found:
+        raise found[0][1]
+    train, val = splits
+    return train, val
 
 
 def training_set(config: Config, task: Task) -> Seeded:

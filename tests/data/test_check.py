@@ -226,6 +226,27 @@ def test_zoo_train_refuses_what_cannot_be_right_before_it_makes_a_folder(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_mistakes_of_both_splits_come_together(tmp_path):
+    from train import config, setup
+
+    root = pairs(tmp_path / "ids", mask=lambda split, i: stripes([0, {"train": 5, "val": 7}[split]]))
+    with pytest.raises(ValueError, match="2 mistakes") as error:
+        refuse(datasets(root, classes=2))
+    first, second = error.value.sentences
+    assert "Folder, train: mask id 5" in first and "Folder, val: mask id 7" in second
+    for split in ("train", "val"):
+        (root / f"masks/{split}/1.png").unlink()
+    (tmp_path / "c.yaml").write_text(CONFIG.replace("ROOT", str(root)))
+    settings = config.load(str(tmp_path / "c.yaml"), [])
+    with pytest.raises(ValueError, match="2 mistakes") as error:
+        setup.data_sets(settings, config.build_task(settings))
+    first, second = error.value.sentences
+    assert first.startswith("train: ") and "train/1.png" in first and second.startswith("val: ") and "val/1.png" in second
+    settings.data.root = str(tmp_path / "nowhere")
+    with pytest.raises((ValueError, FileNotFoundError), match="^data.root is .*nowhere"):  # one sentence for one mistake
+        setup.data_sets(settings, config.build_task(settings))
+
+
 def test_the_task_is_asked(tmp_path):
     class Picky:
         def check(self, dataset):
@@ -255,9 +276,15 @@ def test_a_configuration_is_checked_and_the_exit_status_says_so(tmp_path, capsys
     (root / "masks/val/0.png").write_bytes(b"")
     assert check(settings.data, task) == 1
     assert "ERROR   val: cannot be read" in capsys.readouterr().out
+    (root / "masks/val").rename(root / "masks/elsewhere")
+    assert check(settings.data, task, out=tmp_path / "half") == 1
+    text = capsys.readouterr().out
+    assert "ERROR   val: " in text and "train: 3 samples" in text and "nothing speaks against" not in text
+    assert '"ok": false' in (tmp_path / "half" / "data_check.json").read_text()
     settings.data.root = str(tmp_path / "nowhere")
-    assert check(settings.data, task) == 1
+    assert check(settings.data, task, out=tmp_path / "none") == 1
     assert f"data.root is {tmp_path}/nowhere, which is not a folder" in capsys.readouterr().out
+    assert not (tmp_path / "none" / "data_check.png").exists()
 
 
 @pytest.mark.parametrize("name", ["scenes", "digits"])

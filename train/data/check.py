@@ -6,14 +6,14 @@ Facts are counted in facts.py and judged in examine.py; here they become a repor
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.checks import sentences_of
+from train.checks import Mistakes, sentences_of
 from train.data import frames, open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.examine import Finding, compare, examine, lossy_sentence, named
@@ -162,6 +162,7 @@ def run(
     out: str | Path | None = None,
     count: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unopened: Sequence[Finding] = (),
 ) -> Report:
     """Facts and findings of the splits.
 
@@ -171,11 +172,13 @@ def run(
         out: folder for data_check.{png,json,txt}; None: nothing is written.
         count: samples of each split to read; None: all.
         progress: is told how many of how many are read.
+        unopened: why other splits could not be opened.
     """
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     facts = [read_facts(dataset, count, progress) for dataset in datasets]
-    findings = [finding for dataset, one in zip(datasets, facts, strict=True) for finding in examine(dataset, one)]
+    findings = [*unopened]
+    findings += [finding for dataset, one in zip(datasets, facts, strict=True) for finding in examine(dataset, one)]
     findings += compare(datasets, facts)
     findings += [finding for dataset in datasets if "frames" in dataset.targets for finding in frames.findings(dataset)]
     if task is not None:
@@ -202,7 +205,7 @@ def run(
 
 
 def refuse(datasets: list[ImageDataset], count: int = 8, val_is_train: bool = False) -> list[str]:
-    """What training calls before it starts: ValueError with the first error found in a few samples of each split.
+    """What training calls before it starts: ValueError with the first error found in a few samples, of each split that has one.
 
     An error must hold in 20 times as many samples too: a few may all be void, or lack the second of two classes, by chance.
     Returns sentences that training says once.
@@ -213,6 +216,7 @@ def refuse(datasets: list[ImageDataset], count: int = 8, val_is_train: bool = Fa
         val_is_train: the two may be the same images.
     """
     few: list[SplitFacts] = []
+    mistakes = []
     for dataset in datasets:
         for number in (count, 20 * count):  # the many include the few
             facts = read_facts(dataset, number)
@@ -221,10 +225,12 @@ def refuse(datasets: list[ImageDataset], count: int = 8, val_is_train: bool = Fa
             if not errors:
                 break
         else:
-            raise ValueError(
+            mistakes.append(
                 f"{type(dataset).__name__}, {errors[0].split}: {errors[0].text}. Training with these data cannot be right; "
                 "`zoo data-check` tells more"
             )
+    if mistakes:
+        raise Mistakes(mistakes)
     sentences = [f"{dataset.split}: {notice}" for dataset in datasets for notice in dataset.notices]
     sentences += [f"{facts.split}: {lossy_sentence(facts.notes)}" for facts in few if facts.notes.lossy_masks]
     return sentences + same_images(datasets, few, val_is_train)
@@ -272,16 +278,15 @@ def check(data: DataConfig, task: Task, count: int | None = None, out: str | Pat
         out: folder for pictures and numbers.
         channels: model.in_chans.
     """
-    datasets = []
+    datasets, unopened = [], []
     for split in SPLITS:
         try:
             datasets.append(open_split(data, split, task.targets(split), channels))
         except (FileNotFoundError, ValueError) as error:
-            print(f"ERROR   {split}: {error}")
-    if not datasets:
-        return 1
-    report = run(datasets, task, out, count, progress if sys.stderr.isatty() else None)
+            unopened += [Finding("error", split, sentence) for sentence in sentences_of(error)]
+    report = run(datasets, task, out, count, progress if sys.stderr.isatty() else None, unopened)
     print("\n".join(report.lines))
     if out is not None:
-        print(f"pictures and numbers: {Path(out) / 'data_check.png'}, data_check.json, data_check.txt")
-    return 0 if report.ok and len(datasets) == len(SPLITS) else 1
+        written = [name for name in ("data_check.png", "data_check.json", "data_check.txt") if (Path(out) / name).is_file()]
+        print(f"pictures and numbers in {out}: {', '.join(written)}")
+    return 0 if report.ok else 1
