@@ -97,7 +97,9 @@ def open_run(
         raise FileNotFoundError(f"{folder} has no {weights}: the run has not been evaluated yet")
     config.model.pretrained, config.model.checkpoint = False, None
     config.task |= {
-        key: empty for key, empty in (("teacher_pretrained", False), ("teacher_checkpoint", None)) if key in config.task
+        key: empty
+        for key, empty in (("teacher_pretrained", False), ("teacher_checkpoint", None), ("teacher_checkpoint_which", None))
+        if key in config.task
     }
     task = configuration.build_task(config)
     model = build(config, task, say=lambda text: None)

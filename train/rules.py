@@ -255,6 +255,9 @@ APPLIES: dict[str, Applies] = {
     "task.teacher_args": TEACHER,
     "task.teacher_pretrained": TEACHER,
     "task.teacher_checkpoint": TEACHER,
+    "task.teacher_checkpoint_which": Applies(
+        "with task.teacher_checkpoint", lambda config, dense: config.task["teacher_checkpoint"] is not None
+    ),
     "task.distillation": TEACHER,
     "task.distillation_blocks": Applies(
         "with task.teacher and a task.distillation of attention", lambda config, dense: _distils(config) not in CLASSES

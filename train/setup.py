@@ -105,6 +105,8 @@ def build(config: Config, task: Task, say: Callable[[str], None] = print) -> nn.
     run's own file holds the edited model and is loaded into the result.
     """
     net = task.build(config.model)
+    for note in task.notes:
+        say(note)
     if config.model.checkpoint is not None:
         say(str(load_weights(net, config.model.checkpoint, which=config.model.checkpoint_which)))
     net = backbones.edits.apply(net, config.model.edits)

@@ -1,11 +1,12 @@
 """Attention transfer as a run: a teacher's folder, a student that learns or copies, and the student opened again."""
 
 import pytest
+import timm
 import tiny
 import torch
 from safetensors.torch import load_file
 
-from train import config, engine, evaluation
+from train import config, engine, evaluation, setup
 
 SMALL = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 LARGE = SMALL | {"embed_dim": 24, "depth": 3}
@@ -74,3 +75,19 @@ def test_what_a_copying_student_cannot_have_is_said(tmp_path):
         config.build_task(wrong).build(wrong.model)
     with pytest.raises(ValueError, match="distillation_blocks must be at least 1"):
         made(tmp_path, SMALL, distillation="keys", distillation_blocks=0, **options)
+
+
+def test_which_weights_of_a_teachers_file_are_taken(tmp_path):
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, **SMALL)
+    raw, averaged = (dict(plain.state_dict()) for _ in range(2))
+    averaged = {name: value + 1 for name, value in averaged.items()}
+    torch.save({"model": raw, "model_ema": averaged}, tmp_path / "both.pth")
+    for which, wanted in ((None, averaged), ("model", raw), ("model_ema", averaged)):
+        options = {"teacher": "vit_tiny_patch16_224", "teacher_args": SMALL, "distillation": "soft"}
+        options |= {"teacher_checkpoint": str(tmp_path / "both.pth"), "teacher_checkpoint_which": which}
+        run, said = made(tmp_path, SMALL, **options), []
+        task = config.build_task(run)
+        setup.build(run, task, said.append)
+        for name, value in task.teacher.state_dict().items():
+            assert torch.equal(value, wanted[name]), (which, name)
+        assert f"chosen: {which or 'model_ema'}; which='...' takes another" in said[0]

@@ -49,6 +49,10 @@ WITHOUT_EFFECT = {  # key -> (value, what the rest of the configuration is)
     "task.teacher_args": ({"depth": 2}, CLASSES),
     "task.teacher_pretrained": (True, CLASSES),
     "task.teacher_checkpoint": ("file.pth", CLASSES),
+    "task.teacher_checkpoint_which": (
+        "model_ema",
+        {**CLASSES, "task": {**CLASSES["task"], "teacher": "resnet10t", "teacher_pretrained": False}},
+    ),
     "task.distillation": ("soft", CLASSES),
     "task.distillation_blocks": (2, {**CLASSES, "task": {**CLASSES["task"], "teacher": "resnet10t", "distillation": "soft"}}),
     "task.distillation_weight": (

@@ -85,9 +85,10 @@ def test_steps_lower_the_loss(phase):
 
 def test_the_student_starts_as_its_teacher_which_reads_a_plain_vit(tmp_path):
     plain = timm.create_model("deit_small_patch16_224", num_heads=3, num_classes=10, **{k: SMALL[k] for k in list(SMALL)[:4]})
-    torch.save(plain.state_dict(), tmp_path / "deit.pth")
+    state = plain.state_dict()
+    torch.save({"model": state, "model_ema": {name: value + 1 for name, value in state.items()}}, tmp_path / "deit.pth")
     wanted = values("attn_recon")
-    wanted["task"]["teacher_checkpoint"] = str(tmp_path / "deit.pth")
+    wanted["task"] |= {"teacher_checkpoint": str(tmp_path / "deit.pth"), "teacher_checkpoint_which": "model"}
     resolved = config.resolve(wanted)
     task = config.build_task(resolved)
     student, x = task.build(resolved.model), torch.randn(2, 3, 32, 32)

@@ -32,6 +32,7 @@ class Task(abc.ABC):
     takes_heads: whether `build` reads model.head and what belongs to it; otherwise setting those keys is an error.
     show:    draws and writes predictions (train/show); None: there is nothing to see.
     gives_probabilities: whether `probabilities` gives some beside the prediction.
+    notes:   what a run says once after `build`, such as where in a file a teacher's weights were.
 
     One training step calls, in this order: `sample` for every sample as it is loaded, `augment` for every micro-batch, `counts`
     for every micro-batch, then `forward` and `losses` for one after another.
@@ -43,6 +44,7 @@ class Task(abc.ABC):
     show: Show | None = None
     gives_probabilities: bool = False
     takes_heads: bool = False
+    notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def targets(self, split: str) -> tuple[str, ...]:

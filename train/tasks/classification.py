@@ -31,6 +31,15 @@ Distillation = Literal[
 ]  # fmt: skip
 
 
+def load_teacher(teacher: nn.Module, source: str, which: str | None) -> str:
+    """Fills a teacher from a file or from the result of a run folder, strictly; returns the report as text.
+
+    which: as for weights.load_checkpoint. Raises FileNotFoundError, or ValueError for weights that do not fit.
+    """
+    path = Path(source)
+    return f"teacher: {weights.load_checkpoint(teacher, path / 'model.safetensors' if path.is_dir() else path, which=which)}"
+
+
 class Classification(Task):
     """Cross entropy over the backbone's own classifier.
 
@@ -46,6 +55,7 @@ class Classification(Task):
         teacher_args: arguments of it.
         teacher_pretrained: load its released weights.
         teacher_checkpoint: load a file or the result of a run folder instead.
+        teacher_checkpoint_which: which of several weights in that file, as model.checkpoint_which.
         distillation: "hard" learns the teacher's best class, "soft" its distribution at `temperature` (Touvron et al. 2021,
             section 4). "attention", "queries", "keys" and "values" learn those of the teacher, a ViT with as many tokens and
             heads; "copy_attention" and so on take them from the teacher, which stays a part of the model (Li et al. 2024,
@@ -73,6 +83,7 @@ class Classification(Task):
         teacher_args: dict[str, Any] | None = None,
         teacher_pretrained: bool = True,
         teacher_checkpoint: str | None = None,
+        teacher_checkpoint_which: str | None = None,
         distillation: Distillation = "hard",
         distillation_blocks: int | None = None,
         distillation_weight: float | None = None,
@@ -102,6 +113,7 @@ class Classification(Task):
         if self.mixes:
             self.mix = Mixup(mixup, cutmix, None, mixup_prob, mixup_switch, "batch", True, label_smoothing, num_classes)
         self.teacher_name, self.teacher_args, self.teacher_checkpoint = teacher, teacher_args or {}, teacher_checkpoint
+        self.teacher_checkpoint_which = teacher_checkpoint_which
         self.teacher_pretrained = teacher_pretrained and teacher_checkpoint is None
         self.distillation, self.distillation_weight, self.temperature = distillation, distillation_weight, temperature
         self.distillation_blocks, self.pairs = distillation_blocks, list[int]()
@@ -118,8 +130,7 @@ class Classification(Task):
         require_model("task.teacher: ", self.teacher_name)
         teacher = self._model(self.teacher_name, self.teacher_args, self.teacher_pretrained, model)
         if self.teacher_checkpoint is not None:
-            path = Path(self.teacher_checkpoint)
-            weights.load_checkpoint(teacher, path / "model.safetensors" if path.is_dir() else path)
+            self.notes = (load_teacher(teacher, self.teacher_checkpoint, self.teacher_checkpoint_which),)
         if self.copies:
             if model.edits:
                 raise ValueError(

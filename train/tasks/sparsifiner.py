@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import weights
 from backbones.sparsifiner import Details, Sparsifiner
-from train.tasks.classification import Classification, images_in
+from train.tasks.classification import Classification, images_in, load_teacher
 
 if TYPE_CHECKING:
     from train.schema import ModelConfig
@@ -33,7 +33,8 @@ class SparsifinerPhase(Classification):
             trains the rest under the predicted masks, on the labels and the teacher's logits and tokens.
         teacher: timm name of a model with the names and shapes of the dense network, whose released weights the teacher gets.
         teacher_pretrained: false leaves it untrained.
-        teacher_checkpoint: a file instead of released weights.
+        teacher_checkpoint: a file or run folder instead of released weights.
+        teacher_checkpoint_which: which of several weights in that file, as model.checkpoint_which.
         label_smoothing, mixup, cutmix, mixup_prob, mixup_switch: as in Classification.
     """
 
@@ -44,6 +45,7 @@ class SparsifinerPhase(Classification):
         teacher: str = "deit_small_patch16_224.fb_in1k",
         teacher_pretrained: bool = True,
         teacher_checkpoint: str | None = None,
+        teacher_checkpoint_which: str | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -55,6 +57,7 @@ class SparsifinerPhase(Classification):
             raise ValueError(f"task.phase must be one of {', '.join(LOSSES)}, got {phase!r}")
         self.phase = phase
         self.dense_name, self.dense_pretrained, self.dense_checkpoint = teacher, teacher_pretrained, teacher_checkpoint
+        self.dense_which = teacher_checkpoint_which
 
     def build(self, model: ModelConfig) -> nn.Module:
         """The student, and the teacher, whose weights it gets.
@@ -71,7 +74,7 @@ class SparsifinerPhase(Classification):
             model.backbone, **shape, **model.backbone_args | {"dense": True, "token_keep_rate": 1.0}
         )
         if self.dense_checkpoint is not None:
-            weights.load_checkpoint(self.teacher, self.dense_checkpoint)
+            self.notes = (load_teacher(self.teacher, self.dense_checkpoint, self.dense_which),)
         elif self.dense_pretrained:
             released = timm.create_model(self.dense_name, pretrained=True, **shape)
             weights.load_checkpoint(self.teacher, released.state_dict())
