@@ -36,6 +36,8 @@ class FeatureBackbone(nn.Module):
         norm: apply the model's final norm to every map (what DINOv2's dense heads expect).
         pad_patches: a ConvNeXt pads its maps as kMaX-DeepLab's does (see heads/padding.py).
         multiple: images are padded to a multiple of it, right and bottom, also where the model takes others (Mask2Former: 32).
+        exact_size: (H, W) or int: images of any other size are refused, for published networks whose authors' code runs at one
+            size alone (MiDaS on Swin, SwinV2 and LeViT).
         positions: the rule by which a plain ViT resizes its positions, "dpt", "dinov2" or "mmsegmentation" (see
             heads/positions.py); default: timm's.
         taps: instead of out_indices, names of the modules whose outputs are the maps, for places that forward_intermediates
@@ -68,9 +70,13 @@ class FeatureBackbone(nn.Module):
         positions: str | None = None,
         pad_patches: bool = False,
         multiple: int = 1,
+        exact_size: int | Sequence[int] | None = None,
         **backbone_args: Any,
     ):
         super().__init__()
+        self.exact_size = as_pair(exact_size)
+        if exact_size is not None and self.exact_size is None:
+            raise ValueError(f"exact_size is {exact_size!r}; give the height and width of the images")
         if isinstance(backbone, nn.Module):
             if pretrained or backbone_args:
                 raise TypeError("pretrained and backbone_args describe a model to create; a module was given")
@@ -116,6 +122,8 @@ class FeatureBackbone(nn.Module):
         if prefix_tokens:
             self.return_prefix_tokens()
         self._in_chans, self._built_size = in_chans, built_size
+        if img_size is not None and self.exact_size is not None:
+            self._check_exact(*(as_pair(img_size) or self.exact_size))
         self._measured = False
         self._taken: set[tuple[int, ...]] = set()
         if multiple < 1:
@@ -136,6 +144,7 @@ class FeatureBackbone(nn.Module):
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
         """The size to which images of this size are padded (right and bottom). ValueError if the model cannot take them."""
+        self._check_exact(height, width)
         if self.fixed_size is not None:
             if height > self.fixed_size[0] or width > self.fixed_size[1]:
                 raise ValueError(
@@ -179,6 +188,14 @@ class FeatureBackbone(nn.Module):
             reason = f" ({error})" if error else ""
             raise ValueError(f"{self.name} cannot take images of {height} x {width}: larger ones fit{reason}") from error
         return size
+
+    def _check_exact(self, height: int, width: int) -> None:
+        """Raises ValueError for another size than `exact_size`."""
+        if self.exact_size is not None and (height, width) != self.exact_size:
+            raise ValueError(
+                f"{self.name} takes images of {self.exact_size[0]} x {self.exact_size[1]} alone, as its authors' code does, "
+                f"and these are {height} x {width}: resize them, or build it without exact_size to train it at another size"
+            )
 
     def _pad(self, images: Tensor) -> Tensor:
         height, width = self.padded_size(*images.shape[-2:])

@@ -53,7 +53,8 @@ def build(name: str, img_size: int | Sequence[int] | None = None) -> DensePredic
     """The predictor of `PUBLISHED[name]`, with random weights.
 
     img_size: (H, W) of the images, for encoders bound to one size. Plain ViTs and BEiTs are built at their native size whatever
-    it is: they take every size, and one resize of the stored positions is what their authors' code does.
+    it is: they take every size, and one resize of the stored positions is what their authors' code does. MiDaS on Swin, SwinV2
+    and LeViT takes images of `size` alone (its authors' code stops at others); ValueError for another img_size.
     """
     spec = PUBLISHED[name]
     if "positions" in spec.backbone_args:
@@ -149,11 +150,15 @@ def _midas() -> dict[str, Published]:
         ("dpt_swin2_tiny_256", "swinv2_tiny_window16_256", 256),
         ("dpt_swin_large_384", "swin_large_patch4_window12_384", 384),
     ):
-        found[name] = Published(backbone, size=(pixels, pixels), keep_aspect=False, **shared)
+        square = (pixels, pixels)  # their windows and tables belong to it
+        found[name] = Published(backbone, backbone_args={"exact_size": square}, size=square, keep_aspect=False, **shared)
     found["dpt_next_vit_large_384"] = Published("nextvit_large", **shared)
     found["dpt_levit_224"] = Published(
         "levit_384",
-        backbone_args={"taps": ("stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0")},
+        backbone_args={
+            "taps": ("stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0"),
+            "exact_size": (224, 224),
+        },
         head_args={"stem": (128, 64), "predictor_widths": (32, 8)},
         size=(224, 224),
         keep_aspect=False,

@@ -274,6 +274,187 @@ def test_dpt_hybrid_at_every_size(fusion):
         close(got, want, f"{size}", rtol=1e-3, atol=1e-4 * want.abs().max().item())  # 50 convolutions in front
 
 
+# MiDaS on Next-ViT: an independent reading, on a file in the authors' names
+
+
+NEXT_DEPTHS = (1, 2, 5, 1)  # of the authors' 3, 4, 30, 3
+NEXT_WIDTHS = ((96,), (192, 256), (384, 384, 384, 384, 512), (1024,))  # of their blocks
+
+
+def next_vit_file(width: int) -> State:
+    """A whole file as MiDaS stores it, with random numbers: the names and shapes of its code, a fusion of `width` channels."""
+    torch.manual_seed(0)
+    state: State = {}
+
+    def weight(name: str, *shape: int, bias: bool = False) -> None:
+        state[f"{name}.weight"] = torch.randn(shape) / math.prod(shape[1:]) ** 0.5
+        if bias:
+            state[f"{name}.bias"] = torch.randn(shape[0]) / 4
+
+    def norm(name: str, channels: int) -> None:
+        state[f"{name}.weight"], state[f"{name}.running_var"] = torch.rand(2, channels) + 0.5
+        state[f"{name}.bias"], state[f"{name}.running_mean"] = torch.randn(2, channels) / 4
+
+    def embed(name: str, before: int, after: int, stride: int) -> None:
+        if stride == 2 or before != after:
+            weight(f"{name}.conv", after, before, 1, 1)
+            norm(f"{name}.norm", after)
+
+    def convolution(name: str, channels: int) -> None:
+        weight(f"{name}.group_conv3x3", channels, 32, 3, 3)
+        norm(f"{name}.norm", channels)
+        weight(f"{name}.projection", channels, channels, 1, 1)
+
+    model, channels, place = "pretrained.model.", 3, 0
+    for i, after in enumerate((64, 32, 64, 64)):
+        weight(f"{model}stem.{i}.conv", after, channels, 3, 3)
+        norm(f"{model}stem.{i}.norm", after)
+        channels = after
+    for stage, widths in enumerate(NEXT_WIDTHS):
+        for block, after in enumerate(widths):
+            own, stride = f"{model}features.{place}.", 2 if stage and not block else 1
+            if after in (256, 512, 1024):
+                inner = after * 3 // 4
+                embed(f"{own}patch_embed", channels, inner, stride)
+                norm(f"{own}norm1", inner)
+                for name in "qkv":
+                    weight(f"{own}e_mhsa.{name}", inner, inner, bias=True)
+                weight(f"{own}e_mhsa.proj", inner, inner, bias=True)
+                if stage < 3:
+                    norm(f"{own}e_mhsa.norm", inner)
+                embed(f"{own}projection", inner, after - inner, 1)
+                convolution(f"{own}mhca", after - inner)
+                norm(f"{own}norm2", after)
+            else:
+                embed(f"{own}patch_embed", channels, after, stride)
+                convolution(f"{own}mhca", after)
+                norm(f"{own}norm", after)
+            hidden = after * (2 if after in (256, 512, 1024) else 3)
+            weight(f"{own}mlp.conv1", hidden, after, 1, 1, bias=True)
+            weight(f"{own}mlp.conv2", after, hidden, 1, 1, bias=True)
+            channels, place = after, place + 1
+    norm(f"{model}norm", channels)
+    weight(f"{model}proj_head.0", 10, channels, bias=True)
+    for i, after in enumerate(widths[-1] for widths in NEXT_WIDTHS):
+        weight(f"scratch.layer{i + 1}_rn", width, after, 3, 3)
+        for unit in (1, 2):
+            for conv in (1, 2):
+                weight(f"scratch.refinenet{i + 1}.resConfUnit{unit}.conv{conv}", width, width, 3, 3, bias=True)
+        weight(f"scratch.refinenet{i + 1}.out_conv", width, width, 1, 1, bias=True)
+    weight("scratch.output_conv.0", width // 2, width, 3, 3, bias=True)
+    weight("scratch.output_conv.2", 32, width // 2, 3, 3, bias=True)
+    weight("scratch.output_conv.4", 1, 32, 1, 1, bias=True)
+    return state
+
+
+def next_vit_reading(state: State, images: torch.Tensor) -> torch.Tensor:
+    """The authors' forward of MiDaS on Next-ViT, hooks behind the last block of every stage: B 1 H W."""
+    vit = {name.removeprefix("pretrained.model."): value for name, value in state.items()}
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        parts = (vit[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts, eps=1e-5)
+
+    def embed(name: str, x: torch.Tensor, stride: int) -> torch.Tensor:
+        if stride == 2:  # an odd last row or column is averaged over what there is
+            x = F.avg_pool2d(x, 2, 2, ceil_mode=True, count_include_pad=False)
+        return norm(f"{name}.norm", F.conv2d(x, vit[f"{name}.conv.weight"])) if f"{name}.conv.weight" in vit else x
+
+    def convolution(name: str, x: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(x, vit[f"{name}.group_conv3x3.weight"], padding=1, groups=x.shape[1] // 32)
+        return F.conv2d(norm(f"{name}.norm", y).relu(), vit[f"{name}.projection.weight"])
+
+    def mlp(name: str, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(x, vit[f"{name}.conv1.weight"], vit[f"{name}.conv1.bias"]).relu()
+        return F.conv2d(x, vit[f"{name}.conv2.weight"], vit[f"{name}.conv2.bias"])
+
+    def attention(name: str, x: torch.Tensor, ratio: int) -> torch.Tensor:  # B N C
+        def project(part: str, tokens: torch.Tensor) -> torch.Tensor:
+            tokens = F.linear(tokens, vit[f"{name}.{part}.weight"], vit[f"{name}.{part}.bias"])
+            return tokens.unflatten(2, (-1, 32)).transpose(1, 2)
+
+        few = x
+        if ratio > 1:  # tokens in a row, wherever rows of the map end; what is left over at the end is not read
+            count = x.shape[1] // ratio**2
+            few = x[:, : count * ratio**2].unflatten(1, (count, ratio**2)).mean(2)
+            few = norm(f"{name}.norm", few.mT).mT
+        weights = (project("q", x) @ project("k", few).mT * 32**-0.5).softmax(-1)
+        y = (weights @ project("v", few)).transpose(1, 2).flatten(2)
+        return F.linear(y, vit[f"{name}.proj.weight"], vit[f"{name}.proj.bias"])
+
+    x, maps, place = images, [], 0
+    for i, stride in enumerate((2, 1, 1, 2)):
+        x = norm(f"stem.{i}.norm", F.conv2d(x, vit[f"stem.{i}.conv.weight"], stride=stride, padding=1)).relu()
+    for stage, widths in enumerate(NEXT_WIDTHS):
+        for block in range(len(widths)):
+            own, stride = f"features.{place}.", 2 if stage and not block else 1
+            x = embed(f"{own}patch_embed", x, stride)
+            if f"{own}norm1.weight" in vit:
+                tokens = norm(f"{own}norm1", x).flatten(2).mT
+                x = x + attention(f"{own}e_mhsa", tokens, (8, 4, 2, 1)[stage]).mT.unflatten(2, x.shape[2:])
+                y = embed(f"{own}projection", x, 1)
+                x = torch.cat([x, y + convolution(f"{own}mhca", y)], 1)
+                x = x + mlp(f"{own}mlp", norm(f"{own}norm2", x))
+            else:
+                x = x + convolution(f"{own}mhca", x)
+                x = x + mlp(f"{own}mlp", norm(f"{own}norm", x))
+            place += 1
+        maps.append(x)
+    return fused(state, maps, double=False)
+
+
+@pytest.mark.parametrize("build", ["native", "at_the_size"])
+def test_midas_on_next_vit_at_every_size(build):
+    state = next_vit_file(16)
+    for size in ((64, 64), (96, 160), (128, 64), (72, 100)):
+        args = {"depths": NEXT_DEPTHS, **PUBLISHED["dpt_next_vit_large_384"].backbone_args}
+        img_size = size if build == "at_the_size" else None
+        model = DensePredictor("nextvit_large", "dpt", 1, {"width": 16}, backbone_args=args, img_size=img_size).eval()
+        report = weights.load_checkpoint(model, state)
+        assert not report.missing and not report.unexpected and not report.resized and not report.warnings, str(report)
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            got, want = model(images).relu(), next_vit_reading(state, images)
+        assert want.std() > 0
+        close(got, want, f"{size}", rtol=1e-3, atol=1e-4 * want.abs().max().item())  # some 60 convolutions
+
+
+# MiDaS on Swin, SwinV2 and LeViT: its authors' code asserts the size (Swin) or holds its grid (act_postprocess, LeViT's tables)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in PUBLISHED.items() if "exact_size" in spec.backbone_args])
+def test_midas_on_encoders_of_one_size_refuses_others(name):
+    height, width = PUBLISHED[name].size
+    assert published.input_size(480, 640, (height, width), 32, "minimal", PUBLISHED[name].keep_aspect) == (height, width)
+    with torch.device("meta"):
+        for model in (published.build(name), published.build(name, img_size=(height, width))):
+            assert model.backbone.padded_size(height, width) == (height, width)
+            for size in ((height, 2 * width), (height - 32, width), (2 * height, 2 * width), (64, 64)):
+                with pytest.raises(ValueError, match=f"of {height} x {width} alone, .* these are {size[0]} x {size[1]}:"):
+                    model(torch.empty(1, 3, *size))
+        with pytest.raises(ValueError, match=f"takes images of {height} x {width} alone, as its authors' code does"):
+            published.build(name, img_size=(height, width + 32))
+
+
+def test_every_midas_encoder_follows_its_authors_at_other_sizes_or_refuses_them():
+    for name, spec in PUBLISHED.items():
+        if spec.source == "isl-org/MiDaS":
+            assert {"positions", "exact_size"} & spec.backbone_args.keys() or spec.backbone == "nextvit_large", name
+
+
+def test_a_midas_file_in_a_predictor_of_free_size_says_what_is_lost():
+    small = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4}
+    args = small | {"exact_size": 64}
+    source = DensePredictor("swin_tiny_patch4_window7_224", "dpt", 1, {"width": 8}, backbone_args=args, img_size=64)
+    state = weights.convert.converter(source).to_official(source.state_dict(), source)
+    assert not weights.load_checkpoint(source, state).warnings
+    free = DensePredictor("swin_tiny_patch4_window7_224", "dpt", 1, {"width": 8}, backbone_args=small, img_size=64)
+    (warning,) = weights.load_checkpoint(free, state).warnings
+    assert "run this encoder at one image size alone" in warning
+    with pytest.raises(ValueError, match=r"exact_size is \[1, 2, 3\]; give the height and width"):
+        FeatureBackbone("resnet18", exact_size=[1, 2, 3])
+
+
 @pytest.mark.parametrize("new", [(4, 4), (5, 9), (3, 4), (7, 6)])
 def test_the_two_copies_of_dinov2s_rule_agree(new):
     """heads/ may not import weights/, so the rule stands in both."""

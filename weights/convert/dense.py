@@ -190,8 +190,14 @@ def fit_shapes(native: dict[str, Tensor], model: Any, source: dict[str, Tensor])
 
 
 def doubts(source: dict[str, Tensor], model: Any) -> list[str]:
-    """A sentence if the file's authors resize positions by another rule than the model's backbone does."""
+    """A sentence if the model's backbone gives another result than the file's authors at sizes other than the native one."""
     backbone, rule = model.backbone.model, position_rule(source)
+    bound = {"swin_transformer", "swin_transformer_v2", "levit"}
+    if program(source) == "isl" and architectures(backbone) & bound and model.backbone.exact_size is None:
+        return [
+            "the file's authors run this encoder at one image size alone, so for any other there is no result of theirs to "
+            "equal: build it with exact_size, as heads.published does, to refuse other sizes"
+        ]
     if rule is None or not architectures(backbone) & {"vision_transformer", "beit"} or hasattr(backbone, "position_rule"):
         return []
     if convert.converter(backbone) is not None or not getattr(backbone, "dynamic_img_size", False):
