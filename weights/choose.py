@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from weights import convert
 
+# What wrapping single layers puts into the middle of their names: torch.compile, activation checkpointing, FSDP.
+INSIDE = re.compile(r"(?<=\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 AVERAGED = {"ema", "average", "averaged", "avg", "swa", "teacher", "shadow"}  # preferred to raw weights, a student's
 
 
@@ -52,7 +54,7 @@ def choose(content: dict, model: nn.Module, which: str | None = None) -> Choice:
             here = place(path, prefix)
             if which is not None and (which not in (path, here) if exact else which not in here):
                 continue
-            names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            names = behind(prefix, state, wanted)
             averaged = bool(AVERAGED & set(re.split(r"[._]", path + "." + prefix)))
             tried.append(((fitting(names, model, wanted), averaged, -len(prefix), -order), path, prefix))
     if not tried:
@@ -64,13 +66,24 @@ def choose(content: dict, model: nn.Module, which: str | None = None) -> Choice:
         return Choice(own, rest, path)
     state = found[path]
     rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    own = behind(prefix, state, wanted)
     others = [
         place(p, q)
         for (other, *_), p, q in tried
         if 2 * other > score and (p != path or not (q.startswith(prefix) or prefix.startswith(q)))
     ]
     return Choice(own, rest, path, prefix, others)
+
+
+def behind(prefix: str, state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it, and without the names of wrappers around single layers.
+
+    wanted: the model's names, which keep such names if they have them.
+    """
+    names = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if any(INSIDE.search(name) for name in wanted):
+        return names
+    return {INSIDE.sub("", name): value for name, value in names.items()}
 
 
 def fitting(state: dict[str, Tensor], model: nn.Module, wanted: Iterable[str]) -> int:
@@ -83,6 +96,8 @@ def fitting(state: dict[str, Tensor], model: nn.Module, wanted: Iterable[str]) -
 
 def mappings(content: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(place, tensors by name) of every mapping that holds some, outermost first; a pickled module counts as its tensors."""
+    if isinstance(content, (list, tuple)) and len(content) <= 100:
+        content = {str(i): item for i, item in enumerate(content) if not isinstance(item, Tensor)}
     if depth > 5 or not isinstance(content, dict):
         return
     if isinstance(content, OrderedDict) and "_parameters" in vars(content):

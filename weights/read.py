@@ -101,6 +101,8 @@ def open_checkpoint(path: str | Path) -> dict:
     if start[:2] == b"PK":
         check_zip(path, size)
     content = read_arrays(path) if is_pickle(start) else read_pickle(path)
+    if isinstance(content, (list, tuple)) and any(isinstance(item, dict) for item in content):
+        content = {str(i): item for i, item in enumerate(content)}  # (weights, epoch)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
@@ -117,19 +119,28 @@ def check_zip(path: Path, size: int) -> None:
         raise ValueError(f"{path} is refused: its {size} bytes would unpack to {unpacked}, which no weights file does")
 
 
+def any_array(*_: Any) -> arrays.Array:
+    """Stands in for NumPy's function that begins an array, of whatever class: its state fills it."""
+    return arrays.Array()
+
+
+ARRAYS = {name: any_array if name.endswith("._reconstruct") else stand_in for name, stand_in in arrays.NAMES.items()}
+
+
 def read_pickle(path: Path) -> Any:
-    """torch.load of weights alone, with stand-ins for the classes of other programs that the file names."""
+    """torch.load of weights alone, with stand-ins for the classes of other programs that the file names; arrays as tensors."""
     stand_ins: list[Any] = []  # (class, "module.Name")
     while True:
         try:
             # an open file, as torch would look at the name
             with open(path, "rb") as file, safe_reading(path, stand_ins):
-                return torch.load(file, map_location="cpu", weights_only=True)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            return with_tensors(content) if any(known == "numpy.ndarray" for _, known in stand_ins) else content
         except Refused as error:
             name = error.name
             if name is None or not harmless(name) or name in {known for _, known in stand_ins} or len(stand_ins) > 500:
                 raise ValueError(str(error)) from error
-            stand_ins.append((Data if re.fullmatch(DATA, name) else Settings, name))
+            stand_ins.append((ARRAYS.get(name, Data if re.fullmatch(DATA, name) else Settings), name))
         except ValueError:
             raise
         except Exception as error:  # damaged bytes end in any error: KeyError, IndexError, struct.error, MemoryError
@@ -137,9 +148,29 @@ def read_pickle(path: Path) -> Any:
             raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {text}") from error
 
 
+def with_tensors(value: Any, seen: set[int] | None = None) -> Any:
+    """Nested dictionaries and lists with tensors in the place of NumPy arrays; None for arrays that hold no numbers.
+
+    seen: dictionaries and lists that are done: a file may name one several times.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, arrays.Array):
+        try:
+            return value.tensor()
+        except ValueError:
+            return None
+    if isinstance(value, tuple):
+        return tuple(with_tensors(item, seen) for item in value)
+    if isinstance(value, (dict, list)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            value[key] = with_tensors(item, seen)
+    return value
+
+
 def harmless(name: str) -> bool:
     """Whether a global of a pickle, "module.Name", is read as data: known data types and classes, which stand-ins replace."""
-    if re.fullmatch(DATA, name):
+    if name in ARRAYS or re.fullmatch(DATA, name):
         return True
     return name.split(".")[0] not in REFUSED and name.rpartition(".")[2].lstrip("_")[:1].isupper()
 

@@ -5,6 +5,7 @@ import runpy
 import sys
 
 import golden
+import numpy as np
 import pytest
 import timm
 import torch
@@ -166,3 +167,35 @@ def test_convert_takes_the_weights_that_which_names(tmp_path, capsys):
         assert ("which=" in capsys.readouterr().out) == (which is None)
     assert cli.main(["convert", "nat_mini", str(file), str(tmp_path / "x.safetensors"), "--which", "swa"]) == 2
     assert "no weights in a place with 'swa' in it; the file has 'model', 'model_ema'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_wrappers_around_single_blocks_are_taken_out_of_the_names(wrapper):
+    source = timm.create_model("nat_mini", **SMALL).state_dict()
+    for outer in ("", "module.", f"{wrapper}."):
+        file = {outer + name.replace(".blocks.0.", f".blocks.0.{wrapper}."): value for name, value in source.items()}
+        assert file.keys() != {outer + name for name in source}
+        weights.load_checkpoint(model := timm.create_model("nat_mini", **SMALL), file)
+        assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+
+
+def test_numpy_arrays_in_a_file_are_its_weights(tmp_path):
+    source = timm.create_model("nat_mini", **SMALL).state_dict()
+    found = {name: value.numpy() for name, value in source.items()}
+    rest = {"objects": np.array([{}, None]), "text": np.array(["a", "bc"]), "none": np.zeros(0), "epoch": np.float32(3)}
+    for zipped in (True, False):
+        torch.save({"model": found, "rest": rest}, tmp_path / "f.pth", _use_new_zipfile_serialization=zipped)
+        weights.load_checkpoint(model := timm.create_model("nat_mini", **SMALL), tmp_path / "f.pth")
+        assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_in_a_list_or_tuple_are_found(tmp_path):
+    source = timm.create_model("nat_mini", **SMALL).state_dict()
+    for content, choice in (((source, 3), "0"), ({"models": [source]}, "models.0"), ([3, {"net": source}], "1.net")):
+        torch.save(content, tmp_path / "f.pth")
+        report = weights.load_checkpoint(model := timm.create_model("nat_mini", **SMALL), tmp_path / "f.pth")
+        assert report.choice == choice
+        assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items())
+    torch.save([torch.zeros(3)], tmp_path / "f.pth")
+    with pytest.raises(ValueError, match="holds a list, not a dictionary of weights"):
+        weights.load_checkpoint(model, tmp_path / "f.pth")
