@@ -440,3 +440,52 @@ def test_validation_on_a_part_of_the_training_files_is_refused_and_a_few_shared_
     assert refuse([train, DATASETS["folder"](tmp_path, "val", ("mask",), classes=2)]) == []
     part.images[1] = tmp_path / "images/val/0.png"
     assert refuse([train, part]) == [f"1 of 2 validation images are training images too, e.g. {tmp_path}/images/train/1.png"]
+
+
+# ---- what is left out is said
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_no_gap(tmp_path, monkeypatch):
+    for name in ("open/a.png", "closed/b.png", ".hidden/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        save(tmp_path / name, noise(4, 5))
+    scan = os.scandir
+
+    def refused(place):
+        if os.path.basename(place) in ("closed", ".hidden"):
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="closed"):
+        list(walk(tmp_path))
+    (tmp_path / "closed").rename(tmp_path / ".closed")
+    assert [path.name for path in walk(tmp_path)] == ["a.png"]
+
+
+def test_masks_without_an_image_and_images_without_a_class_are_named(tmp_path):
+    for name in ("images/train/a.png", "masks/train/a.png", "masks/train/b.png", "masks/train/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name, noise(4, 5))
+    (notice,) = DATASETS["folder"](tmp_path, "train", ("mask",), classes=256).notices
+    assert notice.startswith("2 mask files have no image and are not used, e.g. ") and notice.endswith("b.png")
+    shared = DATASETS["folder"](tmp_path, "train", ("mask",), classes=256, masks="masks/train")
+    assert not shared.notices, "one folder of masks for both splits"
+    for name in ("classes/train/cat/1.png", "classes/train/dog/2.png", "classes/train/stray.png", "classes/train/._x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name, noise(4, 5))
+    labels = DATASETS["class_folder"](tmp_path / "classes", "train", ("label",))
+    assert len(labels) == 2
+    (notice,) = labels.notices
+    assert notice.startswith("1 images of ") and notice.endswith("in no class folder and are not used, e.g. stray.png")
+
+
+@pytest.mark.parametrize("text", ['"my file"\r\n"other.png"\r\n', "'my file.png'\n'other'\n", "my file\r\nother\r\n"])
+def test_lists_with_quotes_and_any_line_ends(tmp_path, text):
+    for name in ("my file", "other"):
+        for folder in ("images", "masks"):
+            (tmp_path / f"{folder}/train").mkdir(parents=True, exist_ok=True)
+            save(tmp_path / f"{folder}/train/{name}.png", noise(4, 5))
+    (tmp_path / "train.txt").write_bytes(text.encode("utf-8-sig"))
+    data = DATASETS["folder"](tmp_path, "train", ("mask",), classes=256, lists="{split}.txt")
+    assert [path.stem for path in data.images] == ["my file", "other"]

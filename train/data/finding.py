@@ -22,10 +22,14 @@ def walk(folder: Path) -> Iterator[Path]:
     """Every file below a folder, hidden ones left out and linked folders followed, as `find -L` counts them.
 
     A link that leads back to a folder above it is not followed. Pipes, devices and links to nothing are among the files:
-    reading them says what they are.
+    reading them says what they are. Raises OSError for a folder that may not be read, as its files would be missing in silence.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     above: dict[str, tuple[tuple[int, int], ...]] = {}  # folder -> identities of the folders that lead to it
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         identity = os.stat(place)
         chain = (*above.pop(place, ()), (identity.st_dev, identity.st_ino))
         entered = []

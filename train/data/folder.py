@@ -81,6 +81,9 @@ class Folder(DescribedDataset, FileDataset):
                     f"Folder: {found[absent[0]]} has no {target}: looked for {absent[0]}{suffix}.* in {folder}"
                 )
             self.partners[target] = [others[name] for name in names]
+            single = [name for name in others if name not in found]
+            if single and ("{split}" in pattern) == ("{split}" in images):  # else they are the other split's
+                self.notices += (f"{len(single)} {target} files have no image and are not used, e.g. {others[single[0]]}",)
 
     def image_files(self) -> list[Path]:
         return self.images
@@ -101,7 +104,7 @@ class Folder(DescribedDataset, FileDataset):
 
 
 def listed(path: Path, found: Mapping[str, Path], folder: Path) -> list[str]:
-    """The names of a list as they are in `found`; each line is a name, with or without a suffix.
+    """The names of a list as they are in `found`; each line is a name, with or without a suffix, quoted or not.
 
     Pascal's lists of one class have a second column of -1, 0 or 1, which is passed over. FileNotFoundError for a name without
     an image in `folder`.
@@ -109,7 +112,8 @@ def listed(path: Path, found: Mapping[str, Path], folder: Path) -> list[str]:
     names = []
     for line in read_names(path, "Folder"):
         first = re.sub(r"(\t.*|\s+(-1|0|1))$", "", line)
-        known = [name for text in (line, first) for name in (text, os.path.splitext(text)[0]) if name in found]
+        bare = line[1:-1] if len(line) > 2 and line[0] == line[-1] and line[0] in "'\"" else line
+        known = [name for text in (line, first, bare) for name in (text, os.path.splitext(text)[0]) if name in found]
         if not known:
             raise FileNotFoundError(f"Folder: {path} names {first!r}, and {folder} has no such image")
         names.append(known[0])

@@ -7,6 +7,7 @@ from typing import Any
 from timm.data import ImageNetInfo, create_dataset
 
 from train.data.base import FileDataset, ImageDataset, Transform
+from train.data.files import IMAGE_SUFFIXES
 from train.data.finding import hidden, image_suffixes, need, part_of, read_list, read_text, subfolders, walk
 
 
@@ -64,6 +65,10 @@ class ClassFolder(FileDataset):
             inside = sorted(path for path in walk(folder) if path.suffix.lower() in suffixes)
             found += [(path, folder.name) for path in inside]
             empty += [] if inside else [folder.name]
+        stray = sorted(path for path in base.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path.name))
+        stray = [path for path in stray if path.is_file()]
+        if stray and found:
+            self.notices += (f"{len(stray)} images of {base} lie in no class folder and are not used, e.g. {stray[0].name}",)
         if empty and found:
             few = ", ".join(empty[:4]) + (f" and {len(empty) - 4} more" if len(empty) > 4 else "")
             self.notices += (f"{len(empty)} class folders of {base} hold no image, and are classes all the same: {few}",)
