@@ -16,7 +16,7 @@ import weights
 from backbones.analysis import activations, attention, dimension, explain, heads, local, registers, similarity, spectrum
 from backbones.analysis.run import evaluation, grid_of, vit_of
 from train.checks import nearest
-from train.data.files import PixelRules, read_image
+from train.data.files import RGB, PixelRules, read_image
 from train.evaluation import open_run
 from train.predict import find_images
 from train.show import Panel, save_sheet, to_rgb
@@ -34,6 +34,7 @@ class Subject:
         mean: of the normalisation, by channel.
         std: of the normalisation, by channel.
         classes: names of its classes, or None.
+        rules: how pixels of files are read; a run's own.
     """
 
     name: str
@@ -42,13 +43,13 @@ class Subject:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str] | None = None
+    rules: PixelRules = RGB
 
     def images(self, files: Sequence[Path]) -> Tensor:
         """n C H W: each image resized to `size` (bicubic) and normalised."""
-        rules = PixelRules(len(self.mean) if len(self.mean) > 1 else 3)
         rows = []
         for path in files:
-            pixels = torch.from_numpy(np.ascontiguousarray(read_image(path, rules=rules))).float() / 255
+            pixels = torch.from_numpy(np.ascontiguousarray(read_image(path, rules=self.rules))).float() / 255
             rows.append(F.interpolate(pixels[None], self.size, mode="bicubic", antialias=True)[0].clamp(0, 1))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (torch.stack(rows) - mean) / std
@@ -78,7 +79,8 @@ def open_subject(
         config, _, model, names = open_run(source)
         mean, std = tuple(config.data.mean or ()), tuple(config.data.std or ())
         height, width = size or config.data.size
-        return Subject(str(source), model, (height, width), mean, std, names.classes)
+        rules = PixelRules(config.model.in_chans, config.data.image_range, config.data.max_pixels)
+        return Subject(str(source), model, (height, width), mean, std, names.classes, rules)
     if not timm.is_model(source):
         raise ValueError(f"{source!r} is neither a run folder nor a model; {nearest(source, timm.list_models())}")
     released = not (checkpoint or untrained)

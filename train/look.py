@@ -34,7 +34,8 @@ def look(
     """Draw what a backbone sees: features of each stage by their main components, and what one place attends to.
 
     Writes `out`/NAME_look.png for every image and returns the files. Raises, before anything is drawn, ValueError for a source
-    that is none, a place outside the image, or two images of one name, and FileExistsError for a file that is there.
+    that is none, a place outside the image, or two images of one name, and FileExistsError for a file that is there. Images
+    that cannot be read are passed over, and named in a ValueError when the rest is drawn.
 
     Args:
         source: model name or run folder.
@@ -62,11 +63,19 @@ def look(
     subject = open_subject(source, size, checkpoint, untrained, which)
     features = features_of(subject.model)
     make_folder(out)
+    failed = []
     for target, file in targets.items():
+        try:
+            subject.images([file])
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+            continue
         rows, title = sheet_of(subject, features, file, None if at is None else (at[0], at[1]))
         with whole(target) as part:
             save_sheet(part, rows, title, cell=3.0)
         say(str(target))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(targets)} images cannot be read: {'; '.join(failed[:3])}")
     return list(targets)
 
 

@@ -118,3 +118,30 @@ def test_features_of_a_dense_model_are_its_own_backbone():
     model = DensePredictor("resnet18", "linear", 3)
     assert look.features_of(model) is model.backbone
     assert look.features_of(timm.create_model("resnet18")).channels == [64, 128, 256, 512]
+
+
+def test_a_damaged_image_does_not_keep_the_others_from_being_drawn(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a", "c"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(images / f"{name}.png")
+    (images / "b.png").write_bytes(b"")
+    code, out, err = zoo(capsys, "look", "poolformer_s12", images, "--out", tmp_path / "out", *SMALL)
+    assert code == 2 and "1 of 3 images cannot be read: " in err and "b.png" in err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_look.png", "c_look.png"]
+
+
+def test_a_run_reads_pixels_for_a_look_as_in_training(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (32, 48)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    made = []
+    for name, limits in (("plain", None), ("wide", [0, 4095])):
+        data = {"name": "folder", "root": str(tmp_path), "args": {"classes": 6}, "image_range": limits}
+        run = saved.run(tmp_path / name, tiny.values(data=data))
+        made.append(look.open_subject(str(run), (32, 48)))
+    plain, subject = made
+    with pytest.raises(ValueError, match="deep.png: its uint16 pixels .* set data.image_range"):
+        plain.images([tmp_path / "deep.png"])
+    mean, std = (np.array(rows)[:, None, None] for rows in (subject.mean, subject.std))
+    pixels = subject.images([tmp_path / "deep.png"])[0].numpy() * std + mean
+    assert np.abs(pixels - values / 4095).max() < 0.003  # half of one of 255 levels
