@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from train.schema import SECTIONS, Config, InferConfig, ModelConfig
 from train.tasks import TASKS, Task
 from train.transforms import check_augment, check_eval_resize
 
+# Keys that say where a run starts from and how it trains: a finished one reads none of them.
+STARTS = ("optim.*", "model.pretrained", "model.checkpoint*", "model.freeze_backbone", "task.teacher*", "run.dir")
+
 
 def load(name: str, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration of a shipped name or a path, after overrides such as "--optim.lr=1e-4"."""
@@ -47,12 +51,18 @@ def load(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a run folder was made with, after overrides. FileNotFoundError if it is no run folder."""
+    """The configuration that a run folder was made with, after overrides.
+
+    Raises FileNotFoundError if it is no run folder, ValueError for an override of what only training reads: a finished run has
+    its weights, and a number measured with them would pass for one of others.
+    """
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.yaml")
     _, values = read(str(path))
     given = {override(values, text) for text in overrides}  # what the file holds was checked when the run began
+    if idle := sorted(key for key in given if any(fnmatchcase(key, pattern) for pattern in STARTS)):
+        raise ValueError(f"{' and '.join(idle)} can change nothing in {folder}, which has its weights already: leave it out")
     return resolve(values, given)
 
 

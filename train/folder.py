@@ -45,6 +45,8 @@ RUN_FILES = (
     "config.yaml",  # the last: see above
 )
 LOCK = ".lock"
+# What a run reads before its first step alone.
+BEGINNINGS = ("model.pretrained:", "model.checkpoint:", "model.checkpoint_which:")
 # What the best metric depends on: where one of these has changed, numbers of before and after do not compare.
 MEASURES = (
     "task.",
@@ -55,6 +57,7 @@ MEASURES = (
     "data.eval_resize",
     "data.mean",
     "data.std",
+    "data.image_range",
     "augment.eval_crop",
 )
 
@@ -238,6 +241,12 @@ def check_folder(folder: Path, config: Config, resume: bool, accept_changes: boo
         raise ValueError(
             f"optim.name cannot change from {kinds[0]} to {kinds[1]} in a run that goes on, because its moments belong to one "
             f"optimiser; start another run with --model.checkpoint={folder}"
+        )
+    begins = [line for line in changes if line.startswith(BEGINNINGS) and not line.endswith(("-> None", "-> False"))]
+    if begins and checkpoint.steps(folder / "checkpoints"):
+        raise ValueError(
+            f"{begins[0]}: this cannot change in a run that goes on, because its weights are those of its last step; start "
+            "another run.dir"
         )
     return changes
 

@@ -119,6 +119,13 @@ def test_the_kind_of_optimiser_cannot_change(tmp_path):
     assert config.load_run(tmp_path / "run").optim.name == "adamw"
 
 
+@pytest.mark.parametrize("key, value", [("pretrained", True), ("checkpoint", "other.pth")])
+def test_what_a_run_started_from_cannot_change(tmp_path, key, value):
+    begun(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"model.{key}: .* -> {value}: this cannot change .* weights are those of its last"):
+        prepared(tmp_path / "run", resume=True, model={**tiny.VALUES["model"], key: value})
+
+
 def test_another_model_cannot_go_on(tmp_path):
     begun(tmp_path / "run")
     with pytest.raises(ValueError, match=r"of another model: \d+ tensors differ.*model\.\*.*cannot change"):

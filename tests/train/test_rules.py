@@ -99,6 +99,13 @@ def test_overrides_count_as_given_and_a_printed_configuration_does_not(tmp_path)
         config.load_run(tmp_path, ["--infer.stride=[8, 8]"])
 
 
+@pytest.mark.parametrize("key", ["optim.lr=1", "model.checkpoint=other.pth", "model.pretrained=true", "run.dir=elsewhere"])
+def test_a_finished_run_takes_no_override_of_where_it_started(tmp_path, key):
+    (tmp_path / "config.yaml").write_text(config.as_yaml(config.load("quickstart")), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{key.partition('=')[0]} can change nothing in .*, which has its weights already"):
+        config.load_run(tmp_path, [f"--{key}"])
+
+
 def test_a_run_in_windows_is_evaluated_whole_by_one_override(tmp_path):
     loaded = config.load("quickstart", ["--infer.mode=slide", "--infer.window=[64, 64]"])
     (tmp_path / "config.yaml").write_text(config.as_yaml(loaded), encoding="utf-8")
