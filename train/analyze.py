@@ -49,7 +49,13 @@ class Subject:
         """n C H W: each image resized to `size` (bicubic) and normalised."""
         rows = []
         for path in files:
-            pixels = torch.from_numpy(np.ascontiguousarray(read_image(path, rules=self.rules))).float() / 255
+            try:
+                pixels = torch.from_numpy(np.ascontiguousarray(read_image(path, rules=self.rules))).float() / 255
+            except ValueError as error:
+                text, found, _ = str(error).partition("; set data.image_range")
+                if not found or self.rules is not RGB:
+                    raise
+                raise ValueError(f"{text}: save it with 8 bits") from error  # a model by name has no such key
             rows.append(F.interpolate(pixels[None], self.size, mode="bicubic", antialias=True)[0].clamp(0, 1))
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (torch.stack(rows) - mean) / std

@@ -140,6 +140,9 @@ def test_a_run_reads_pixels_for_a_look_as_in_training(tmp_path):
         run = saved.run(tmp_path / name, tiny.values(data=data))
         made.append(look.open_subject(str(run), (32, 48)))
     plain, subject = made
+    named = look.open_subject("poolformer_s12", (32, 48), untrained=True)
+    with pytest.raises(ValueError, match="deep.png: its uint16 pixels .* black and what is white: save it with 8 bits$"):
+        named.images([tmp_path / "deep.png"])
     with pytest.raises(ValueError, match="deep.png: its uint16 pixels .* set data.image_range"):
         plain.images([tmp_path / "deep.png"])
     mean, std = (np.array(rows)[:, None, None] for rows in (subject.mean, subject.std))
