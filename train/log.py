@@ -167,7 +167,7 @@ class Log:
         path = self.folder / name
         if name not in self.headers:
             self.headers[name] = widen(path, list(values))
-        with open(path, "a", newline="") as file:
+        with open(path, "a", newline="", encoding="utf-8") as file:
             row = {key: repr(value) if isinstance(value, float) else value for key, value in values.items()}
             csv.DictWriter(file, self.headers[name]).writerow(row)
         numbers = {f"{prefix}/{key}": value for key, value in values.items() if key != "step"}
@@ -211,12 +211,12 @@ def truncate(path: Path, step: int) -> None:
     """Drops the rows of a CSV file after `step`, which a resumed run will write again."""
     if not path.is_file():
         return
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and len(row) == len(rows[0]) and int(row[0]) <= step]
     text = io.StringIO(newline="")
     csv.writer(text).writerows(kept)
-    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline="", encoding="utf-8"))
 
 
 def widen(path: Path, names: list[str]) -> list[str]:
@@ -226,7 +226,7 @@ def widen(path: Path, names: list[str]) -> list[str]:
     """
     rows = []
     if path.is_file():
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
     header = rows[0] if rows else []
     if set(names) <= set(header):
@@ -235,7 +235,7 @@ def widen(path: Path, names: list[str]) -> list[str]:
     writer = csv.DictWriter(text, wider)
     writer.writeheader()
     writer.writerows(dict(zip(header, row, strict=True)) for row in rows[1:])
-    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+    checkpoint.write(path, lambda temporary: temporary.write_text(text.getvalue(), newline="", encoding="utf-8"))
     return wider
 
 
@@ -243,7 +243,7 @@ def read(path: Path) -> dict[str, list[float]]:
     """Columns of a CSV file of a run; empty if there is none."""
     if not path.is_file():
         return {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}
 
