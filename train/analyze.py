@@ -90,8 +90,13 @@ def open_subject(
     if not timm.is_model(source):
         raise ValueError(f"{source!r} is neither a run folder nor a model; {nearest(source, timm.list_models())}")
     released = not (checkpoint or untrained)
-    options: dict[str, Any] = {} if size is None else {"img_size": tuple(size)}
-    model = timm.create_model(source, pretrained=released, **options).eval()
+    try:
+        model = timm.create_model(source, pretrained=released, **({} if size is None else {"img_size": tuple(size)}))
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        model = timm.create_model(source, pretrained=released)  # one that takes any size has no argument for it
+    model.eval()
     if checkpoint:
         weights.load_checkpoint(model, checkpoint, which=which)
     about: Any = model.pretrained_cfg

@@ -125,6 +125,7 @@ def any_array(*_: Any) -> arrays.Array:
 
 
 ARRAYS = {name: any_array if name.endswith("._reconstruct") else stand_in for name, stand_in in arrays.NAMES.items()}
+ARRAYS["builtins.bytes"] = arrays.empty  # as torch names it
 
 
 def read_pickle(path: Path) -> Any:

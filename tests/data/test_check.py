@@ -243,7 +243,7 @@ def test_mistakes_of_both_splits_come_together(tmp_path):
     first, second = error.value.sentences
     assert first.startswith("train: ") and "train/1.png" in first and second.startswith("val: ") and "val/1.png" in second
     settings.data.root = str(tmp_path / "nowhere")
-    with pytest.raises((ValueError, FileNotFoundError), match="^data.root is .*nowhere"):  # one sentence for one mistake
+    with pytest.raises((ValueError, FileNotFoundError), match="^Folder: data.root is .*nowhere"):
         setup.data_sets(settings, config.build_task(settings))
 
 

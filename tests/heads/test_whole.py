@@ -294,6 +294,7 @@ def next_vit_file(width: int) -> State:
     def norm(name: str, channels: int) -> None:
         state[f"{name}.weight"], state[f"{name}.running_var"] = torch.rand(2, channels) + 0.5
         state[f"{name}.bias"], state[f"{name}.running_mean"] = torch.randn(2, channels) / 4
+        state[f"{name}.num_batches_tracked"] = torch.tensor(1)
 
     def embed(name: str, before: int, after: int, stride: int) -> None:
         if stride == 2 or before != after:
@@ -427,7 +428,10 @@ def test_midas_on_encoders_of_one_size_refuses_others(name):
     height, width = PUBLISHED[name].size
     assert published.input_size(480, 640, (height, width), 32, "minimal", PUBLISHED[name].keep_aspect) == (height, width)
     with torch.device("meta"):
-        for model in (published.build(name), published.build(name, img_size=(height, width))):
+        models = [published.build(name)]
+        if "large" not in name and "base" not in name:  # which are built as slowly as they are large
+            models.append(published.build(name, img_size=(height, width)))
+        for model in models:
             assert model.backbone.padded_size(height, width) == (height, width)
             for size in ((height, 2 * width), (height - 32, width), (2 * height, 2 * width), (64, 64)):
                 with pytest.raises(ValueError, match=f"of {height} x {width} alone, .* these are {size[0]} x {size[1]}:"):

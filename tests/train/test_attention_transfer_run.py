@@ -90,4 +90,4 @@ def test_which_weights_of_a_teachers_file_are_taken(tmp_path):
         setup.build(run, task, said.append)
         for name, value in task.teacher.state_dict().items():
             assert torch.equal(value, wanted[name]), (which, name)
-        assert f"chosen: {which or 'model_ema'}; which='...' takes another" in said[0]
+        assert ("chosen: model_ema; which='...' takes another: model" in said[0]) == (which is None)
