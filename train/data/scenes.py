@@ -205,9 +205,9 @@ def paint(rng: np.random.Generator, points: np.ndarray, plain: bool) -> np.ndarr
     if pattern == 0:
         mix = np.zeros(len(p))
     elif pattern == 1:
-        mix = np.floor(p).sum(1) % 2
+        mix = dot(np.floor(p), np.ones(3, np.float32)) % 2
     elif pattern == 2:
-        mix = 0.5 + 0.5 * np.sign(np.sin(p @ rng.normal(0, 1, 3)))
+        mix = 0.5 + 0.5 * np.sign(np.sin(dot(p, rng.normal(0, 1, 3))))
     else:
         mix = 0.5 + 0.5 * np.sin(p[:, 0] + 2 * np.sin(p[:, 1])) * np.sin(p[:, 2] + 2 * np.sin(p[:, 0]))
     mix = 0.6 * mix[:, None]
@@ -234,38 +234,60 @@ def shade(
     """
     light = np.array([rng.uniform(-0.9, 0.9), 1.0, rng.uniform(-1.0, -0.1)], np.float32)
     light /= np.linalg.norm(light)
-    lit = np.clip(normals @ light, 0, None)
-    start = points + normals * np.float32(2e-3)  # off the surface, or it would shadow itself
+    lit = np.clip(dot(normals, light), 0, None)
+    towards = np.flatnonzero(lit)  # what looks away from the lamp needs no shadow
+    start = points[towards] + normals[towards] * np.float32(2e-3)  # off the surface, or it would shadow itself
     for body in bodies:
-        lit[np.isfinite(body.hit(start, light[None]))] *= 0.25
-    view = -rays / np.linalg.norm(rays, axis=1, keepdims=True)
+        lit[towards[np.isfinite(body.hit(start, light[None]))]] *= 0.25
+    view = -rays / length(rays)
     half = view + light
-    half /= np.linalg.norm(half, axis=1, keepdims=True)
-    gloss = rng.uniform(0, 0.35) * np.clip((normals * half).sum(1), 0, 1) ** 24 * (lit > 0)
+    half /= length(half)
+    gloss = rng.uniform(0, 0.35) * np.clip(dot(normals, half), 0, 1) ** 24 * (lit > 0)
     ambient = rng.uniform(0.25, 0.4) * (0.75 + 0.25 * normals[:, 1])
     tint = rng.uniform(0.9, 1.0, 3).astype(np.float32)
     strength = rng.uniform(0.6, 0.85)
     return (colours * (ambient + strength * lit)[:, None] * tint + gloss[:, None]).astype(np.float32)
 
 
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Products of vectors in the last axis.
+
+    Columns one by one: numpy sums an axis of three far slower, and a matrix product rounds otherwise on another machine.
+    """
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1] + a[..., 2] * b[..., 2]
+
+
+def length(vectors: np.ndarray) -> np.ndarray:
+    """Of vectors P 3, P 1."""
+    return np.sqrt(dot(vectors, vectors))[:, None]
+
+
 def smallest_root(a: np.ndarray, b: np.ndarray, c: np.ndarray, accept: Callable | None = None) -> np.ndarray:
-    """Smallest positive t with a t^2 + 2 b t + c = 0 for which accept(t) holds (infinity if none).
+    """Smallest positive t with a t^2 + 2 b t + c = 0 for which accept(t, place) holds (infinity if none).
 
     Args:
         a, b, c: of the equation.
-        accept: says which roots count; None: all.
+        accept: says which roots count, of the equations at `place`; None: all.
     """
+    a, b, c = np.broadcast_arrays(a, b, c)
     disc = b * b - a * c
-    real = disc >= 0
-    root = np.sqrt(np.where(real, disc, 0))
-    best = np.full(np.broadcast_shapes(a.shape, b.shape, c.shape), FAR)
+    real = np.flatnonzero(disc >= 0)  # a body covers little of the image
+    a, b, root = a[real], b[real], np.sqrt(disc[real])
+    nearest = np.full(len(real), FAR)
     with np.errstate(divide="ignore", invalid="ignore"):
         for t in ((-b - root) / a, (-b + root) / a):
-            good = real & (t > 1e-4) & (t < best)
+            good = (t > 1e-4) & (t < nearest)
             if accept is not None:
-                good &= accept(np.where(good, t, 0))
-            best = np.where(good, t, best)
+                good &= accept(t, real)
+            nearest = np.where(good, t, nearest)
+    best = np.full(disc.shape, FAR)
+    best[real] = nearest
     return best
+
+
+def at(values: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Some of an axis, or the one value that stands for all of it."""
+    return values[place] if values.size > 1 else values
 
 
 class Plane:
@@ -276,7 +298,7 @@ class Plane:
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            t = (self.offset - origin @ self.n) / (rays @ self.n)
+            t = (self.offset - dot(origin, self.n)) / dot(rays, self.n)
         return np.where(t > 1e-4, t, FAR)
 
     def normal(self, points: np.ndarray) -> np.ndarray:
@@ -289,7 +311,7 @@ class Sphere:
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
         o = origin - self.centre
-        return smallest_root((rays * rays).sum(-1), (rays * o).sum(-1), (o * o).sum(-1) - self.radius**2)
+        return smallest_root(dot(rays, rays), dot(rays, o), dot(o, o) - self.radius**2)
 
     def normal(self, points: np.ndarray) -> np.ndarray:
         return (points - self.centre) / self.radius
@@ -304,10 +326,12 @@ class Box:
         self.axes = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)  # rows: the box's axes in the world
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        o, d = (origin - self.centre) @ self.axes.T, rays @ self.axes.T
+        enter, leave = np.float32(-np.inf), FAR
         with np.errstate(divide="ignore", invalid="ignore"):
-            one, two = (-self.half - o) / d, (self.half - o) / d
-        enter, leave = np.minimum(one, two).max(-1), np.maximum(one, two).min(-1)
+            for axis, half in zip(self.axes, self.half, strict=True):
+                o, d = dot(origin - self.centre, axis), dot(rays, axis)
+                one, two = (-half - o) / d, (half - o) / d
+                enter, leave = np.maximum(enter, np.minimum(one, two)), np.minimum(leave, np.maximum(one, two))
         return np.where((enter <= leave) & (enter > 1e-4), enter, FAR)
 
     def normal(self, points: np.ndarray) -> np.ndarray:
@@ -327,8 +351,8 @@ class Cylinder:
         o = origin - self.base
         ox, oz, dx, dz = o[..., 0], o[..., 2], rays[..., 0], rays[..., 2]
 
-        def on_side(t: np.ndarray) -> np.ndarray:
-            y = o[..., 1] + t * rays[..., 1]
+        def on_side(t: np.ndarray, place: np.ndarray) -> np.ndarray:
+            y = at(o[..., 1], place) + t * at(rays[..., 1], place)
             return (y >= 0) & (y <= self.height)
 
         side = smallest_root(dx * dx + dz * dz, dx * ox + dz * oz, ox * ox + oz * oz - self.radius**2, on_side)
@@ -341,7 +365,7 @@ class Cylinder:
         local = points - self.base
         out = local * np.array([1, 0, 1], np.float32) / self.radius
         out[local[:, 1] > self.height * 0.9999] = (0, 1, 0)
-        return out / np.linalg.norm(out, axis=1, keepdims=True)
+        return out / length(out)
 
 
 class Cone:
@@ -357,8 +381,8 @@ class Cone:
         k = self.slope**2
         down, dy = self.height - o[..., 1], rays[..., 1]  # x^2 + z^2 = k (height - y)^2
 
-        def below_apex(t: np.ndarray) -> np.ndarray:
-            y = o[..., 1] + t * dy
+        def below_apex(t: np.ndarray, place: np.ndarray) -> np.ndarray:
+            y = at(o[..., 1], place) + t * at(dy, place)
             return (y >= 0) & (y <= self.height)
 
         return smallest_root(
@@ -368,4 +392,4 @@ class Cone:
     def normal(self, points: np.ndarray) -> np.ndarray:
         local = points - self.base
         out = np.stack([local[:, 0], self.slope**2 * (self.height - local[:, 1]), local[:, 2]], -1)
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+        return out / np.maximum(length(out), 1e-12)
