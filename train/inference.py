@@ -3,6 +3,8 @@
 Evaluation and prediction call the same object, so a number and a picture come from the same protocol, which `protocol` names.
 """
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -72,6 +74,8 @@ class Predictor:
             self.window, self.stride = window, stride
         self.model, self.mode = model, mode
         self.scales, self.flip, self.blend, self.average = tuple(scales), flip, blend, average
+        self._sums = Buffers()
+        self._weights: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}  # of the last size of an image
 
     @property
     def protocol(self) -> str:
@@ -95,15 +99,18 @@ class Predictor:
         for scaled, flipped in self._views(images):
             output = self._run(scaled)
             named = output if isinstance(output, dict) else {None: output}
-            for name, value in named.items():
-                kind = self._average(name)
+            for name, given in named.items():
+                value, kind = given, self._average(name)
                 if value.ndim == 4:
                     value = resized(mirrored(value, kind) if flipped else value, size)
                 if kind == "probabilities":
                     value = value.softmax(1)
                 elif kind == "vectors":
                     value = F.normalize(value, dim=1)
-                total[name] = total[name] + value if name in total else value
+                if name in total:
+                    total[name] += value
+                else:  # the model's tensor, or the windows' sums, which the next pass writes over, is not ours to change
+                    total[name] = value.clone() if value is given and (passes > 1 or self.mode == "slide") else value
         return unnamed({name: mean(value, passes, self._average(name)) for name, value in total.items()})
 
     def _average(self, name: str | None) -> str:
@@ -127,9 +134,9 @@ class Predictor:
         if self.mode == "whole":
             output = self.model(images)
             return {k: v.float() for k, v in output.items()} if isinstance(output, dict) else output.float()
+        size = tuple(images.shape[-2:])
         sums: dict[str | None, Tensor] = {}
-        weights = torch.zeros(images.shape[-2:], device=images.device)
-        for rows, columns in windows(images.shape[-2:], self.window, self.stride):
+        for rows, columns in windows(size, self.window, self.stride):
             crop = images[..., rows, columns]
             output = self.model(crop)
             weight = window_weight(crop.shape[-2:], self.blend, images.device)
@@ -139,12 +146,41 @@ class Predictor:
                         f"windows need a value per pixel (B K H W); the model gives {tuple(value.shape)}: use 'whole'"
                     )
                 if name not in sums:
-                    sums[name] = value.new_zeros((*value.shape[:2], *images.shape[-2:]), dtype=torch.float32)
-                value = resized(value.float(), crop.shape[-2:])
-                value = F.normalize(value, dim=1) if self._average(name) == "vectors" else value
-                sums[name][..., rows, columns] += value * weight
-            weights[rows, columns] += weight
+                    sums[name] = self._sums.zeros(name, (*value.shape[:2], *size), value.device)
+                place, value = sums[name][..., rows, columns], resized(value.float(), crop.shape[-2:])
+                if self._average(name) == "vectors":
+                    value = F.normalize(value, dim=1)
+                if self.blend == "mean":
+                    place += value
+                else:
+                    place.addcmul_(value, weight)
+        weights = self._weights_of(size, images.device)
         return unnamed({name: value.div_(weights) for name, value in sums.items()})
+
+    def _weights_of(self, size: tuple[int, ...], device: torch.device) -> Tensor:
+        """What all windows of an image of this size weigh at each pixel, H W; kept until an image of another size comes."""
+        if (size, device) not in self._weights:
+            with torch.inference_mode(False):
+                weights = torch.zeros(size, device=device)
+            for rows, columns in windows(size, self.window, self.stride):
+                weights[rows, columns] += window_weight(weights[rows, columns].shape, self.blend, device)
+            self._weights = {(size, device): weights}
+        return self._weights[size, device]
+
+
+class Buffers(threading.local):
+    """Memory that is written over: one tensor a name and thread, which grows to the largest size asked for and then stays."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str | None, Tensor] = {}
+
+    def zeros(self, name: str | None, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Zeros in float32; what was there under this name before is gone."""
+        count, kept = math.prod(shape), self._kept.get(name)
+        if kept is None or kept.device != device or kept.numel() < count:
+            with torch.inference_mode(False):  # a tensor of inference mode could not be written to outside it
+                self._kept[name] = kept = torch.empty(count, device=device)
+        return kept[:count].zero_().view(shape)
 
 
 def mean(total: Tensor, passes: int, kind: str) -> Tensor:

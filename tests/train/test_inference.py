@@ -1,5 +1,7 @@
 """The predictor: windows, scales and flips against what they are defined to be."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +112,32 @@ def test_the_input_is_left_as_it_is():
     before = IMAGES.clone()
     Predictor(lambda x: x, scales=(1.0, 0.5), flip=True, average="values")(IMAGES)
     assert torch.equal(IMAGES, before)
+
+
+@pytest.mark.parametrize("average", ["values", "probabilities"])
+@pytest.mark.parametrize("settings", [{}, {"flip": True, "scales": (1.0, 0.5), "blend": "smooth"}])
+def test_windows_use_the_memory_of_the_image_before(settings, average, model):
+    """No buffer grows over images, also where their sizes go up and down; and no result is written over by the next one."""
+    predictor = Predictor(model, "slide", window=(16, 16), average=average, **settings)
+    fresh = [
+        Predictor(model, "slide", window=(16, 16), average=average, **settings)(image) for image in (IMAGES, IMAGES.flip(1))
+    ]
+    with torch.inference_mode():
+        first = predictor(IMAGES)
+    kept = predictor._sums._kept[None]
+    assert kept.numel() == 2 * 4 * 37 * 53
+    predictor(IMAGES[..., :20, :30])
+    second = predictor(IMAGES.flip(1))
+    assert predictor._sums._kept == {None: kept} and len(predictor._weights) == 1
+    assert torch.equal(first, fresh[0]) and torch.equal(second, fresh[1])
+
+
+def test_two_threads_do_not_share_the_windows_sums():
+    predictor = Predictor(pixelwise, "slide", window=(16, 16), average="values")
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(predictor, [IMAGES, -IMAGES] * 8))
+    for result, image in zip(results, [IMAGES, -IMAGES] * 8, strict=True):
+        torch.testing.assert_close(result, pixelwise(image), rtol=1e-5, atol=1e-6)
 
 
 def test_the_protocol_says_how():
