@@ -78,7 +78,7 @@ def activated(x: Tensor, scale: Tensor | None, power: float | None) -> Tensor:
     x = (x.float() + 1e-6) / F.softplus(scale.float())
     norm = x.norm(dim=-1, keepdim=True)
     x = x**power
-    return x / x.norm(dim=-1, keepdim=True) * norm
+    return x * (norm / x.norm(dim=-1, keepdim=True))
 
 
 @leaf
@@ -115,10 +115,10 @@ def mixed(
     out = linear_attention(q, k, split(v, heads), eps)
     if size != keys:  # stretched along the sequence, not as an image
         v = F.interpolate(v.mT, size[0] * size[1], mode="linear", align_corners=False).mT
-    maps = split(v, heads).mT.flatten(0, 1).unflatten(2, size)  # B*h d H W
-    maps = F.conv2d(maps, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    out = out + maps.flatten(2).unflatten(0, (-1, heads)).mT
-    return out.transpose(1, 2).flatten(2)
+    # One convolution of all channels of the map as it lies, channels last, with the heads' weights repeated.
+    weight, bias = weight.repeat(heads, 1, 1, 1), bias.repeat(heads)
+    maps = F.conv2d(v.unflatten(1, size).permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return out.transpose(1, 2).flatten(2) + maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class LinearAttention(nn.Module):
