@@ -68,7 +68,7 @@ class ConvBlock(nn.Module):
         self.gamma = nn.Parameter(1e-6 * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B C H W
-        return x + self.gamma[:, None, None] * self.mlp(self.norm(self.conv_dw(x)))
+        return torch.addcmul(x, self.gamma[:, None, None], self.mlp(self.norm(self.conv_dw(x))))
 
 
 @leaf
@@ -155,7 +155,7 @@ class SpatialMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         x = self.fc1(x)
-        return self.fc2(x + self.gamma * self.dwconv(x))
+        return self.fc2(torch.addcmul(x, self.gamma, self.dwconv(x)))
 
 
 class ChannelProcessing(nn.Module):
@@ -207,7 +207,7 @@ def mixed_means(x: Tensor, shares: Tensor) -> Tensor:
     kernel = x.new_full((x.shape[1], 1, 3, 3), 1 / 9)
     out = shares[:, :1] * x
     for i in range(1, shares.shape[1]):
-        out = out + shares[:, i : i + 1] * F.conv2d(x, kernel, padding=i, dilation=i, groups=x.shape[1])
+        out = torch.addcmul(out, shares[:, i : i + 1], F.conv2d(x, kernel, padding=i, dilation=i, groups=x.shape[1]))
     return out
 
 
@@ -234,8 +234,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         mixed = x if self.dilation_predictor is None else self.dilation_predictor(x)
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(mixed)))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        x = torch.addcmul(x, self.gamma1, self.drop_path(self.attn(self.norm1(mixed))))
+        return torch.addcmul(x, self.gamma2, self.drop_path(self.mlp(self.norm2(x))))
 
 
 class ClassAttention(nn.Module):

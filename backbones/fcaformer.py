@@ -85,8 +85,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B C H W -> B C H W
         out = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        out = self.gamma * self.pwconv2(F.gelu(self.pwconv1(out)))
-        return x + self.drop_path(out.permute(0, 3, 1, 2))
+        out = self.drop_path(self.pwconv2(F.gelu(self.pwconv1(out))))
+        return torch.addcmul(x, self.gamma[:, None, None], out.permute(0, 3, 1, 2))
 
 
 class NormMlp(nn.Module):
@@ -192,11 +192,11 @@ class FcaBlock(nn.Module):
     def forward(self, x: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Map B C H W and tokens left behind B S C or None -> map, and the B n C tokens that this block leaves (or None)."""
         size, tokens = x.shape[-2:], x.flatten(2).mT
-        tokens = tokens + self.drop_path(self.gamma_1 * self.attention(self.norm1(tokens), left))
+        tokens = torch.addcmul(tokens, self.gamma_1, self.drop_path(self.attention(self.norm1(tokens), left)))
         x = tokens.mT.unflatten(2, size)
         leaves = None if self.dw_conv is None else self.dw_conv(x).flatten(2).mT
         tokens = self.local_conv(x).flatten(2).mT
-        tokens = tokens + self.drop_path(self.gamma_2 * self.mlp(self.norm2(tokens)))
+        tokens = torch.addcmul(tokens, self.gamma_2, self.drop_path(self.mlp(self.norm2(tokens))))
         return tokens.mT.unflatten(2, size), leaves
 
 

@@ -129,6 +129,10 @@ class Coefficient(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.bias * x
 
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + c y, in one pass."""
+        return torch.addcmul(x, self.bias, y)
+
 
 class Block(nn.Module):
     """c1 x + c2 DP(attn(norm1 x)), then c3 x + c4 DP(mlp(norm2 x)).
@@ -150,8 +154,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, groups: int = 1, permutation: Tensor | None = None) -> Tensor:  # B N C -> B N C
-        x = self.coefficient1(x) + self.coefficient2(self.drop_path(self.attn(self.norm1(x), groups, permutation)))
-        return self.coefficient3(x) + self.coefficient4(self.drop_path(self.mlp(self.norm2(x))))
+        x = self.coefficient2.add(self.coefficient1(x), self.drop_path(self.attn(self.norm1(x), groups, permutation)))
+        return self.coefficient4.add(self.coefficient3(x), self.drop_path(self.mlp(self.norm2(x))))
 
 
 class NonProjection(nn.Module):
@@ -163,7 +167,7 @@ class NonProjection(nn.Module):
         self.coefficient1, self.coefficient2 = Coefficient(), Coefficient()
 
     def forward(self, x: Tensor) -> Tensor:  # B N C -> B N C
-        return self.coefficient1(x) + self.coefficient2(self.mlp(self.norm1(x)))
+        return self.coefficient2.add(self.coefficient1(x), self.mlp(self.norm1(x)))
 
 
 class Recursion(nn.Module):
