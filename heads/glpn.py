@@ -12,10 +12,14 @@ from .blocks import BatchNorm2d, resize
 class GLPN(Head):
     """Coarse to fine: each level is mixed with the path by two learned attention maps; then 4 times larger, two convolutions.
 
-    channels: of each map, finest first, two or more levels; width: of the decoder. The authors add no convolution to the finest
-    map, so its channels are the width there (64 in MiT); where they differ a 1x1 convolution brings them to it.
-    The result has no final activation (GLPN: sigmoid times the largest depth, `heads.depth`).
+    The authors add no convolution to the finest map, so its channels are the width there (64 in MiT); where they differ a 1x1
+    convolution brings them to it. The result has no final activation (GLPN: sigmoid times the largest depth, `heads.depth`).
     Parameter names are the authors' (`decoder.bot_conv`, `decoder.fusion1.conv1.0`, `last_layer_depth.0`).
+
+    Args:
+        channels: of each map, finest first, two or more levels.
+        out_channels: classes, or what the depth rule reads.
+        width: of the decoder.
     """
 
     pyramid = True

@@ -11,8 +11,10 @@ from .blocks import BatchNorm2d, fuse
 class Linear(Head):
     """All maps resized to the finest and concatenated, batch norm, dropout, 1x1 convolution.
 
-    channels: of each map, finest first, any number of levels; out_channels: classes, or what the depth rule reads.
-    dropout: probability of dropping a whole channel before the convolution.
+    Args:
+        channels: of each map, finest first, any number of levels.
+        out_channels: classes, or what the depth rule reads.
+        dropout: probability of dropping a whole channel before the convolution.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int, dropout: float = 0.0):

@@ -100,7 +100,7 @@ def build_parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("info", info, "What a model is: parameters, multiply-adds, feature maps, licence.")
-    sub.add_argument("model")
+    sub.add_argument("model", help="any model of the zoo or of timm")
     sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the model's own")
     sub.add_argument("--heads", action="store_true", help="also try a training step under every dense head (at 128 x 160)")
     sub.add_argument("--json", action="store_true", help="print JSON")

@@ -41,9 +41,14 @@ def shipped() -> list[str]:
     return sorted(_package())
 
 
+def find(name: str) -> Recipe:
+    """A shipped configuration. KeyError for a name that is none."""
+    return _package()[name]
+
+
 def about(name: str) -> dict[str, str]:
     """Source, published and measured score, and hardware of a shipped configuration, as far as its file has them."""
-    return dict(_package()[name].about)
+    return dict(find(name).about)
 
 
 def read(name: str) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,10 @@ class CamVid(FileDataset):
     """CamVid, 11 classes: root holds `<split>/*.png` and `<split>annot/*.png`, ids 0..10 and 11 for void (read as 255).
 
     `<split>.txt`, where present, says which pairs to use. The original lists carry an absolute prefix of their author's
-    machine: only the last two parts of each path count. val: which list is the validation split (papers report on "test").
+    machine: only the last two parts of each path count.
+
+    Args:
+        val: which list is the validation split, "val" or "test" (papers report on "test").
     """
 
     provides = ("mask",)

@@ -101,7 +101,11 @@ class Cifar10(FileDataset):
 
 
 class Cifar100(Cifar10):
-    """CIFAR-100, the 100 fine classes or the 20 coarse ones (`labels`); root holds `cifar-100-python` or is that folder."""
+    """CIFAR-100; root holds `cifar-100-python` or is that folder.
+
+    Args:
+        labels: "fine", the 100 classes, or "coarse", the 20.
+    """
 
     folder, train_files, val_files, meta_file = "cifar-100-python", ["train"], ["test"], "meta"
 

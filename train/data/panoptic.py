@@ -150,8 +150,12 @@ class PanopticDataset(FileDataset):
 class CocoPanoptic(PanopticDataset):
     """COCO panoptic, or data of your own in its form.
 
-    images: folder of the images; annotations: the JSON; masks: folder of its PNGs, by default the JSON's name without its
-    ending. All below root, with {split} for train or val.
+    All arguments are below root, with {split} for train or val.
+
+    Args:
+        images: folder of the images.
+        annotations: the JSON.
+        masks: folder of its PNGs; null = the JSON's name without its ending.
     """
 
     def find(

@@ -46,11 +46,13 @@ class Video(FileDataset):
         """Find the frames and what belongs to them.
 
         Args:
-            images, depths, poses: folders; {split} is the split's name. poses: null where none are known.
+            images, depths: folders; {split} is the split's name.
+            poses: folder of the poses, likewise; null where none are known.
             intrinsics: file with a 3x3 matrix or "fx fy cx cy", in pixels, and if need be a row with width and height.
             frames: offsets of the frames that go with an image; null = [-1, 1].
             image_suffix, depth_suffix, pose_suffix: what follows the name that a frame, its depth map and its pose share.
-            depth_divisor, depth_invalid: file units per metre, and values without a reading.
+            depth_divisor: file units per metre.
+            depth_invalid: file values without a reading.
             min_depth, max_depth: of valid depth, metres.
         """
         offsets: list[int] = [-1, 1] if frames is None else frames

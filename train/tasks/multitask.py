@@ -57,9 +57,11 @@ def checked_part(values: dict[str, Any], where: str) -> Part:
 class MultiTask(Task):
     """Segmentation and depth, one head each, losses added.
 
-    parts: task name -> its arguments, e.g. {segmentation: {num_classes: 6}, depth: {max_depth: 10, loss_weight: 0.5}}. Beside
-        the arguments of the task a part may set loss_weight (1), head and head_args (those of the model section). The first
-        part's metric names the best checkpoint. Auxiliary heads are not for several tasks.
+    The first part's metric names the best checkpoint. Auxiliary heads are not for several tasks.
+
+    Args:
+        parts: task name -> its arguments, e.g. {segmentation: {num_classes: 6}, depth: {max_depth: 10, loss_weight: 0.5}}.
+            Beside the arguments of the task a part may set loss_weight (1), head and head_args (those of the model section).
     """
 
     takes_heads = True
