@@ -137,6 +137,8 @@ def merge(x: Tensor, size: Tensor, total: Tensor, found: Match) -> Tensor:
         found: which tokens become one.
     """
     weighted = x * size[..., None]  # float32 at least
-    rows = weighted.new_zeros(*found.leader.shape, x.shape[2])
-    rows = rows.scatter_add(1, found.target[..., None].expand_as(weighted), weighted)
-    return (rows / total[..., None]).to(x.dtype)
+    batch, left = found.leader.shape
+    places = found.target + left * torch.arange(batch, device=x.device)[:, None]  # rows of all images, one under the other
+    rows = weighted.new_zeros(batch * left, x.shape[2])
+    rows = rows.index_add(0, places.flatten(), weighted.flatten(0, 1))  # whole rows: a scatter goes number by number
+    return (rows.view(batch, left, -1) / total[..., None]).to(x.dtype)
