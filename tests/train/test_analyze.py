@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
+from backbones.analysis.dimension import EffectiveDimension
 from train import analyze, cli, config, engine
+from train.show.analysis import draw_dimension
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
 SMALL = ["vit_tiny_patch16_224", "--untrained", "--size", "48", "64"]
@@ -133,3 +136,12 @@ def test_images_outside_the_folders_of_classes_have_no_importance(images, run, t
     Image.open(images / "0" / "0.png").save(tmp_path / "other" / "0.png")
     assert cli.main(["analyze", run, str(tmp_path / "other"), "--what", "heads", "--out", str(tmp_path / "out")]) == 2
     assert "does not lie in a folder named after a class" in capsys.readouterr().err
+
+
+def test_logarithmic_axes_have_plain_numbers():
+    one = EffectiveDimension(list(range(6)), torch.linspace(4.3, 8.0, 6), torch.linspace(4.5, 9.4, 6), 192, 10)
+    figure = draw_dimension({"model": one})
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels(which="both")]
+    assert [text for text in labels if text and low <= float(text) <= high] == ["5", "7"]

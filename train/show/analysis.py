@@ -50,6 +50,20 @@ def label(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
         axis.legend(fontsize=7, frameon=False)
 
 
+def logarithmic(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers: 5 and 7, not 5 x 10^0; a few in each decade, as many as there is room for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    axis.yaxis.set_major_locator(
+        LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,))
+    )
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def draw_attention(found: dict[str, attention.AttentionStatistics | local.LocalAttention]) -> Any:
     figure, axes = sheet(3)
     for i, (model, one) in enumerate(found.items()):
@@ -108,7 +122,7 @@ def draw_dimension(found: dict[str, dimension.EffectiveDimension]) -> Any:
     for i, (model, one) in enumerate(found.items()):
         axes[0][0].plot(one.layers, one.centred, color=f"C{i}", label=f"{short(model)}, of {one.channels}")
         axes[0][0].plot(one.layers, one.uncentred, color=f"C{i}", linestyle="--", linewidth=1)
-    axes[0][0].set_yscale("log")
+    logarithmic(axes[0][0])
     label(axes[0][0], "effective dimension (dashed: uncentred)", "block", "dimensions")
     return figure
 
@@ -122,7 +136,7 @@ def draw_activations(found: dict[str, activations.Activations]) -> Any:
         axes[0][1].plot(one.layers, one.largest[:, 0], color=f"C{i}", label=f"{short(model)}, largest")
         axes[0][1].plot(one.layers, one.median, "--", color=f"C{i}", label="median")
     axes[0][0].set_ylim(0, 1)
-    axes[0][1].set_yscale("log")
+    logarithmic(axes[0][1])
     label(axes[0][0], "active hidden units", "block", "share")
     label(axes[0][1], "magnitudes of the block's output", "block", "")
     return figure
