@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from backbones.ops.neighborhood import check, neighborhood_attention, triton_backend
+from backbones.ops.neighborhood import check, neighborhood_attention, triton_backend, triton_operator
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -102,7 +102,7 @@ def test_every_head_dim_and_kernel_of_the_zoo_is_accepted():
         for kernel in (3, 5, 7, 9, 11, 13):
             assert triton_backend.refuses(on_cuda((1, 13, 13, 1, dim), kernel)) is None
             for dtype in (torch.float32, torch.bfloat16):
-                tile = triton_backend.tile((kernel, kernel), dtype, dim)
+                tile = triton_operator.tile((kernel, kernel), dtype, dim)
                 assert tile["TH"] * tile["TW"] in (32, 64) and tile["BW"] >= tile["TW"] + kernel - 1
     assert triton_backend.refuses(on_cuda(dtype=torch.bfloat16)) is None
 

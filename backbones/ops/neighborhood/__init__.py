@@ -15,7 +15,6 @@ import contextvars
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from backbones.arguments import nearest
 
 from . import cpp_backend, natten_backend, reference, tiled, triton_backend
+from .call import Call
 
 __all__ = [
     "AUTOMATIC",
@@ -90,20 +90,6 @@ def recording() -> Iterator[Counter]:
         yield counter
     finally:
         _record.reset(token)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One checked call. q, k, v: [B, H, W, heads, dim]; bias: [heads, 2 kh - 1, 2 kw - 1] or None; kernel, dilation: (rows,
-    columns)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    kernel: tuple[int, int]
-    dilation: tuple[int, int]
-    bias: Tensor | None
-    scale: float
 
 
 def neighborhood_attention(

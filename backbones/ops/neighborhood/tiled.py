@@ -8,6 +8,8 @@ is one tile.
 
 Ragged ends (groups that differ by one position, tiles that do not divide a group) repeat their last query, and the repeats
 are never read back; window positions past the end of a group are masked.
+
+In a compiled graph the whole of it is one operator (tiled_operator.py).
 """
 
 from __future__ import annotations
@@ -15,16 +17,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import open_size, reference
-
-if TYPE_CHECKING:
-    from . import Call
+from . import open_size, reference, tiled_operator
+from .call import Call
 
 WHOLE = 14  # groups of up to this many positions are one tile: dense attention with a bias is then fastest
 TILE = 8  # queries per axis in a tile otherwise
@@ -118,12 +118,16 @@ def refuses(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        _register_operator()
+        numbers = list(call.kernel), list(call.dilation), call.scale
+        return torch.ops.backbones.neighborhood_tiled(call.q, call.k, call.v, call.bias, *numbers)
     batch, height, width, heads, dim = call.q.shape
-    if not torch.compiler.is_compiling() and batch == 0:
+    if not torch.compiler.is_exporting() and batch == 0:
         return reference.run(call)  # the gradient that SDPA gives the mask of an empty batch is uninitialised memory
     if torch.compiler.is_exporting() and open_size.is_open(call):
         return open_size.run(call)
-    if torch.compiler.is_compiling():  # a tracing compiler warns about lru_cache
+    if torch.compiler.is_exporting():  # a tracing compiler warns about lru_cache
         cut = _cut((height, width), call.kernel, call.dilation, functools.partial(torch.tensor, device=call.q.device))
     else:
         cut = _cached_cut((int(height), int(width)), call.kernel, call.dilation)  # torch.jit.trace has sizes in tensors
@@ -137,8 +141,8 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
         for t, (picked, _) in ((call.q, cut.queries), (call.k, cut.keys), (call.v, cut.keys))
     )
 
-    # The batch counts only in eager mode: a traced program keeps it symbolic.
-    images = 1 if torch.compiler.is_compiling() else max(batch, 1)
+    # The batch counts only in eager mode: an exported program keeps it symbolic.
+    images = 1 if torch.compiler.is_exporting() else max(batch, 1)
     row_bytes = images * columns.tiles * rows.window * columns.window * heads * dim * q.element_size()
     step = max(1, min(rows.tiles, CHUNK_BYTES // row_bytes))
     parts = []
@@ -153,6 +157,16 @@ def run(call: Call) -> Tensor:  # B H W heads dim -> B H W heads dim
     # without dilation the outputs are in order, repeats at the end
     out = out[:, :height] if call.dilation[0] == 1 else _select(out, cut.outputs[0], 1)
     return out[:, :, :width] if call.dilation[1] == 1 else _select(out, cut.outputs[1], 2)
+
+
+@torch.compiler.assume_constant_result
+def _register_operator() -> None:
+    """Not at every import of ours: only who compiles needs it."""
+    tiled_operator.register(
+        lambda q, k, v, bias, kernel, dilation, scale: run(
+            Call(q, k, v, (kernel[0], kernel[1]), (dilation[0], dilation[1]), bias, scale)
+        )
+    )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernels of neighbourhood attention; triton_backend.py launches them. Imported only where Triton is.
+"""The Triton kernels of neighbourhood attention; triton_operator.py launches them. Imported only where Triton is.
 
 One program works on a tile of TH x TW positions of one residue group (the positions with one residue of the dilation per axis)
 of one image and head, M = TH * TW in all, against the positions that the tile's windows cover. y and x are positions inside the
