@@ -14,6 +14,13 @@ def test_every_head_is_measured():
     assert {case.head for case in CASES} == set(HEADS)
 
 
+def test_names_choose_heads():
+    assert bench_heads.cases_of([]) is None
+    assert [CASES[i].head for i in bench_heads.cases_of(["kmax", "fpn"])] == ["fpn", "fpn", "kmax"]
+    with pytest.raises(ValueError, match="zoo bench heads: unknown name 'kmx'.*kmax"):
+        bench_heads.cases_of(["kmx"])
+
+
 def test_rows_hold_times_work_memory_and_share(monkeypatch):
     monkeypatch.setattr(bench_heads, "CASES", [Case("linear", "linear", features=("swin_t", [8, 16], [4, 8]))])
     monkeypatch.setattr(bench_heads, "FeatureBackbone", lambda *_, **__: torch.nn.Identity())

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from heads import HEADS, FeatureBackbone, Head
 from heads.sizes import on_meta
 from train.bench.clock import in_own_process, measure, one_thread, peak_resident, shown, training_step
+from train.checks import require_known
 
 CLASSES = 150
 PYRAMID = ("swin_t", [96, 192, 384, 768], [4, 8, 16, 32])  # backbone, channels, strides
@@ -179,6 +180,13 @@ CASES = [
     Case("lite_mono", "lite_mono"),
     Case("zoedepth", "zoedepth"),
 ]
+
+
+def cases_of(names: Sequence[str]) -> list[int] | None:
+    """Positions in CASES of the heads of these names; None for no name, which means all. ValueError for an unknown name."""
+    for name in names:
+        require_known("zoo bench heads", name, HEADS)
+    return [index for index, case in enumerate(CASES) if case.head in names] if names else None
 
 
 def maps_of(case: Case, size: tuple[int, int], device: str) -> list[Tensor]:

@@ -9,7 +9,7 @@ others, one alone with timm's swin_tiny_patch4_window7_224. Ways follow an "@": 
 MODEL@openvino, RUN@int8 (linear layers quantised dynamically; the error beside it is that of these weights and noise images).
 Or one of
   ops      neighbourhood attention: the backends beside each other
-  heads    dense heads beside other libraries' on the same features
+  heads    dense heads beside other libraries' on the same features; names after it choose some: heads mask2former kmax
   claims   what papers say of speed and cost (docs/benchmarks/claims.md)
   linear   linear layers with weights packed once, as `backbones.fuse` has them, beside plain ones
   edits    ViTs with merged tokens, pruned and with folded norms, beside the plain ones

@@ -14,7 +14,7 @@ from train.bench import gpu
 from train.bench.claims import bench_claims, count_claims
 from train.bench.clock import machine, machine_facts, table
 from train.bench.edits import bench_edits
-from train.bench.heads import bench_heads
+from train.bench.heads import bench_heads, cases_of
 from train.bench.linear import bench_linear
 from train.bench.models import WHOLE, Settings, bench_models
 from train.bench.ops import OPS, OPS_CUDA, bench_memory, bench_ops
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if min([*args.batches, *(args.size or ())]) < 1:
         raise ValueError(f"--batches and --size must be at least 1, got {args.batches} and {args.size}")
     named = [what for what in args.what if what in WHOLE]
-    if named and len(args.what) > 1:
+    if named and len(args.what) > 1 and args.what[0] != "heads":
         raise ValueError(f"{named[0]!r} is measured alone, got {' '.join(args.what)}")
     if args.script and named != ["train"]:
         raise ValueError("--script goes with `zoo bench train`")
@@ -76,9 +76,8 @@ def _tables(what: str | None, args: argparse.Namespace, device: str) -> dict[str
             found["peak memory beyond the inputs, 256x256, 2 heads, in sizes of q"] = bench_memory(256, device)
         return found
     if what == "heads":
-        rows = bench_heads(
-            size or (512, 512), min(args.rounds, 3), device, training, memory
-        )  # a round takes minutes of one core
+        rounds = min(args.rounds, 3)  # a round of all takes minutes of one core
+        rows = bench_heads(size or (512, 512), rounds, device, training, memory, cases_of(args.what[1:]))
         return {"dense heads: time, peak memory in MB, share of the model's forward time": rows}
     if what == "claims":
         return {
