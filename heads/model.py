@@ -85,7 +85,7 @@ def multilevel(backbone: Any, head: type[Head]) -> MultiLevelNeck:
     return MultiLevelNeck(backbone.channels)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Necked:
     """What a head is built for behind a neck."""
 
@@ -138,7 +138,7 @@ class DensePredictor(FromRun):
         self.aux_head: Head | None = None
         self.shared_neck = isinstance(self.neck, MultiLevelNeck)
         if aux_head is not None:
-            levels = Necked(self.neck.channels) if isinstance(self.neck, MultiLevelNeck) else self.backbone
+            levels: Levels = Necked(self.neck.channels) if isinstance(self.neck, MultiLevelNeck) else self.backbone
             own = None if self.shared_neck else neck
             self.aux_neck, self.aux_head = build_head(aux_head, levels, out_channels, aux_args, own)
         elif aux_args:

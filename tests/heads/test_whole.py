@@ -471,9 +471,10 @@ def test_the_two_copies_of_dinov2s_rule_agree(new):
 
 
 def test_published_vits_and_beits_name_their_authors_rule():
+    rules = {"DepthAnything/Depth-Anything-V2": "dinov2", "open-mmlab/mmsegmentation": "mmsegmentation"}
     for name, spec in PUBLISHED.items():
-        rule = "dinov2" if name.startswith("depth_anything") else "dpt" if spec.backbone.startswith(("vit_", "beit_")) else None
-        assert spec.backbone_args.get("positions") == rule, name
+        plain = spec.backbone.startswith(("vit_", "beit_", "deit_"))
+        assert spec.backbone_args.get("positions") == (rules.get(spec.source, "dpt") if plain else None), name
 
 
 @pytest.mark.parametrize("name", ["depth_anything_v2_vits", "dpt_base_depth", "dpt_hybrid_384", "dpt_beit_base_384"])
@@ -488,7 +489,7 @@ def test_published_vits_take_any_size_from_one_stored_grid(name):
 
 
 def test_an_unknown_rule_and_a_model_without_positions_are_refused():
-    with pytest.raises(ValueError, match="positions is 'bicubic'; use one of dpt, dinov2"):
+    with pytest.raises(ValueError, match="positions is 'bicubic'; use one of dpt, dinov2, mmsegmentation"):
         FeatureBackbone("vit_tiny_patch16_224", depth=1, positions="bicubic")
     with pytest.raises(ValueError, match="not for ResNet"):
         FeatureBackbone("resnet18", positions="dpt")
