@@ -18,6 +18,7 @@ from backbones.analysis.run import evaluation, grid_of, vit_of
 from train.checks import nearest
 from train.data.files import RGB, PixelRules, read_image
 from train.evaluation import open_run
+from train.output import check_writable, make_folder, whole
 from train.predict import find_images
 from train.show import Panel, save_sheet, to_rgb
 from train.show.analysis import DRAW, heat, short
@@ -127,14 +128,19 @@ def measured_heads(subject: Subject, images: Tensor, files: Sequence[Path], batc
         files: where they come from; the name of each one's folder is its class.
         batch: images at a time.
     """
-    if subject.classes is None:
+    return heads.head_importance(subject.model, images, torch.tensor(labels_of(subject, files)), batch)
+
+
+def labels_of(subject: Subject, files: Sequence[Path]) -> list[int]:
+    """The class of each image by the folder it lies in. Raises ValueError where there are no classes or no such folder."""
+    classes = subject.classes
+    if classes is None:
         raise ValueError(f"heads: {subject.name} has no class names; a classification run has, and folders named after them")
-    wrong = [path for path in files if path.parent.name not in subject.classes]
-    if wrong:
-        hint = nearest(wrong[0].parent.name, subject.classes)
-        raise ValueError(f"heads: {wrong[0]} does not lie in a folder named after a class; {hint}")
-    labels = torch.tensor([subject.classes.index(path.parent.name) for path in files])
-    return heads.head_importance(subject.model, images, labels, batch)
+    for path in files:
+        if path.parent.name not in classes:
+            hint = nearest(path.parent.name, classes)
+            raise ValueError(f"heads: {path} does not lie in a folder named after a class; {hint}")
+    return [classes.index(path.parent.name) for path in files]
 
 
 def looked_at(subject: Subject, images: Tensor, files: Sequence[Path], batch: int) -> Any:
@@ -150,8 +156,10 @@ def looked_at(subject: Subject, images: Tensor, files: Sequence[Path], batch: in
     return measure(subject.model, images, batch)
 
 
-def check_subject(subject: Subject, what: Sequence[str]) -> None:
-    """Raises ValueError, with the reason, unless the analyses `what` are defined for this model."""
+def check_subject(subject: Subject, what: Sequence[str], files: Sequence[Path]) -> None:
+    """Raises ValueError, with the reason, unless the analyses `what` are defined for this model and these images."""
+    if "heads" in what:
+        labels_of(subject, files)
     if not local.local_attentions(subject.model):
         vit_of(subject.model)
     elif others := [name for name in what if name != "attention"]:
@@ -185,8 +193,9 @@ def analyze(
 ) -> dict[str, Result]:
     """Run analyses on one or several ViTs, write `out`/analysis.json and a PNG for each analysis, and return the results.
 
-    Raises ValueError, before anything is written, for a name that is none, a model without readable attention, or too few
-    images; FileExistsError if `out` has an analysis already.
+    Raises, before the first analysis, ValueError for a name that is none, a model without readable attention and a folder that
+    cannot be written to, FileExistsError if `out` has an analysis already; then, with nothing written, ValueError for too few
+    images.
 
     Args:
         sources: model names or run folders, side by side in the pictures.
@@ -210,29 +219,32 @@ def analyze(
     target = Path(out)
     if (target / "analysis.json").exists():
         raise FileExistsError(f"{target / 'analysis.json'} exists; choose another --out or remove it")
+    check_writable(target)
     files = [file for source in images for file in find_images(Path(source), say)]
     found: dict[str, dict[str, Any]] = {}
     sample: list[Panel] = []
-    for source in sources:
-        subject = open_subject(source, size, checkpoint, untrained, which)
-        check_subject(subject, what)
+    subjects = [open_subject(source, size, checkpoint, untrained, which) for source in sources]
+    for subject in subjects:
+        check_subject(subject, what, files)
+    for subject in subjects:
         tensors = subject.images(files)
         found[subject.name] = {name: ANALYSES[name](subject, tensors, files, batch) for name in what}
         if "artefacts" in what:
             sample += norm_panels(subject, tensors[:4])
         say(f"{subject.name}: {', '.join(what)} of {len(files)} images")
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for name in what:
-        if name == "artefacts":
-            width = 2 * min(4, len(files))
-            rows = [sample[i : i + width] for i in range(0, len(sample), width)]
-            save_sheet(target / "artefacts.png", rows, "norms of patch tokens before the last block")
-        else:
-            figure = DRAW[name]({model: results[name] for model, results in found.items()})
-            figure.savefig(target / f"{name}.png", dpi=150)
+        with whole(target / f"{name}.png") as part:
+            if name == "artefacts":
+                width = 2 * min(4, len(files))
+                rows = [sample[i : i + width] for i in range(0, len(sample), width)]
+                save_sheet(part, rows, "norms of patch tokens before the last block")
+            else:
+                DRAW[name]({model: results[name] for model, results in found.items()}).savefig(part, dpi=150)
     content = {model: {name: plain(vars(result)) for name, result in results.items()} for model, results in found.items()}
     about = {"images": [str(file) for file in files], "models": content}
-    (target / "analysis.json").write_text(json.dumps(about, indent=1))
+    with whole(target / "analysis.json") as part:
+        part.write_text(json.dumps(about, indent=1))
     say(f"{target}/analysis.json and {', '.join(f'{name}.png' for name in what)}")
     return content
 
@@ -269,7 +281,8 @@ def explain_images(
     """Show where a ViT finds a class, or what a pixel of a dense prediction comes from; returns what `out`/explain.json holds.
 
     Writes `out`/explain.png: each image, its attention rollout (class-free) and the relevance of the class. Raises ValueError
-    for a class that the model does not have and a pixel outside the output, FileExistsError if `out` has an explanation.
+    for a class that the model does not have, a pixel outside the output and a folder that cannot be written to, FileExistsError
+    if `out` has an explanation.
 
     Args:
         source: model name or run folder.
@@ -287,6 +300,7 @@ def explain_images(
     target = Path(out)
     if (target / "explain.json").exists():
         raise FileExistsError(f"{target / 'explain.json'} exists; choose another --out or remove it")
+    check_writable(target)
     files = [file for one in images for file in find_images(Path(one), say)]
     subject = open_subject(source, size, checkpoint, untrained, which)
     vit, dense = vit_of(subject.model), hasattr(subject.model, "backbone")
@@ -315,9 +329,11 @@ def explain_images(
         fact |= {"grid": list(grid), "relevance": relevance[0].tolist()}
         rows.append(panels)
         facts.append(fact)
-    target.mkdir(parents=True, exist_ok=True)
-    save_sheet(target / "explain.png", rows, short(subject.name))
-    (target / "explain.json").write_text(json.dumps(facts, indent=1))
+    make_folder(target)
+    with whole(target / "explain.png") as part:
+        save_sheet(part, rows, short(subject.name))
+    with whole(target / "explain.json") as part:
+        part.write_text(json.dumps(facts, indent=1))
     say(f"{len(files)} images: {target}/explain.png and explain.json")
     return facts
 

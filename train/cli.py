@@ -369,11 +369,14 @@ def data_check(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     import weights
+    from train.output import check_writable
     from train.plugins import require_model
     from train.reading import parse
 
-    if Path(args.destination).exists():
-        raise FileExistsError(f"{args.destination} exists; choose another name or remove it")
+    destination = Path(args.destination)
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists; choose another name or remove it")
+    check_writable(destination.parent, "destination")
     model_args = parse(args.args, f"--args {args.args[:60]!r}")
     if not isinstance(model_args, dict):
         raise ValueError(f"--args must be a YAML mapping, got {args.args!r}")

@@ -24,6 +24,7 @@ import backbones  # noqa: F401  (registers our models with timm)
 from train.checks import nearest
 from train.evaluation import open_run
 from train.exported import EXTRA, KEY, OnnxModel
+from train.output import check_writable
 from train.plugins import is_model
 from train.schema import Config
 from train.show import Names
@@ -41,6 +42,7 @@ class Exported:
         sizes: (batch, height, width) of the images on which it was compared with the model; empty for weights alone.
         programs: that ran it: torch, onnxruntime, openvino.
         worst: largest absolute difference from the model's output.
+        relative: the same as a share of the output's largest number, or of 1 if that is smaller.
         least: smallest height and width that the program takes, None where the size is fixed.
     """
 
@@ -48,6 +50,7 @@ class Exported:
     sizes: list[tuple[int, int, int]] = field(default_factory=list)
     programs: list[str] = field(default_factory=list)
     worst: float = 0.0
+    relative: float = 0.0
     least: tuple[int, int] | None = None
 
 
@@ -82,13 +85,9 @@ def export(
         overwrite: replace a file that is there.
     """
     path = Path(path)
-    to = checked_format(path, to, dynamic, opset)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
-    if to == "onnx":
-        require_onnx()
+    to = checked_target(path, to, dynamic, opset, overwrite)
+    if "hw" in dynamic and (reason := next(filter(None, (getattr(part, "one_size", None) for part in model.modules())), None)):
+        raise ValueError(f"not exported with free height and width: {reason}; leave hw out of --dynamic")
     model = model.eval().cpu().float()
     text = json.dumps({**(about or {}), "dynamic": sorted(dynamic), "half": half})
     draft = path.with_name(f".{path.stem}.draft{path.suffix}")  # of one folder with the file, so that a rename is enough
@@ -135,7 +134,7 @@ def export_source(
         half: float16 weights, input and output.
         overwrite: replace a file that is there.
     """
-    checked_format(Path(path), to, dynamic, opset)
+    checked_target(Path(path), to, dynamic, opset, overwrite)
     model: Any
     if Path(source).is_dir():
         config, _, model, names = open_run(source)
@@ -153,6 +152,30 @@ def export_source(
     if done.programs:
         written |= {"largest difference": done.worst, "compared in": done.programs, "at": done.sizes}
     return written | ({"smallest size": done.least} if done.least else {})
+
+
+def checked_target(path: Path, to: str | None, dynamic: Collection[str], opset: int | None, overwrite: bool) -> str:
+    """The format of a file that can be written, as everything that can be known before a model is made or opened.
+
+    Raises what `checked_format` raises, FileExistsError for a file that is there, FileNotFoundError for a folder that is not,
+    ValueError for one that cannot be written to, and ImportError where ONNX is missing.
+
+    Args:
+        path: file to write.
+        to: format; None: as the path ends.
+        dynamic: what stays free.
+        opset: of ONNX.
+        overwrite: replace a file that is there.
+    """
+    to = checked_format(path, to, dynamic, opset)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name, or replace it with --overwrite")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it, or choose another place for {path.name}")
+    check_writable(path.parent, "place")
+    if to == "onnx":
+        require_onnx()
+    return to
 
 
 def checked_format(path: Path, to: str | None, dynamic: Collection[str], opset: int | None) -> str:
@@ -281,7 +304,7 @@ def _program(
                         f"the {to} program gives other numbers than the model in {name} on images of {h}x{w}: they differ by "
                         f"up to {worst:.3g}"
                     )
-                done.worst = max(done.worst, worst)
+                done.worst, done.relative = max(done.worst, worst), max(done.relative, worst / scale)
             done.sizes.append((batch, h, w))
     return done
 

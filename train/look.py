@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.analysis.points import Place, PointAttention, most_salient, point_attention, principal_colors
+from backbones.analysis.points import Place, PointAttention, most_salient, point_attention, principal_colors, why_unread
 from backbones.analysis.run import evaluation
 from backbones.edits.registers import RegisterEdit
 from heads import FeatureBackbone
@@ -116,7 +116,7 @@ def sheet_of(subject: Subject, features: FeatureBackbone, file: Path, at: Place 
             panels += attention_panels(photo, attention, place)
         rows.append(panels)
     if not found:
-        return rows, f"{short(subject.name)}: no attention that can be read"
+        return rows, f"{short(subject.name)}: no attention is shown, {why_unread(features.model)}"
     note = "what the ringed place attends to, each picture up to its own largest weight; features by their main components"
     return rows, f"{short(subject.name)}: {note}"
 

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_open(sizes: Sequence[int]) -> bool:
+    """Whether one of these sizes is no number yet, as in a program that is exported with free height and width."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def resample_bias_table(
     table: Tensor, shape: Sequence[int], old_shape: Sequence[int] | None = None, mode: str = "bicubic"
 ) -> Tensor:
@@ -59,10 +64,11 @@ def resample_position_embedding(
         mode: of the interpolation, torch's name.
         antialias: smooth before a map is made smaller.
 
-    Returns the layout that came in, and the same tensor when its grid is right already.
+    Returns the layout that came in, and the same tensor when its grid is right already. An open grid is always resized to; this
+    changes nothing where it is the old one.
     """
     if embedding.ndim == 4:
-        if embedding.shape[-2:] == tuple(grid):
+        if not is_open(grid) and embedding.shape[-2:] == tuple(grid):
             return embedding
         return _resize(embedding, grid, mode, antialias)
     if embedding.ndim != 3:
@@ -71,7 +77,7 @@ def resample_position_embedding(
     rows, columns = old_grid or square(tokens.shape[1], "a position embedding")
     if rows * columns != tokens.shape[1]:
         raise ValueError(f"a position embedding of {tokens.shape[1]} tokens is not {rows}x{columns}")
-    if (rows, columns) == tuple(grid):
+    if not is_open(grid) and (rows, columns) == tuple(grid):
         return embedding
     image = tokens.mT.reshape(1, -1, rows, columns)
     return torch.cat([prefix, _resize(image, grid, mode, antialias).flatten(2).mT], 1)
@@ -88,6 +94,8 @@ def dino_positions(table: Tensor, old: Sequence[int], new: Sequence[int], antial
         offset: 0 for a resize to the new size, as the models with trained registers; else the factors are (new + offset) /
             old, which are also the steps of the sampling: not quite the same as resizing to the new size.
     """
+    if is_open(new):
+        return _by_matrices(table.mT.unflatten(2, tuple(old)), new, antialias, offset).flatten(2).mT
     if tuple(old) == tuple(new):
         return table
     image = table.float().mT.unflatten(2, tuple(old))
@@ -108,7 +116,13 @@ def resample_predictor(matrix: Tensor, grid: Sequence[int], summing: bool, old_g
         old_grid: (rows, columns), square unless given.
     """
     new = resample_position_embedding(matrix[None], grid, 1, old_grid, antialias=True)[0]
-    return torch.cat([new[:1], new[1:] * ((matrix.shape[0] - 1) / (grid[0] * grid[1]))]) if summing else new
+    if not summing:
+        return new
+    if is_open(grid):
+        share = (matrix.shape[0] - 1) / torch.ones_like(new[1:, :1]).sum()
+    else:
+        share = (matrix.shape[0] - 1) / (grid[0] * grid[1])
+    return torch.cat([new[:1], new[1:] * share])
 
 
 def square(count: int, what: str) -> tuple[int, int]:
@@ -121,5 +135,50 @@ def square(count: int, what: str) -> tuple[int, int]:
 
 def _resize(image: Tensor, grid: Sequence[int], mode: str, antialias: bool) -> Tensor:
     """Interpolated in float32 whatever the type, as bfloat16 weights would lose digits."""
+    if antialias and mode == "bicubic" and torch.compiler.is_exporting():  # not every program resizes so
+        return _by_matrices(image, grid, antialias)
     resized = F.interpolate(image.float(), tuple(grid), mode=mode, align_corners=False, antialias=antialias)
     return resized.to(image.dtype)
+
+
+def _by_matrices(image: Tensor, grid: Sequence[int], antialias: bool, offset: float = 0.0) -> Tensor:
+    """What a bicubic resize gives, ... h w -> ... of `grid`, as two matrix products: every program has them.
+
+    Args:
+        image: ... h w.
+        grid: (rows, columns), which may be open.
+        antialias: smooth before a map is made smaller.
+        offset: of `dino_positions`.
+    """
+    rows, columns = (
+        bicubic_matrix(old, new, antialias, offset, image.device) for old, new in zip(image.shape[-2:], grid, strict=True)
+    )
+    return (rows @ image.float() @ columns.mT).to(image.dtype)
+
+
+def bicubic_matrix(old: int, new: int, antialias: bool, offset: float = 0.0, device: torch.device | None = None) -> Tensor:
+    """The shares of `old` places in each of `new` ones, new x old, of torch's bicubic resize with align_corners False.
+
+    Args:
+        old: places that there are.
+        new: places that are wanted; may be open.
+        antialias: smooth before there are fewer.
+        offset: the factor is (new + offset) / old.
+        device: of the result.
+    """
+    place = torch.arange(new, device=device, dtype=torch.float32)
+    step = old / (torch.ones_like(place).sum() + offset)  # of a tensor: an exchange format has few operators on sizes
+    centre = ((place + 0.5) * step - 0.5)[:, None]
+    sites = torch.arange(old, device=device, dtype=torch.float32)
+    if antialias:
+        shares = _cubic((sites - centre) / step.clamp(min=1), -0.5)  # torch's constants, of either way
+        return shares / shares.sum(1, keepdim=True)
+    taps = [centre.floor() + tap for tap in (-1, 0, 1, 2)]  # beyond the border counts the border's place
+    return torch.stack([(tap.clamp(0, old - 1) == sites) * _cubic(tap - centre, -0.75) for tap in taps]).sum(0)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic kernel at the distances x."""
+    x = x.abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return torch.where(x <= 1, near, far) * (x < 2)

@@ -24,13 +24,17 @@ from torch.overrides import TorchFunctionMode
 
 from backbones import cvt, fan, lit, mvit, nat
 from backbones.analysis.run import evaluation, layers
+from backbones.edits.relative_position import RelativeAttention, tables_for
+from backbones.fcaformer import FcaBlock, keys_and_values, offset_bias, split
+from backbones.fcaformer import to_windows as to_fca_windows
 from backbones.layers import pad_to_multiple
 from backbones.litv2 import HiLo
 from backbones.nat import NeighborhoodAttention, pad_to_least
 from backbones.ops.neighborhood.reference import neighbours
 from backbones.sparsifiner import Sparsifiner
+from backbones.sret import GroupAttention
 from backbones.swin import WindowAttention, shift_mask, to_windows
-from backbones.vit import TokenStream, blocks_of
+from backbones.vit import Part, TokenStream, blocks_of, project, rotate
 
 Place = tuple[float, float]  # x to the right, y down, shares of the image's sides
 
@@ -68,8 +72,9 @@ def point_attention(
 ) -> list[PointAttention]:
     """Every readable attention of a model for one image, first block first; empty for a model without any.
 
-    Read are timm's flat ViTs, windows (Swin and its hosts' variants), HiLo, neighbourhoods, Sparsifiner, and the modules of
-    CELLS, which attend over all cells of a map, also with pooled keys.
+    Read are timm's flat ViTs, also with iRPE, windows (Swin and its hosts' variants), HiLo, neighbourhoods, SReT's slices,
+    FcaFormer's windows, Sparsifiner, and the modules of CELLS, which attend over all cells of a
+    map, also with pooled keys. `why_unread` says why it is none.
 
     Args:
         model: a backbone, in any mode; runs in evaluation.
@@ -89,10 +94,21 @@ def point_attention(
             assert run is not None
             run(image)
         found = list(of_calls(calls.seen, at, sizes, prefix_counts(model)))
-        for name, module, x in inputs:
-            for kind, weights in READERS[type(module).forward](module, x, at):
-                found.append(PointAttention(name, kind, stage_of(name), weights))
+        for name, module, given_here in inputs:
+            if (size := sizes.get(stage_of(name))) is not None:
+                here = Given(name, given_here, size)
+                for kind, weights in READERS[type(module).forward](module, here, at):
+                    found.append(PointAttention(name, kind, stage_of(name), weights))
     return [one for one in sorted(found, key=lambda one: one.stage) if one.stage in sizes]
+
+
+def why_unread(model: nn.Module) -> str:
+    """Why `point_attention` finds nothing in a model, in words that follow its name."""
+    if isinstance(model, TokenStream):
+        return f"it {model.differs}, so that what a block's attention sees is no map of the image"
+    if any(name.rpartition(".")[2] in ("attn", "attention", "token_mixer") for name, _ in model.named_modules()):
+        return "its attention makes no weights between places, or none that are read here"
+    return "it has no attention"
 
 
 def flat(model: nn.Module) -> bool:
@@ -137,6 +153,23 @@ def of_sparsifiner(model: Any, image: Tensor, at: Place) -> Iterator[PointAttent
 
 
 # ------------------------------------------------------------------------------------------------ windows and neighbourhoods
+
+
+@dataclass
+class Given:
+    """What a module was given: its name, its inputs and the (H, W) of its stage's feature map."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    size: tuple[int, int]
+
+
+Reader = Callable[[Any, Given, Place], Iterator[tuple[str, Tensor]]]  # (kind, h H W) of each attention of the module
+
+
+def of_map(read: Callable[[Any, Tensor, Place], Iterator[tuple[str, Tensor]]]) -> Reader:
+    """A reader that needs nothing but the map B H W C that its module is given."""
+    return lambda module, given, at: read(module, given.inputs[0], at)
 
 
 def of_windows(attn: WindowAttention, x: Tensor, at: Place) -> Iterator[tuple[str, Tensor]]:
@@ -198,11 +231,68 @@ def of_hilo(attn: HiLo, x: Tensor, at: Place) -> Iterator[tuple[str, Tensor]]:
         yield kind, scores.flatten(1).softmax(-1).view_as(scores)
 
 
+def of_relative(attn: Part, given: Given, at: Place) -> Iterator[tuple[str, Tensor]]:
+    """iRPE in a flat ViT: all patches, with what relative positions add to the scores."""
+    (x, *others), (height, width) = given.inputs, given.size
+    if any(one is not None and one is not False for one in others) or x.shape[1] != attn.rpe_skip + height * width:
+        return  # rotary tables, masks, a Beit's bias: another program's scores
+    q, k, v = project(attn, x)
+    q, k, _ = rotate(attn, q, k, v, None)
+    method, ratio = attn.rpe
+    ids = tables_for(method, ratio, attn.rpe_skip, height, width, height * width, x)[: 2 if method == "cross" else 1]
+    row, column = cell(at, height, width)
+    scores = attn.scores(q, k, ids)[0, :, attn.rpe_skip + row * width + column]
+    yield "all patches, relative positions", scores.softmax(-1)[:, attn.rpe_skip :].unflatten(1, (height, width))
+
+
+def of_slices(attn: GroupAttention, given: Given, at: Place) -> Iterator[tuple[str, Tensor]]:
+    """SReT: the tokens of the place's slice of the sequence, which may have been permuted before it was cut."""
+    x, groups, permutation = given.inputs
+    (height, width), count = given.size, x.shape[1]
+    row, column = cell(at, height, width)
+    tokens = torch.arange(count, device=x.device) if permutation is None else permutation
+    groups, place = min(groups, count), int((tokens == row * width + column).nonzero())
+    number = ((place + 1) * groups - 1) // count
+    inside = tokens[number * count // groups : (number + 1) * count // groups]
+    q, k, _ = attn.qkv(x[0]).unflatten(-1, (3, attn.heads, -1)).unbind(1)  # each N h d
+    scores = q.shape[-1] ** -0.5 * torch.einsum("hd,lhd->hl", q[row * width + column], k[inside])
+    weights = x.new_zeros(attn.heads, count)
+    weights[:, inside] = scores.softmax(-1)
+    kind = "all tokens" if groups == 1 else f"one of {groups} slices{'' if permutation is None else ' of permuted tokens'}"
+    yield kind, weights.unflatten(1, (height, width))
+
+
+def of_fca(block: FcaBlock, given: Given, at: Place) -> Iterator[tuple[str, Tensor]]:
+    """FcaFormer: the place's window; tokens that earlier blocks left behind, which have no place, take the rest."""
+    (tiles, *others), (height, width) = given.inputs, given.size
+    left = others[0] if others else None
+    places = torch.arange(1, height * width + 1, device=tiles.device, dtype=torch.float64).view(1, 1, height, width)
+    front = int(given.name.rpartition(".")[2]) % 2 == 0  # as FcaStage lays its windows
+    places = to_fca_windows(places, block.size, front).flatten(1).long()  # n L, 0 where padded
+    row, column = cell(at, height, width)
+    number, token = (places == row * width + column + 1).nonzero()[0].tolist()
+    q, k, _ = (split(part, block.heads)[0] for part in block.qkv(block.norm1(tiles[[number]].flatten(2).mT)).chunk(3, -1))
+    scores = q.shape[-1] ** -0.5 * torch.einsum("hd,hnd->hn", q[:, token], k)
+    scores = scores + offset_bias(block.attention_biases, block.size)[:, token]
+    if left is not None:
+        others = keys_and_values(block.s_norm(left[[number]] * block.s_scale_factors), block.qkv.weight, block.qkv.bias)
+        k = split(others.chunk(2, -1)[0], block.heads)[0]
+        more = q.shape[-1] ** -0.5 * torch.einsum("hd,hnd->hn", q[:, token], k) + block.s_token_bias[0, :, 0]
+        scores = torch.cat([scores, more], 1)
+    flat_map = tiles.new_zeros(block.heads, height * width + 1)
+    flat_map.index_add_(1, places[number], scores.softmax(-1)[:, : places.shape[1]])
+    beside = "" if left is None else " and tokens left behind"
+    yield f"window {block.size[0]}x{block.size[1]}{beside}", flat_map[:, 1:].unflatten(1, (height, width))
+
+
 # By the forward that the reader repeats: a subclass with another one is left to the fused kernel.
-READERS: dict[Any, Callable[[Any, Tensor, Place], Iterator[tuple[str, Tensor]]]] = {
-    WindowAttention.forward: of_windows,
-    NeighborhoodAttention.forward: of_neighbourhood,
-    HiLo.forward: of_hilo,
+READERS: dict[Any, Reader] = {
+    WindowAttention.forward: of_map(of_windows),
+    NeighborhoodAttention.forward: of_map(of_neighbourhood),
+    HiLo.forward: of_map(of_hilo),
+    RelativeAttention.forward: of_relative,
+    GroupAttention.forward: of_slices,
+    FcaBlock.forward: of_fca,
 }
 
 
@@ -264,12 +354,12 @@ class Fused(TorchFunctionMode):
 
 
 @contextmanager
-def given(model: nn.Module, calls: Fused) -> Iterator[list[tuple[str, nn.Module, Tensor]]]:
-    """Inside, collects (name, module, input) of every module that has a reader, and tells `calls` which of CELLS runs."""
-    found: list[tuple[str, nn.Module, Tensor]] = []
+def given(model: nn.Module, calls: Fused) -> Iterator[list[tuple[str, nn.Module, tuple[Any, ...]]]]:
+    """Inside, collects (name, module, inputs) of every module that has a reader, and tells `calls` which of CELLS runs."""
+    found: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
 
     def read(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
-        found.append((name, module, inputs[0]))
+        found.append((name, module, inputs))
 
     def enter(module: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
         calls.within = name

@@ -11,14 +11,17 @@ Shapes: B batch, N tokens, h heads, d channels of a head, P prefix tokens, R buc
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
 from backbones.tracing import leaf
 from backbones.vit import Part, TokenStream, blocks_of, finish, mixed_into, position_bias, project, rotate
+from weights.resample import is_open
 
 METHODS = ("product", "euc", "quant", "cross")
 
@@ -44,8 +47,8 @@ def buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tu
 @functools.lru_cache(maxsize=64)
 def _buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tuple[Tensor, ...]:
     reach = int(2 * ratio)
-    rows = torch.arange(height).repeat_interleave(width)
-    columns = torch.arange(width).repeat(height)
+    places = torch.arange(height * width)
+    rows, columns = places // width, places % width
     down, right = rows[:, None] - rows, columns[:, None] - columns
     if method == "product":
         found = [(piecewise(down, ratio) + reach) * (2 * reach + 1) + piecewise(right, ratio) + reach]
@@ -56,11 +59,7 @@ def _buckets(method: str, height: int, width: int, skip: int, ratio: float) -> t
     else:
         found = [piecewise(down, ratio) + reach, piecewise(right, ratio) + reach]
     if skip:
-        last = bucket_count(method, 0, ratio)
-        padded = [torch.full((skip + len(table),) * 2, last) for table in found]
-        for whole, table in zip(padded, found, strict=True):
-            whole[skip:, skip:] = table
-        found = padded
+        found = [F.pad(table, (skip, 0, skip, 0), value=bucket_count(method, 0, ratio)) for table in found]
     return tuple(found)
 
 
@@ -150,12 +149,7 @@ class RelativeAttention(nn.Module):
         height, width = grid_of(self.grid_source[0])
         tables = tables_for(method, ratio, self.rpe_skip, height, width, x.shape[1] - self.rpe_skip, x)
         ids = [tables[i] for i in range(2 if method == "cross" else 1)]
-        q = q * attn.scale
-        scores = q @ k.mT
-        if attn.rpe_k is not None:
-            scores = scores + attn.rpe_k(q, *ids)
-        if attn.rpe_q is not None:
-            scores = scores + attn.rpe_q(k * attn.scale, *ids).mT
+        scores = self.scores(q, k, ids)
         if (bias := position_bias(attn, shared_rel_pos_bias)) is not None:
             scores = scores + bias
         attention = attn.attn_drop(masked(scores, attn_mask, is_causal).softmax(-1))
@@ -163,6 +157,17 @@ class RelativeAttention(nn.Module):
         if attn.rpe_v is not None:
             mixed = mixed + attn.rpe_v(attention, *ids)
         return finish(attn, x, mixed)
+
+    def scores(self, q: Tensor, k: Tensor, ids: Sequence[Tensor]) -> Tensor:
+        """What the softmax takes, B h N N, of queries and keys B h N d and the buckets of every pair."""
+        attn: Part = self
+        q = q * attn.scale
+        scores = q @ k.mT
+        if attn.rpe_k is not None:
+            scores = scores + attn.rpe_k(q, *ids)
+        if attn.rpe_q is not None:
+            scores = scores + attn.rpe_q(k * attn.scale, *ids).mT
+        return scores
 
 
 def grid_of(embed: Part) -> tuple[int, int]:
@@ -174,7 +179,7 @@ def grid_of(embed: Part) -> tuple[int, int]:
 @leaf
 def tables_for(method: str, ratio: float, skip: int, height: int, width: int, patches: int, x: Tensor) -> tuple[Tensor, ...]:
     """The buckets of a grid where `x` is. ValueError if the patches do not lie on it."""
-    if height * width != patches:
+    if not is_open((height, width)) and height * width != patches:
         raise ValueError(f"{patches} patches do not lie on a grid of {height} x {width}: relative positions are not known")
     return tuple(table.to(x.device) for table in buckets(method, height, width, skip, ratio))
 

@@ -1,5 +1,6 @@
 """What one place attends to: the weights that are drawn are those the model used."""
 
+import families
 import pytest
 import timm
 import torch
@@ -8,11 +9,15 @@ from torch import nn
 
 import backbones  # noqa: F401  (registers our models with timm)
 from backbones.analysis import points
+from backbones.edits import irpe, token_merging
+from backbones.fcaformer import FcaBlock, keys_and_values, to_windows
 from backbones.litv2 import HiLo
 from backbones.nat import NeighborhoodAttention
+from backbones.sret import GroupAttention
 from backbones.swin import WindowAttention
 
 AT = (0.8, 0.3)
+FLAT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
 
 
 def attended(weights, v):
@@ -139,7 +144,12 @@ SMALL = {
     "lit_s": ({"depths": (1, 1, 1, 1)}, {"all cells": 2}),
     "poolformer_s12_gn": ({"depths": (1, 1, 1, 1)}, {}),
     "stvit_small": ({"depths": (1, 1, 1, 1)}, {}),  # its super tokens are as many as the cells of the next stage
-    "sret_t": ({}, {}),  # permutes its tokens
+    "sret_t": ({"depths": (1, 1, 1)}, {"of 8 slices": 1, "of 2 slices of permuted": 1, "of 4 slices": 1, "all tokens": 3}),
+    "fcaformer_l1": (
+        {"img_size": (64, 96), "dims": (8, 8, 16, 16), "depths": (1, 1, 2, 1), "heads": (0, 0, 2, 2)},
+        {"window 4x6 and tokens left behind": 1, "window": 2},
+    ),
+    "deit_tiny_irpe_ctx_product_50_shared_k": ({"embed_dim": 24, "depth": 2, "num_heads": 2}, {"relative positions": 2}),
 }
 
 
@@ -156,13 +166,74 @@ def test_every_family_shows_its_attention(name):
     sizes = {stage: tuple(one.shape[2:]) for stage, one in enumerate(maps)}
     found = points.point_attention(model, image, AT, sizes)
     for text, count in kinds.items():
-        assert sum(text in one.kind for one in found) == count, [one.kind for one in found]
+        fitting = [one for one in found if next(kind for kind in kinds if kind in one.kind) == text]
+        assert len(fitting) == count, [one.kind for one in found]
     assert len(found) == sum(kinds.values())
     for one in found:
         total = one.weights.sum((1, 2))
         assert (one.weights >= 0).all() and (total > 0.2).all() and (total < 1 + 1e-5).all(), one
     assert model.training and not model._forward_hooks
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_relative_positions_are_the_modules_own():
+    torch.manual_seed(0)
+    model = irpe(timm.create_model("vit_tiny_patch16_224", **FLAT, dynamic_img_size=True), "qk", "cross")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    attn, x = model.blocks[0].attn, torch.randn(1, 12, 16)
+    attn.grid_source[0].last_grid = (3, 4)
+    ((_, weights),) = points.of_relative(attn, points.Given("blocks.0.attn", (x,), (3, 4)), AT)
+    row, column = points.cell(AT, 3, 4)
+    v = attn.qkv(x)[0].view(3, 4, 3, 2, 8)[:, :, 2]
+    torch.testing.assert_close(attn.proj(attended(weights, v)), attn(x)[0, row * 4 + column])
+
+
+@pytest.mark.parametrize(("groups", "permuted"), [(1, False), (4, True), (5, True), (5, False)])
+@torch.no_grad()
+def test_slices_are_the_modules_own(groups, permuted):
+    torch.manual_seed(0)
+    attn, x = GroupAttention(8, 2), torch.randn(1, 24, 8)
+    order = torch.randperm(24) if permuted else None
+    ((kind, weights),) = points.of_slices(attn, points.Given("stages.0", (x, groups, order), (4, 6)), AT)
+    row, column = points.cell(AT, 4, 6)
+    v = attn.qkv(x)[0].view(4, 6, 3, 2, 4)[:, :, 2]
+    torch.testing.assert_close(attn.proj(attended(weights, v)), attn(x, groups, order)[0, row * 6 + column])
+    assert (weights > 0).sum((1, 2)).max() <= -(-24 // groups) and ("permuted" in kind) == permuted
+
+
+@pytest.mark.parametrize("left", [False, True])
+@torch.no_grad()
+def test_windows_with_tokens_left_behind_are_the_modules_own(left):
+    torch.manual_seed(0)
+    block = FcaBlock(8, 2, (2, 3), earlier=1, leaves=True, mlp_ratio=1, layer_scale=1.0, drop_path=0.0).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x, behind = torch.randn(1, 8, 5, 7), torch.randn(9, 1, 8) if left else None
+    tiles = to_windows(x, (2, 3), front=False)
+    ((_, weights),) = points.of_fca(block, points.Given("stages.2.blocks.1", (tiles, behind), (5, 7)), AT)
+    row, column = points.cell(AT, 5, 7)
+    number, token = row // 2 * 3 + column // 3, row % 2 * 3 + column % 3
+    inside = block.norm1(tiles.flatten(2).mT)
+    v = block.qkv(block.norm1(x.permute(0, 2, 3, 1)))[0, :, :, 16:].unflatten(-1, (2, 4))
+    out = block.proj.weight @ attended(weights, v) + block.proj.bias
+    expected = block.attention(inside, behind)[number, token]
+    rest = 1 - weights.sum((1, 2))  # of the tokens left behind; the window of this place has no padding
+    if left:
+        assert (rest > 0).all()
+        others = keys_and_values(block.s_norm(behind[[number]] * block.s_scale_factors), block.qkv.weight, block.qkv.bias)
+        out = out + block.proj.weight @ (rest[:, None] * others[0, 0, 8:].view(2, 4)).flatten()
+    torch.testing.assert_close(out, expected)
+
+
+def test_why_nothing_is_shown():
+    assert points.why_unread(timm.create_model("poolformer_s12_gn", **families.narrow("poolformer_s12_gn"))) == (
+        "it has no attention"
+    )
+    assert "super tokens" not in points.why_unread(timm.create_model("resnet18"))
+    merged = token_merging(timm.create_model("vit_tiny_patch16_224", **FLAT), 1)
+    assert "merges tokens" in points.why_unread(merged)
 
 
 @pytest.mark.parametrize("name", ["nat_isotropic_small", "vitrpb_small"])

@@ -145,3 +145,19 @@ def test_logarithmic_axes_have_plain_numbers():
     low, high = figure.axes[0].get_ylim()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels(which="both")]
     assert [text for text in labels if text and low <= float(text) <= high] == ["5", "7"]
+
+
+@pytest.mark.parametrize("command", ["analyze", "explain"])
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_computed(command, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "open_subject", lambda *args: pytest.fail("a model is opened"))
+    (tmp_path / "taken").write_text("")
+    assert cli.main([command, SMALL[0], str(images), *SMALL[1:], "--out", str(tmp_path / "taken" / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "taken" in said and "is a file" in said and said.count("\n") == 1
+
+
+def test_all_models_are_looked_at_before_the_first_is_analysed(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(analyze.ANALYSES, "attention", lambda *args: pytest.fail("an analysis runs"))
+    arguments = [SMALL[0], str(images), *SMALL[1:], "--beside", "vit_tiny_patch16_225", "--what", "attention"]
+    assert cli.main(["analyze", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,6 +1,10 @@
 """zoo export and zoo predict FILE.onnx: the file is the model, says what it needs, and is there whole or not at all."""
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +66,26 @@ def test_predict_with_the_file_is_predict_with_the_run(capsys, run_folder, progr
     assert (ours == theirs).mean() > 0.999  # a pixel on the edge of two classes may fall to either
     code, _, err = zoo(capsys, "predict", program, tmp_path / "photo.png", "--out", tmp_path / "c", "--infer.flip=true")
     assert code == 2 and "is a program" in err
+
+
+def test_the_script_of_the_documentation_runs_without_torch(capsys, program, tmp_path):
+    """As printed, in a process that cannot import torch, timm or the zoo; it finds what zoo predict finds."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    script = re.search(r"<!-- segment.py -->\n```python\n(.*?)```", page, re.DOTALL)[1]
+    assert script.count("\n") < 40
+    (tmp_path / "segment.py").write_text(script)
+    barred = "".join(f"sys.modules[{name!r}] = None\n" for name in ("torch", "timm", "train", "backbones"))
+    (tmp_path / "bare.py").write_text(f"import runpy, sys\n{barred}sys.argv.pop(0)\nrunpy.run_path('segment.py')\n")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8)).resize((70, 50))
+    photo.save(tmp_path / "photo.png")
+    command = [sys.executable, "bare.py", "segment.py", str(program), "photo.png", "mask.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shares = [int(line.rpartition(": ")[2].rstrip("%")) for line in done.stdout.splitlines()]
+    assert 97 <= sum(shares) <= 103
+    assert zoo(capsys, "predict", program, tmp_path / "photo.png", "--out", tmp_path / "out")[0] == 0
+    ours, theirs = (np.asarray(Image.open(tmp_path / name)) for name in ("mask.png", "out/photo_classes.png"))
+    assert ours.shape == (50, 70) and (ours == theirs).mean() > 0.9  # predict resizes scores, the script classes
 
 
 def test_other_onnx_files_are_refused_in_a_sentence(capsys, program, tmp_path):

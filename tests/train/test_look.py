@@ -81,7 +81,9 @@ def test_registers_show_before_and_after_and_stay_on(image):
 def test_a_model_without_attention_says_so(image):
     subject = look.open_subject("poolformer_s12_gn", (64, 64), untrained=True)
     rows, title = look.sheet_of(subject, look.features_of(subject.model), image, None)
-    assert title.endswith("no attention that can be read") and all(len(row) == 1 for row in rows) and len(rows) == 5
+    assert (
+        title.endswith("no attention is shown, it has no attention") and all(len(row) == 1 for row in rows) and len(rows) == 5
+    )
     assert "(chosen)" in rows[0][0].title
 
 

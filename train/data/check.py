@@ -18,6 +18,7 @@ from train.data import frames, open_split
 from train.data.base import SPLITS, ImageDataset
 from train.data.examine import Finding, compare, examine, lossy_sentence, named
 from train.data.facts import SplitFacts, read_facts
+from train.output import check_writable, make_folder
 from train.sample import SEGMENTS
 from train.schema import DataConfig
 from train.show import Panel, save_sheet, to_rgb
@@ -176,6 +177,8 @@ def run(
     """
     if count is not None and count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
+    if out is not None:
+        check_writable(out)
     facts = [read_facts(dataset, count, progress) for dataset in datasets]
     findings = [*unopened]
     findings += [finding for dataset, one in zip(datasets, facts, strict=True) for finding in examine(dataset, one)]
@@ -196,8 +199,7 @@ def run(
         verdict += ": training with these data cannot be right"
     report = Report(facts, findings, [*lines, "", *map(str, findings), verdict])
     if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(out)
         sheet(datasets, folder / "data_check.png")
         (folder / "data_check.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
         (folder / "data_check.txt").write_text("\n".join(report.lines) + "\n", encoding="utf-8")

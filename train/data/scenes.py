@@ -3,20 +3,24 @@
 Nothing is downloaded and nothing is approximate: every pixel is a ray that meets spheres, boxes, cylinders and cones
 analytically. Colours, textures, light, camera and places are drawn at random and independently of the class, so a class can be
 told only by its outline and shading, and depth only by perspective: where a body touches the floor, and how large it looks.
+`python -m train.data.scenes FOLDER` writes a few as photographs.
 
 World axes: x right, y up, z forward; metres. The camera stands at the origin, `height` above the floor.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from train.data.base import ImageDataset, Transform
 from train.depth import DepthSpec
+from train.output import make_folder
 from train.sample import SEGMENTS
 
 CLASSES = ["wall", "floor", "sphere", "box", "cylinder", "cone"]
@@ -393,3 +397,23 @@ class Cone:
         local = points - self.base
         out = np.stack([local[:, 0], self.slope**2 * (self.height - local[:, 1]), local[:, 2]], -1)
         return out / np.maximum(length(out), 1e-12)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes three scenes that no training sees, 192 x 256, into the folder that the only argument names."""
+    if len(arguments) != 1:
+        print("usage: python -m train.data.scenes FOLDER", file=sys.stderr)
+        return 2
+    try:
+        folder = make_folder(arguments[0], "folder")
+    except ValueError as error:
+        print(f"train.data.scenes: {error}", file=sys.stderr)
+        return 2
+    for i in range(3):
+        image = Scenes("val", (), size=(192, 256)).read(i)["image"]
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"scene{i}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
