@@ -28,7 +28,7 @@ State = tuple[Tensor, Tensor | None]  # the map in the family's layout, class to
 @leaf
 def check_size(x: Tensor, minimum: int) -> Tensor:
     """x, B C H W, unchanged; ValueError if a side is shorter than `minimum` pixels."""
-    if min(x.shape[-2:]) < minimum:
+    if x.shape[-2] < minimum or x.shape[-1] < minimum:  # each by itself: a program with open sizes keeps both bounds
         raise ValueError(
             f"images of {x.shape[-2]}x{x.shape[-1]} are too small: this model needs at least {minimum} pixels a side"
         )

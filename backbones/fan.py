@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from backbones.base import Stage, StagedBackbone, State, init_linear, register_variants
-from backbones.layers import pad_to_multiple
+from backbones.layers import covering, pad_to_multiple
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
 
@@ -431,7 +431,7 @@ class FAN(StagedBackbone):
         cut = []
         for i, entry in zip(take, maps, strict=True):
             stride = info[i]["reduction"]
-            rows, columns = -(-height // stride), -(-width // stride)
+            rows, columns = covering(height, stride), covering(width, stride)
             pair = isinstance(entry, tuple)
             own = (entry[0] if pair else entry)[..., :rows, :columns]
             cut.append((own, entry[1]) if pair else own)

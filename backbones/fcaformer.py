@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.base import Stage, StagedBackbone, check_img_size, register_variants
-from backbones.layers import PooledNormHead, channels_last_on_cpu, drop_path_rates, relative_bias, sdpa
+from backbones.layers import PooledNormHead, channels_last_on_cpu, covering, drop_path_rates, open_windows, relative_bias, sdpa
 from backbones.tracing import leaf
 from weights.convert.fcaformer import resize_positions
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import is_open
 
 default_cfgs = _default_cfgs("fcaformer")
 
@@ -203,7 +204,7 @@ class FcaBlock(nn.Module):
 def placed(like: Tensor, size: tuple[int, int], front: bool) -> tuple[int, int, int, int, int, int]:
     """How windows cover a map B C H W: rows and columns of windows; padding at the top, bottom, left and right."""
     (height, width), (h, w) = like.shape[-2:], size
-    rows, columns = -(-height // h), -(-width // w)
+    rows, columns = covering(height, h), covering(width, w)
     down, right = rows * h - height, columns * w - width
     return (rows, columns, down, 0, right, 0) if front else (rows, columns, 0, down, 0, right)
 
@@ -211,6 +212,9 @@ def placed(like: Tensor, size: tuple[int, int], front: bool) -> tuple[int, int, 
 @leaf
 def to_windows(x: Tensor, size: tuple[int, int], front: bool) -> Tensor:  # B C H W -> B*n C h w
     """The windows of a map padded with zeros, in front (top and left) or behind."""
+    if is_open(x.shape[2:]):
+        windows = open_windows(x[0, 0], size, front=front).cut(x.flatten(2).mT)
+        return windows.flatten(0, 1).mT.unflatten(2, size)
     rows, columns, top, bottom, left, right = placed(x, size, front)
     x = F.pad(x, (left, right, top, bottom))
     x = x.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0]))
@@ -220,6 +224,10 @@ def to_windows(x: Tensor, size: tuple[int, int], front: bool) -> Tensor:  # B C 
 @leaf
 def from_windows(x: Tensor, like: Tensor, size: tuple[int, int], front: bool) -> Tensor:  # B*n C h w -> B C H W
     """The inverse of `to_windows` for the map `like`, B C H W."""
+    if is_open(like.shape[2:]):
+        windows = open_windows(like[0, 0], size, front=front)
+        tokens = windows.joined(x.flatten(2).mT.unflatten(0, (like.shape[0], windows.count)))
+        return tokens.mT.unflatten(2, like.shape[2:])
     rows, columns, top, _, left, _ = placed(like, size, front)
     x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
     return x[:, :, top : top + like.shape[2], left : left + like.shape[3]]

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from backbones.arguments import BUILT_IN, CHECKPOINTING, NO_SCORES
 from backbones.base import Stage, StagedBackbone, check_img_size, init_linear, register_variants
-from backbones.layers import crop, drop_path_rates, layer_norm, pad_to_multiple
+from backbones.layers import covering, crop, drop_path_rates, layer_norm, open_windows, pad_to_multiple, sdpa
 from backbones.ops.linear_attention import linear_attention
-from backbones.swin import Swin, shift_mask, shift_of, to_windows
+from backbones.swin import Swin, open_shift, shift_mask, shift_of, to_windows
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import resample_position_embedding
+from weights.resample import is_open, resample_position_embedding
 
 default_cfgs = _default_cfgs("flatten")
 
@@ -111,8 +111,7 @@ def mixed(
     k = k + fitted(encoding, grid, keys)
     q, k = (split(activated(x, scale, power), heads) for x in (q, k))
     # FLatten divides the sums of the weights by the number of keys before it adds 1e-6, SLAB does not.
-    eps = 1e-6 if power is None else 1e-6 * keys[0] * keys[1]
-    out = linear_attention(q, k, split(v, heads), eps)
+    out = linear_attention(q, k, split(v, heads), 1e-6, per_key=power is not None)
     if size != keys:  # stretched along the sequence, not as an image
         v = F.interpolate(v.mT, size[0] * size[1], mode="linear", align_corners=False).mT
     # One convolution of all channels of the map as it lies, channels last, with the heads' weights repeated.
@@ -172,8 +171,13 @@ class LinearAttention(nn.Module):
 @leaf
 def from_windows(x: Tensor, like: Tensor, window: int, shifted: bool, unshifted: Size | None) -> Tensor:
     """Windows B n L C put back where they were in a map of the size of `like`, B H W C."""
-    (batch, height, width, dim), shift = like.shape, shift_of(like.shape[1], like.shape[2], window, shifted, unshifted)
-    rows, columns = -(-height // window), -(-width // window)
+    batch, height, width, dim = like.shape
+    if is_open((height, width)):
+        like = like[0, :, :, 0]
+        windows = open_windows(like, (window, window), open_shift(like, window, shifted, unshifted))
+        return windows.joined(x).unflatten(1, (height, width))
+    shift = shift_of(height, width, window, shifted, unshifted)
+    rows, columns = covering(height, window), covering(width, window)
     x = x.view(batch, rows, columns, window, window, dim).transpose(2, 3)
     x = x.reshape(batch, rows * window, columns * window, dim)
     x = x.roll((shift, shift), (1, 2)) if shift else x
@@ -320,6 +324,9 @@ def reduced(grid: Size, ratio: int) -> Size:
 @leaf
 def at_least(x: Tensor, side: int) -> Tensor:
     """B C H W padded with zeros at the bottom and on the right so that no side is shorter than `side`."""
+    if torch.compiler.is_exporting():  # an exported program may keep the sizes open
+        missing: list[Any] = [torch.sym_max(n, side) - n for n in x.shape[2:]]
+        return F.pad(x, (0, missing[1], 0, missing[0]))
     down, right = (max(side - n, 0) for n in x.shape[2:])
     return F.pad(x, (0, right, 0, down)) if down or right else x
 
@@ -396,8 +403,7 @@ class ReducedAttention(ReducedKeys):
     def forward(self, x: Tensor) -> Tensor:  # B H W C -> B H W C
         q = self.q(x.flatten(1, 2)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(self.reduce(x).flatten(1, 2)).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(out).view_as(x)
+        return self.proj(sdpa(q, k, v).transpose(1, 2).flatten(2)).view_as(x)
 
 
 class DepthwiseMlp(nn.Module):
@@ -607,19 +613,26 @@ class FlattenPVT(StagedBackbone):
 @leaf
 def stripes(x: Tensor, size: tuple[int | None, int | None]) -> Tensor:
     """B H W C -> B*n h w C, windows of `size` (None: the whole side), the map padded with zeros to whole windows."""
-    height, width = (side or n for side, n in zip(size, x.shape[1:3]))
-    x = pad_to_multiple(x, (height, width), nhwc=True)
-    x = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))
-    return x.transpose(2, 3).flatten(0, 2)
+    rows, columns = size
+    if rows is not None:
+        x = pad_to_multiple(x, (rows, 1), nhwc=True).unflatten(1, (-1, rows))
+        x = x.flatten(0, 1)
+    if columns is not None:
+        x = pad_to_multiple(x, (1, columns), nhwc=True).unflatten(2, (-1, columns))
+        x = x.transpose(1, 2).flatten(0, 1)
+    return x
 
 
 @leaf
-def unstripe(x: Tensor, like: Tensor) -> Tensor:
-    """B*n h w C -> B H W C, the size of `like`."""
-    (_, height, width, _), (batch, full_height, full_width, _) = x.shape, like.shape
-    rows, columns = -(-full_height // height), -(-full_width // width)
-    x = x.unflatten(0, (batch, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    return x[:, :full_height, :full_width]
+def unstripe(x: Tensor, like: Tensor, size: tuple[int | None, int | None]) -> Tensor:
+    """B*n h w C, windows of `size`, -> B H W C, the size of `like`."""
+    batch, height, width, _ = like.shape
+    rows, columns = size
+    if columns is not None:
+        x = x.unflatten(0, (-1, covering(width, columns))).transpose(1, 2).flatten(2, 3)
+    if rows is not None:
+        x = x.unflatten(0, (batch, covering(height, rows))).flatten(1, 2)
+    return crop(x, height, width)
 
 
 @leaf
@@ -629,7 +642,7 @@ def stripe_attention(q: Tensor, k: Tensor, v: Tensor, exists: Tensor, heads: int
     q, k, v = (split(x.flatten(1, 2), heads) for x in (q, k, v))
     mask = exists.flatten(1)[:, None, None] > 0
     whole = not torch.compiler.is_compiling() and not torch.compiler.is_exporting() and exists.device.type != "meta"
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if whole and bool(mask.all()) else mask)
+    out = sdpa(q, k, v, None if whole and bool(mask.all()) else mask)
     return out.transpose(1, 2).flatten(2).unflatten(1, size)
 
 
@@ -658,7 +671,7 @@ class StripeAttention(InStripes):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # each B H W C -> B H W C
         like, exists = q, stripes(torch.ones_like(q[..., :1]), self.size)
         q, k, v, local = self.cut(q, k, v)
-        return unstripe(stripe_attention(q, k, v, exists, self.num_heads) + local, like)
+        return unstripe(stripe_attention(q, k, v, exists, self.num_heads) + local, like, self.size)
 
 
 class StripeLinearAttention(InStripes, LinearAttention):
@@ -680,7 +693,7 @@ class StripeLinearAttention(InStripes, LinearAttention):
         like = q
         q, k, v, local = self.cut(q, k, v)
         out = self.mix(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), q, k)
-        return unstripe(out.view_as(q) + local, like)
+        return unstripe(out.view_as(q) + local, like, self.size)
 
 
 class CSwinAttention(nn.Module):

@@ -19,14 +19,14 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.arguments import BUILT_IN
 from backbones.base import check_img_size, check_size, register_variants, take_indices
-from backbones.layers import drop_path_rates
+from backbones.layers import drop_path_rates, vit_positions
 from backbones.tracing import leaf
 from weights.convert.hvt import resample_sequence
 from weights.manifest import default_cfgs as _default_cfgs
@@ -50,7 +50,7 @@ def fitted(embedding: Tensor, x: Tensor) -> Tensor:
 @leaf
 def with_positions(x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches B H W C plus their position embedding 1 N C, of a grid that is resized to H W -> B N C."""
-    return x.flatten(1, 2) + resample_abs_pos_embed(embedding, x.shape[1:3], grid, num_prefix_tokens=0)
+    return x.flatten(1, 2) + vit_positions(embedding, (x.shape[1], x.shape[2]), grid, 0)
 
 
 class PoolBlock(Block):

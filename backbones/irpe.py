@@ -11,18 +11,15 @@ The mathematics, for any ViT, is backbones/edits/relative_position.py.
 from typing import Any, Literal
 
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from backbones.base import register_variants
 from backbones.edits.relative_position import irpe
-from backbones.tracing import leaf
+from backbones.layers import vit_positions
 from weights.manifest import default_cfgs as _default_cfgs
 
 default_cfgs = _default_cfgs("irpe")
-
-resize_positions = leaf(resample_abs_pos_embed)
 
 
 class RelativeViT(VisionTransformer):
@@ -60,7 +57,7 @@ class RelativeViT(VisionTransformer):
         if self.pos_embed is None or not self.dynamic_img_size:
             return super()._pos_embed(x)
         new, old = (x.shape[1], x.shape[2]), self.patch_embed.grid_size
-        positions = resize_positions(self.pos_embed, new, old, 0 if self.no_embed_class else self.num_prefix_tokens)
+        positions = vit_positions(self.pos_embed, new, old, 0 if self.no_embed_class else self.num_prefix_tokens)
         prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         x = x.flatten(1, 2)
         if self.no_embed_class:

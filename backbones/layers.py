@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, to_2tuple
+from timm.layers import ClassifierHead, DropPath, resample_abs_pos_embed, to_2tuple
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from backbones.fuse import fold_batch_norm
 from backbones.tracing import leaf
+from weights.resample import resample_position_embedding
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -23,6 +25,11 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [[step * (start + i) for i in range(depth)] for start, depth in zip(starts, depths)]
 
 
+def covering(side: int, unit: int) -> int:
+    """How many units cover a side, which may be open. In this form because ONNX rounds every quotient of sizes towards zero."""
+    return (side + unit - 1) // unit
+
+
 @leaf
 def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = False) -> Tensor:
     """Zeros added at the bottom and on the right until both sides of a map are multiples; B C H W, or B H W C if nhwc.
@@ -31,7 +38,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int], nhwc: bool = Fal
     """
     sides = x.shape[1:3] if nhwc else x.shape[2:]
     # In this form an exported program can see that the padded sides are multiples.
-    bottom, right = (-(-side // unit) * unit - side for side, unit in zip(sides, to_2tuple(multiple)))
+    bottom, right = (covering(side, unit) * unit - side for side, unit in zip(sides, to_2tuple(multiple)))
     if torch.compiler.is_exporting() or bottom or right:  # an exported program may keep the sizes open
         x = F.pad(x, (0, 0, 0, right, 0, bottom) if nhwc else (0, right, 0, bottom))
     return x
@@ -50,6 +57,74 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
         x = x.index_select(1, torch.arange(height, device=x.device))
         return x.index_select(2, torch.arange(width, device=x.device))
     return x[:, :height, :width]
+
+
+class OpenWindows(NamedTuple):
+    """Where the tokens of a map's n windows of L tokens lie, all tensors of whole numbers; see `open_windows`.
+
+    Attributes:
+        index: place of each token in the map, row-major, 0 for padding; (n L).
+        exists: whether it has one; (n L), bool.
+        places: of each place of the map, which token of the windows it is; (H W).
+        row: of each token in the padded and rolled map; (n L).
+        column: likewise.
+        count: n.
+        length: L.
+        sides: rows and columns of the padded map.
+    """
+
+    index: Tensor
+    exists: Tensor
+    places: Tensor
+    row: Tensor
+    column: Tensor
+    count: int
+    length: int
+    sides: tuple[int, int]
+
+    def cut(self, tokens: Tensor) -> Tensor:  # B H*W C -> B n L C
+        """The windows' tokens, zeros where they are padding."""
+        tokens = tokens.index_select(1, self.index) * self.exists[:, None].to(tokens.dtype)
+        return tokens.reshape(tokens.shape[0], self.count, self.length, tokens.shape[2])
+
+    def joined(self, windows: Tensor) -> Tensor:  # B n L C -> B H*W C
+        """The map's tokens, from where they are in the windows."""
+        return windows.flatten(1, 2).index_select(1, self.places)
+
+
+def open_windows(like: Tensor, window: tuple[int, int], shift: int | Tensor = 0, front: bool = False) -> OpenWindows:
+    """The windows of a map as indices, for a program that keeps its size open: exact for every size, also below a window.
+
+    The form with padding, rolling and reshaping, which is faster, would fix how many windows there are.
+
+    Args:
+        like: H W, for the size and the device.
+        window: (rows, columns) of a window.
+        shift: by how much the padded map is rolled up and to the left.
+        front: padding is at the top and on the left, else at the bottom and on the right.
+    """
+    (height, width), (high, wide), device = like.shape, window, like.device
+    rows, columns = covering(height, high), covering(width, wide)
+    down, right = (rows * high - height, columns * wide - width) if front else (0, 0)
+    token = torch.arange(rows * columns * (high * wide), device=device)
+    which, inside = token // (high * wide), token % (high * wide)
+    above = which // columns  # no remainder of a size: an exchange format has none
+    row, column = above * high + inside // wide, (which - above * columns) * wide + inside % wide
+    y, x = around(row + shift, rows * high) - down, around(column + shift, columns * wide) - right
+    exists = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    index = torch.where(exists, y * width + x, 0)
+    place = torch.arange(height * width, device=device)
+    y = place // width
+    x = around(place - y * width + right + columns * wide - shift, columns * wide)
+    y = around(y + down + rows * high - shift, rows * high)
+    places = (y // high * columns + x // wide) * (high * wide) + y % high * wide + x % wide
+    sides = (rows * high, columns * wide)
+    return OpenWindows(index, exists, places, row, column, rows * columns, high * wide, sides)
+
+
+def around(place: Tensor, side: int) -> Tensor:
+    """Places below twice a side, with those beyond it going on from 0."""
+    return torch.where(place >= side, place - side, place)
 
 
 MakeNorm = Callable[[int], nn.Module]  # channels -> a norm over the last axis
@@ -173,6 +248,21 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
 
 
 @leaf
+def vit_positions(embedding: Tensor, size: tuple[int, int], native: tuple[int, int], prefix: int) -> Tensor:
+    """A ViT's position embedding 1 P+n C for another grid, as timm resizes it.
+
+    Args:
+        embedding: of prefix tokens and patches, 1 P+n C.
+        size: (rows, columns) that are wanted.
+        native: (rows, columns) for which it is made.
+        prefix: P, entries that are kept as they are.
+    """
+    if torch.compiler.is_exporting():  # timm's antialiased resize is no operator of every program
+        return resample_position_embedding(embedding, size, prefix, native, antialias=True)
+    return resample_abs_pos_embed(embedding, list(size), list(native), prefix)
+
+
+@leaf
 def deformable_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """2x2 stride-2 deformable convolution without modulation, B C H W and B 8 H/2 W/2 -> B D H/2 W/2.
 
@@ -192,7 +282,7 @@ def gathered_merge(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> T
     cell = torch.arange(rows * columns, device=x.device)
     moved = offset.reshape(batch, 4, 2, rows * columns)
     y = moved[:, :, 0] + (2 * (cell // columns) + tap // 2)  # B 4 N
-    x_ = moved[:, :, 1] + (2 * (cell % columns) + tap % 2)
+    x_ = moved[:, :, 1] + (2 * (cell - cell // columns * columns) + tap % 2)
     pixels, parts = x.flatten(2), []
     for down in (0, 1):  # the four pixels around each place, weighted bilinearly; those outside the map count nothing
         for right in (0, 1):

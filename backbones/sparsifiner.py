@@ -23,20 +23,23 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from backbones.arguments import BUILT_IN
 from backbones.base import OpenNames, check_size, init_linear, register_variants
 from backbones.fuse import fold_batch_norm
-from backbones.layers import drop_path_rates, sdpa
+from backbones.layers import drop_path_rates, sdpa, vit_positions
 from backbones.ops.predicted_keys import Rule, choose_keys, class_attention, fit_matrices, masked_attention
 from backbones.tracing import leaf
 from backbones.vit import Tokens, TokenStream, checkpointed, finish, project
 from weights.manifest import default_cfgs as _default_cfgs
+from weights.resample import is_open
 
 default_cfgs = _default_cfgs("sparsifiner")
+
+OPEN_PRUNING = "a Sparsifiner that drops tokens (token_keep_rate below 1) keeps a number of them that a size fixes"
 
 
 @dataclass
@@ -174,6 +177,8 @@ def keep_most_attended(
 
     ceil(rate * patches of the full grid) remain, in their order; nothing happens if there are not more.
     """
+    if is_open(grid):
+        raise ValueError(OPEN_PRUNING)
     remain = math.ceil(rate * grid[0] * grid[1])
     if remain >= x.shape[1] - 1:
         return x, kept
@@ -397,7 +402,7 @@ class ConvPatchEmbed(PatchEmbed):
 @leaf
 def with_positions(x: Tensor, cls_token: Tensor, pos_embed: Tensor, native: tuple[int, int]) -> Tensor:
     """Patches B rows columns C -> tokens B 1+N C, class token first, plus the embedding (1 1+N' C, for the grid `native`)."""
-    pos_embed = resample_abs_pos_embed(pos_embed, x.shape[1:3], native)
+    pos_embed = vit_positions(pos_embed, (x.shape[1], x.shape[2]), native, 1)
     return torch.cat([cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1) + pos_embed
 
 
@@ -523,6 +528,11 @@ class Sparsifiner(OpenNames, TokenStream, VisionTransformer):
         if self.aux_head is not None:
             init_linear(self.aux_head)
         self.training_phase: str | None = None
+
+    @property
+    def one_size(self) -> str | None:
+        """Why an exported program takes images of one size, None if it may take any."""
+        return None if all(block.token_keep_rate is None for block in cast(Any, self.blocks)) else OPEN_PRUNING
 
     def start(self, images: Tensor) -> "SparseTokens":
         x = self.patch_embed(check_size(images, self.min_size))

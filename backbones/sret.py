@@ -11,6 +11,7 @@ slices do not divide is cut into runs that differ by one token.
 Shapes: B batch, H W map height and width, N = H * W tokens (row-major), C channels, h heads, g slices.
 """
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 
 from backbones.arguments import NO_SCORE_DROPOUT
 from backbones.base import Stage, StagedBackbone, check_img_size, check_size, register_variants
-from backbones.layers import PooledNormHead, sdpa
+from backbones.layers import PooledNormHead, covering, sdpa
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import resample_position_embedding
+from weights.resample import is_open, resample_position_embedding
 
 default_cfgs = _default_cfgs("sret")
+
+OPEN_PERMUTATIONS = "given permutations are of maps of one size; set_permutations(None) takes the seed's again"
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -50,30 +53,63 @@ def seeded_permutation(count: int, seed: int, number: int, device: torch.device)
     return torch.argsort(x ^ (x >> 16))  # no two hashes are equal: each step is a bijection
 
 
+LONGEST = 1 << 16  # tokens of a map for which an exported program of open size knows the orders: 2048 x 2048 pixels
+
+
+@functools.lru_cache(maxsize=16)
+def exported_ranks(count: int, seed: int, number: int) -> list[int]:
+    """Which place each position has in `seeded_permutation`, as plain numbers: a program keeps them as a constant.
+
+    Its arithmetic of 64 bits is no matter of course in exchange formats.
+    """
+    hashes = []
+    for position in range(count):
+        x = (position * 0x9E3779B1 + (seed * 0x27D4EB2F + number * 0x165667B1 + 1)) & 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+        hashes.append(x ^ (x >> 16))
+    ranks = [0] * count
+    for rank, position in enumerate(sorted(range(count), key=hashes.__getitem__)):
+        ranks[position] = rank
+    return ranks
+
+
+def exported_permutation(count: int, seed: int, number: int, device: torch.device) -> Tensor:
+    """`seeded_permutation` in an exported program, where `count` may be open (up to LONGEST)."""
+    ranks = torch.tensor(exported_ranks(LONGEST if is_open((count,)) else count, seed, number), device=device)
+    return torch.argsort(ranks.index_select(0, torch.arange(count, device=device)))
+
+
 def slices(count: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Consecutive runs of `count` tokens whose lengths differ by at most one.
 
     Returns the tokens of each run, g L, padded to one length; which of them exist; and where each token stands in g * L.
     """
-    groups = min(groups, count)
-    length = -(-count // groups)
+    if not is_open((count,)):  # else slices without a token may come of it, to which none belongs
+        groups = min(groups, count)
+    length = covering(count, groups)
     starts = torch.arange(groups + 1, device=device) * count // groups
     index = starts[:-1, None] + torch.arange(length, device=device)
     exists = index < starts[1:, None]
     tokens = torch.arange(count, device=device)
-    group = torch.searchsorted(starts[1:].contiguous(), tokens, right=True)
-    return index.clamp(max=count - 1), exists, group * length + tokens - starts[group]
+    group = ((tokens + 1) * groups - 1) // count
+    return torch.where(exists, index, 0), exists, group * length + tokens - group * count // groups
 
 
 @leaf
 def attend(qkv: Tensor, groups: int, heads: int) -> Tensor:  # B N 3C -> B N C
     """Attention inside `groups` consecutive runs of the tokens."""
     batch, count, _ = qkv.shape
-    if count % groups == 0:
+    if groups == 1 or (not is_open((count,)) and count % groups == 0):
         return attend_inside(qkv.unflatten(1, (groups, -1)), heads).flatten(1, 2)
     index, exists, places = slices(count, groups, qkv.device)
+    inside = qkv.index_select(1, index.flatten()).unflatten(1, index.shape)
+    if torch.compiler.is_exporting():  # slices and heads share an axis, so that the mask needs no batch
+        q, k, v = inside.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # each B g*h L d
+        out = sdpa(q, k, v, exists.repeat_interleave(heads, 0)[None, :, None]).unflatten(1, (-1, heads))
+        return out.transpose(2, 3).flatten(3).flatten(1, 2).index_select(1, places)
     mask = exists[:, None, None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    return attend_inside(qkv[:, index], heads, mask).flatten(1, 2)[:, places]
+    return attend_inside(inside, heads, mask).flatten(1, 2).index_select(1, places)
 
 
 def attend_inside(qkv: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:  # B g L 3C, B*g 1 1 L -> B g L C
@@ -94,12 +130,14 @@ def order(x: Tensor, number: int, seed: int, given: Tensor | None, drawn: bool) 
     """
     count = x.shape[1]
     if given is not None:
+        if is_open((count,)):
+            raise ValueError(OPEN_PERMUTATIONS)
         if len(given) != count:
             raise ValueError(f"permutation {number} is of {len(given)} tokens, the map here has {count}")
         return given.to(x.device)
     if drawn:
         return torch.randperm(count, device=x.device)
-    return seeded_permutation(count, seed, number, x.device)
+    return (exported_permutation if torch.compiler.is_exporting() else seeded_permutation)(count, seed, number, x.device)
 
 
 class GroupAttention(nn.Module):
@@ -115,7 +153,10 @@ class GroupAttention(nn.Module):
             x = x[:, permutation]
         out = attend(self.qkv(x), groups, self.heads)
         if permutation is not None:
-            out = torch.empty_like(out).index_copy(1, permutation, out)
+            if torch.compiler.is_exporting():
+                out = out.index_select(1, permutation.argsort())
+            else:
+                out = torch.empty_like(out).index_copy(1, permutation, out)
         return self.proj(out)
 
 
@@ -311,6 +352,11 @@ class SReT(StagedBackbone):
         self.head = PooledNormHead(dims[-1], num_classes, global_pool, drop_rate, eps=1e-6)
         for module in self.recursions():
             module.seed = permutation_seed
+
+    @property
+    def one_size(self) -> str | None:
+        """Why an exported program takes images of one size, None if it may take any."""
+        return OPEN_PERMUTATIONS if any(module.given for module in self.recursions()) else None
 
     def recursions(self) -> list[Recursion]:
         return [module for module in self.modules() if isinstance(module, Recursion)]

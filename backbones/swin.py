@@ -10,7 +10,7 @@ where the shorter side of a map is not longer than the window, the window shrink
 takes any size, pads maps to whole windows before it rolls them, never shrinks a window and shifts every second block, even on a
 map of one window. Here maps of the constructed size follow the first program and all others the second; `dense=True` follows
 the second always. Differs from timm's `swin_*`, which decide per axis on maps that are not square and roll before they pad.
-An exported program may keep batch and size open, for images whose last map is larger than a window (225 pixels for window 7).
+An exported program may keep batch and size open.
 
 Shapes: B batch, H W map height and width, C channels, h heads, d = C // h, n windows, L = window ** 2.
 """
@@ -31,16 +31,18 @@ from backbones.layers import (
     MakeNorm,
     PatchEmbed,
     PatchMerging,
+    covering,
     crop,
     drop_path_rates,
     layer_norm,
+    open_windows,
     pad_to_multiple,
     relative_bias,
     sdpa,
 )
 from backbones.tracing import leaf
 from weights.manifest import default_cfgs as _default_cfgs
-from weights.resample import resample_bias_table, resample_position_embedding
+from weights.resample import is_open, resample_bias_table, resample_position_embedding
 
 default_cfgs = _default_cfgs("swin")
 
@@ -58,6 +60,14 @@ def shift_of(height: int, width: int, window: int, shifted: bool, unshifted: tup
     return window // 2 if shifted and unshifted != (height, width) else 0
 
 
+def open_shift(like: Tensor, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> int | Tensor:
+    """shift_of for a map like H W whose size a program keeps open: a tensor where it depends on the size."""
+    if not shifted or unshifted is None:
+        return shift_of(0, 0, window, shifted, unshifted)
+    height, width = (torch.ones(side, device=like.device, dtype=torch.int64).sum() for side in like.shape)
+    return torch.where((height == unshifted[0]) & (width == unshifted[1]), 0, window // 2)
+
+
 @leaf
 def to_windows(x: Tensor, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> Tensor:  # B H W C -> B n L C
     """The windows of a map, padded with zeros to whole windows and then rolled.
@@ -68,8 +78,12 @@ def to_windows(x: Tensor, window: int, shifted: bool, unshifted: tuple[int, int]
         shifted: whether the block shifts.
         unshifted: map size on which it does not, None for none.
     """
-    (_, height, width, _), shift = x.shape, shift_of(x.shape[1], x.shape[2], window, shifted, unshifted)
-    rows, columns = -(-height // window), -(-width // window)
+    (_, height, width, _) = x.shape
+    if is_open((height, width)):
+        like = x[0, :, :, 0]
+        return open_windows(like, (window, window), open_shift(like, window, shifted, unshifted)).cut(x.flatten(1, 2))
+    shift = shift_of(height, width, window, shifted, unshifted)
+    rows, columns = covering(height, window), covering(width, window)
     x = pad_to_multiple(x, window, nhwc=True)
     x = x.roll((-shift, -shift), (1, 2)) if shift else x
     x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
@@ -88,10 +102,13 @@ def attend(
     unshifted: tuple[int, int] | None,
 ) -> Tensor:  # B n L 3C -> B H W C
     """Attention inside the windows of a map of the size of `like`, B H W C, put back where they were."""
-    (batch, height, width, dim), shift = like.shape, shift_of(like.shape[1], like.shape[2], window, shifted, unshifted)
-    rows, columns = -(-height // window), -(-width // window)
+    batch, height, width, dim = like.shape
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(3, 0, 1, 4, 2, 5)  # each B n h L d
     bias = window_bias(table, window).to(q.dtype)
+    if is_open((height, width)):
+        return open_attend(q, k, v, bias, like[0, :, :, 0], scale, window, shifted, unshifted)
+    shift = shift_of(height, width, window, shifted, unshifted)
+    rows, columns = covering(height, window), covering(width, window)
     if shift:
         # Every window has its own mask: windows and heads share an axis, so that the batch needs no copy of the masks.
         cached = type(qkv) is Tensor and not torch.compiler.is_compiling()  # not under tracing or fake tensors
@@ -104,6 +121,58 @@ def attend(
     x = x.reshape(-1, dim).view(batch, rows * window, columns * window, dim)  # in two steps, as export asks
     x = x.roll((shift, shift), (1, 2)) if shift else x
     return crop(x, height, width)
+
+
+def open_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    like: Tensor,
+    scale: float,
+    window: int,
+    shifted: bool,
+    unshifted: tuple[int, int] | None,
+) -> Tensor:  # B n h L d -> B H W C
+    """`attend` in a program that keeps the size of the map open.
+
+    Args:
+        q: queries, B n h L d.
+        k: keys.
+        v: values.
+        bias: of a window, h L L.
+        like: a map of the size, H W.
+        scale: of the scores.
+        window: as in `attend`.
+        shifted: likewise.
+        unshifted: likewise.
+    """
+    batch, count, heads, length, _ = q.shape
+    windows = open_windows(like, (window, window), shift := open_shift(like, window, shifted, unshifted))
+    if shifted:
+        row, column = (
+            bands(place, side, window, shift) for place, side in zip((windows.row, windows.column), windows.sides, strict=True)
+        )
+        regions = (3 * row + column).view(count, length)
+        mask = (regions[:, None] != regions[:, :, None]).to(q.dtype) * -100.0
+        bias = (bias + mask[:, None])[None].flatten(1, 2)
+        q, k, v = (t.flatten(1, 2) for t in (q, k, v))
+    else:
+        q, k, v, bias = (t.flatten(0, 1) for t in (q, k, v, bias[None, None]))
+    x = sdpa(q, k, v, bias, scale).reshape(batch, count, heads, length, -1).transpose(2, 3).flatten(3)
+    return windows.joined(x).unflatten(1, like.shape)
+
+
+def bands(place: Tensor, side: int, window: int, shift: int | Tensor) -> Tensor:
+    """The bands of `shift_mask`: 0, in the last window 1, its last `shift` tokens 2.
+
+    Args:
+        place: of tokens on an axis of the rolled map.
+        side: its length, a multiple of the window.
+        window: tokens per side of a window.
+        shift: by how many tokens the map is rolled.
+    """
+    return (place >= side - window) * (1 + (place >= side - shift).long())
 
 
 def window_bias(table: Tensor, window: int) -> Tensor:

@@ -153,7 +153,8 @@ class FeatureBackbone(nn.Module):
                 )
             return self.fixed_size
         multiple = math.lcm(self.multiple, self._least_multiple)
-        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+        # as ONNX rounds every quotient of sizes towards zero
+        return (height + multiple - 1) // multiple * multiple, (width + multiple - 1) // multiple * multiple
 
     def forward(self, images: Tensor) -> Sequence[Tensor]:  # B 3 H W -> [B C_i H_i W_i]
         size = (images.shape[-2], images.shape[-1])

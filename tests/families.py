@@ -129,6 +129,7 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         names={"vit": "small_patch14_ttreg_dinov2 base_patch14_ttreg_dinov2 large_patch14_ttreg_dinov2"},
         narrow={"*": FLAT},
         kinds=("vit_small_patch14_ttreg_dinov2",),
+        free_size=("vit_small_patch14_ttreg_dinov2",),
         tokens=("vit_*",),
     ),
     "irpe": Family(
@@ -140,6 +141,7 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         },
         narrow={"*": FLAT},
         kinds=("deit_small_irpe_ctx_product_50_shared_qkv",),
+        free_size=("deit_small_irpe_ctx_product_50_shared_qkv",),
         tokens=("deit_*",),
         unpublished=True,
     ),
@@ -154,6 +156,7 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         names={"hvt": "ti_1 s_0 s_1 s_2 s_3 s_4"},
         narrow={"*": FLAT},
         kinds=("hvt_s_4",),
+        free_size=("hvt_s_4",),
         tokens=("hvt_*",),
     ),
     "fcaformer": Family(

@@ -6,7 +6,7 @@ network (`kinds` in tests/families.py), with few blocks, on small images.
 
 import copy
 import functools
-import importlib
+import importlib.util
 import inspect
 import math
 import re
@@ -25,6 +25,7 @@ import weights
 
 NAMES = backbones.list_models()
 CHECKED = [name for name in families.every("kinds") if name in NAMES]
+OPEN = ["hvt_s_4", "vit_small_patch14_ttreg_dinov2", "deit_small_irpe_ctx_product_50_shared_qkv"]  # free sizes in ONNX
 QUICK = ["swin_t", "lit_s", "poolformer_s12_gn"]  # exported to ONNX in the gate, the others in the slow tests
 
 
@@ -445,6 +446,35 @@ def test_the_plain_onnx_export_at_native_size(name, tmp_path):
         expected = model(image)
     scale = max(1.0, expected.abs().max().item())
     torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPEN)
+def test_the_plain_onnx_export_takes_every_size(name, tmp_path):
+    """torch.onnx.export as a user calls it, with free batch, height and width; onnxruntime and OpenVINO at other sizes."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX export is checked with onnxruntime, which is not installed")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript, which is not installed")
+    torch.manual_seed(0)
+    model = noisy(create(name, **families.narrow(name)))
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.onnx.export(model, (images(2, 96, 131),), dynamo=True, dynamic_shapes=(free,), verbose=False)
+    program.save(tmp_path / "model.onnx")
+    operators = {(node.domain, node.op_type) for node in program.model.graph}
+    assert {domain for domain, _ in operators} <= {""} and ("", "DeformConv") not in operators
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    runs = [lambda image: session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]]
+    if importlib.util.find_spec("openvino") is not None:
+        import openvino
+
+        compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        runs.append(lambda image: list(compiled([image.numpy()]).values())[0])
+    for batch, *size in ((3, 75, 110), (1, 160, 95), (2, 224, 241)):
+        image = images(batch, *size)
+        with torch.no_grad():
+            expected = model(image)
+        scale = max(1.0, expected.abs().max().item())
+        for run in runs:
+            torch.testing.assert_close(torch.from_numpy(run(image)), expected, atol=1e-4 * scale, rtol=0)
 
 
 def test_drop_path_is_random_in_training_only(name):

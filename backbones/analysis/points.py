@@ -275,8 +275,8 @@ def of_fca(block: FcaBlock, given: Given, at: Place) -> Iterator[tuple[str, Tens
     scores = q.shape[-1] ** -0.5 * torch.einsum("hd,hnd->hn", q[:, token], k)
     scores = scores + offset_bias(block.attention_biases, block.size)[:, token]
     if left is not None:
-        others = keys_and_values(block.s_norm(left[[number]] * block.s_scale_factors), block.qkv.weight, block.qkv.bias)
-        k = split(others.chunk(2, -1)[0], block.heads)[0]
+        behind = keys_and_values(block.s_norm(left[[number]] * block.s_scale_factors), block.qkv.weight, block.qkv.bias)
+        k = split(behind.chunk(2, -1)[0], block.heads)[0]
         more = q.shape[-1] ** -0.5 * torch.einsum("hd,hnd->hn", q[:, token], k) + block.s_token_bias[0, :, 0]
         scores = torch.cat([scores, more], 1)
     flat_map = tiles.new_zeros(block.heads, height * width + 1)

@@ -48,7 +48,8 @@ def buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tu
 def _buckets(method: str, height: int, width: int, skip: int, ratio: float) -> tuple[Tensor, ...]:
     reach = int(2 * ratio)
     places = torch.arange(height * width)
-    rows, columns = places // width, places % width
+    rows = places // width
+    columns = places - rows * width  # no remainder of a size: an exchange format has none
     down, right = rows[:, None] - rows, columns[:, None] - columns
     if method == "product":
         found = [(piecewise(down, ratio) + reach) * (2 * reach + 1) + piecewise(right, ratio) + reach]

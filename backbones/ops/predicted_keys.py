@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backbones.layers import sdpa
 from backbones.tracing import leaf
-from weights.resample import resample_predictor
+from weights.resample import is_open, resample_predictor
 
 
 class Rule(NamedTuple):
@@ -57,7 +57,7 @@ def choose_keys(
     Returns mask B h n-1 n (bool), scores of the same shape, coefficients B h n-1 r, basis.
     """
     down, basis = fit_matrices(down, back, native, grid)
-    budget = math.ceil(rule.keep_rate * (1 + grid[0] * grid[1]))
+    budget = 0 if is_open(grid) else math.ceil(rule.keep_rate * (1 + grid[0] * grid[1]))
     if kept is not None:
         down, basis = down[kept][:, None], basis[kept][:, None]  # B 1 n r
         budget = min(budget, kept.shape[1] - 1)
@@ -75,6 +75,10 @@ def choose_keys(
         chosen = chosen.masked_fill(~alive[:, None, None], -math.inf)
     if rule.score_threshold is not None:
         return chosen > rule.score_threshold, scores, coef, basis
+    if is_open(grid):  # a budget that depends on the size is a tensor
+        count = torch.ones_like(basis[..., 0], dtype=torch.float64).sum(-1, keepdim=True)
+        ranks = chosen.argsort(dim=-1, descending=True).argsort(dim=-1)
+        return ranks < (rule.keep_rate * count).ceil(), scores, coef, basis
     index = chosen.topk(budget, dim=-1, sorted=False).indices
     return torch.zeros_like(chosen, dtype=torch.bool).scatter(-1, index, True), scores, coef, basis
 
@@ -99,7 +103,7 @@ def fit_matrices(down: Tensor, back: Tensor, native: tuple[int, int], grid: tupl
         native: (rows, columns) of patches for which they are made.
         grid: (rows, columns) for which they are wanted.
     """
-    if tuple(grid) == tuple(native):
+    if not is_open(grid) and tuple(grid) == tuple(native):
         return down, back
     return resample_predictor(down, grid, True, native), resample_predictor(back, grid, False, native)
 

@@ -11,7 +11,9 @@ from backbones.ops.linear_attention import factored, reference
 BACKENDS = {"factored": factored.run, "reference": reference.run}
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6, backend: str | None = None) -> Tensor:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6, backend: str | None = None, per_key: bool = False
+) -> Tensor:
     """sum_j (q_i . k_j) v_j / (sum_j (q_i . k_j) + eps) for every query i.
 
     Args:
@@ -20,6 +22,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6, backend
         v: values, ... n e.
         eps: added to the sum of a query's weights; a query all of whose weights are 0 gives 0.
         backend: "factored", the default, or "reference".
+        per_key: eps counts for each key, so that n eps are added.
 
     Returns ... N e in the type of v. Raises ValueError for another backend or shapes that do not fit.
     """
@@ -28,4 +31,4 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6, backend
     if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[:-2] != k.shape[:-2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q ... N d, k ... n d and v ... n e must agree in batch, d and n, got {shapes}")
-    return BACKENDS[backend or "factored"](q, k, v, eps)
+    return BACKENDS[backend or "factored"](q, k, v, eps, per_key)
