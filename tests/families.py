@@ -156,7 +156,6 @@ FAMILIES: dict[str, Family] = {  # file in backbones/ -> its row
         names={"hvt": "ti_1 s_0 s_1 s_2 s_3 s_4"},
         narrow={"*": FLAT},
         kinds=("hvt_s_4",),
-        free_size=("hvt_s_4",),
         tokens=("hvt_*",),
     ),
     "fcaformer": Family(
