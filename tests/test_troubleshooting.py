@@ -25,14 +25,15 @@ def texts(path: Path) -> list[str]:
     return found
 
 
-SAID = [text for name in PACKAGES for path in (ROOT / name).rglob("*.py") for text in texts(path)]
+# all in one, with a sign between them that no text has
+SAID = "\1".join(text for name in PACKAGES for path in (ROOT / name).rglob("*.py") for text in texts(path))
 
 
 def pattern(sentence: str) -> re.Pattern:
     """The sentence with anything in the place of each run of dots; signs at its ends may lie in another text."""
     parts = [part for part in re.split(r"\.{3,}", sentence) if part.strip(" :;()")]
     parts[0], parts[-1] = parts[0].lstrip(" :;"), parts[-1].rstrip(" :;")
-    return re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
+    return re.compile("[^\1]*?".join(map(re.escape, parts)))
 
 
 def test_the_page_has_enough_of_them():
@@ -41,7 +42,7 @@ def test_the_page_has_enough_of_them():
 
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_a_sentence_stands_in_the_code(sentence):
-    assert any(pattern(sentence).search(text) for text in SAID), sentence
+    assert pattern(sentence).search(SAID), sentence
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)

@@ -78,6 +78,11 @@ value is YAML. An unknown key is an error with the nearest name."""
 DATA_TEXT = "`data.name` is one of these, and `data.args` its arguments. [Your own data](data.md) shows the folders."
 HEADS_TEXT = "`model.head` is one of these, and `model.head_args` its arguments. [Every head](heads.md) says what they are for."
 EDITS_TEXT = "An entry of `model.edits` has the `name` of one of these and its arguments: [Edits](edits.md)."
+ARGUMENTS = (
+    ("data.args", "dataargs", "Arguments of each data set"),
+    ("model.head_args", "modelhead_args", "Arguments of each head"),
+    ("model.edits", "modeledits", "Arguments of each edit"),
+)
 RECIPES_TEXT = """{runs} configurations in {files} files of `configs/`. `zoo config NAME` prints one, `zoo train NAME
 --data.root=PATH` runs it; the file's head says how its authors' hardware is matched. *Published* is
 the authors' number, *measured here* is ours, and "not yet run" means that nobody has run this
@@ -256,7 +261,9 @@ def named(title: str, classes: Mapping[str, Any], text: str, skip: Sequence[str]
 def configuration_page() -> str:
     """docs/configuration.md."""
     lines = ["# Keys of a configuration", "", MADE, "", CONFIGURATION_TEXT, ""]
-    rows = [(f"[{name}](#{name})", lead(cls.__doc__).partition(".")[0]) for name, cls in SECTIONS.items()]
+    rows = [("[task](#task)", "What is trained: losses, metric, and the number of classes or the range of depth")]
+    rows += [(f"[{name}](#{name})", lead(cls.__doc__).partition(".")[0]) for name, cls in SECTIONS.items()]
+    rows += [(f"[{name}](#{slug})", text) for name, slug, text in ARGUMENTS]
     lines += [*table(("section", "what it says"), rows), ""]
     lines += named("task", TASKS, TASK_TEXT)
     lines += sections()
