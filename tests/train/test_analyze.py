@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from backbones.analysis.dimension import EffectiveDimension
+from backbones.analysis.local import LocalAttention
 from train import analyze, cli, config, engine
-from train.show.analysis import draw_dimension
+from train.show.analysis import draw_attention, draw_dimension
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 2}
 SMALL = ["vit_tiny_patch16_224", "--untrained", "--size", "48", "64"]
@@ -161,3 +162,12 @@ def test_all_models_are_looked_at_before_the_first_is_analysed(images, tmp_path,
     arguments = [SMALL[0], str(images), *SMALL[1:], "--beside", "vit_tiny_patch16_225", "--what", "attention"]
     assert cli.main(["analyze", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert "did you mean" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_picture_of_local_attention_has_no_empty_panel_and_whole_blocks():
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0])]
+    one = LocalAttention(["a", "b"], rows, rows, [1.5, 2.5], [1.0, 1.0], 4)
+    figure = draw_attention({"model": one})
+    figure.canvas.draw()
+    assert [axis.get_title() for axis in figure.axes] == ["distance (dotted: uniform)", "entropy (dotted: uniform)"]
+    assert all(float(tick).is_integer() for axis in figure.axes for tick in axis.get_xticks())

@@ -34,7 +34,7 @@ def sheet(columns: int, rows: int = 1, side: float = 3.4) -> tuple[Any, Any]:
 
 
 def label(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
-    """Titles of an axis, and its legend where several lines need one.
+    """Titles of an axis, whole numbers of blocks and heads, and a legend where several lines need one.
 
     Args:
         axis: of matplotlib.
@@ -42,10 +42,14 @@ def label(axis: Any, title: str, x: str, y: str, legend: bool = True) -> None:
         x, y: what its directions are.
         legend: with the legend.
     """
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(which="both", labelsize=8)
+    if x in ("block", "head"):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if legend:
         axis.legend(fontsize=7, frameon=False)
 
@@ -65,21 +69,26 @@ def logarithmic(axis: Any) -> None:
 
 
 def draw_attention(found: dict[str, attention.AttentionStatistics | local.LocalAttention]) -> Any:
-    figure, axes = sheet(3)
+    flat = any(isinstance(one, attention.AttentionStatistics) for one in found.values())
+    figure, axes = sheet(3 if flat else 2)
+    distances, entropies = axes[0][0], axes[0][-1]
     for i, (model, one) in enumerate(found.items()):
         blocks = one.layers if isinstance(one, attention.AttentionStatistics) else range(len(one.layers))
-        nmi: Any = one.nmi if isinstance(one, attention.AttentionStatistics) else []
-        for axis, values in zip(axes[0], (one.distance, nmi, one.entropy), strict=True):
+        drawn: list[tuple[Any, Any]] = [(distances, one.distance), (entropies, one.entropy)]
+        if isinstance(one, attention.AttentionStatistics):  # parts of a map share no distribution over all patches
+            drawn.append((axes[0][1], one.nmi))
+        for axis, values in drawn:
             if len(values):
                 axis.plot(blocks, [heads.mean() for heads in values], color=f"C{i}", label=short(model))
                 points = [(block, head) for block, heads in zip(blocks, values, strict=True) for head in heads.tolist()]
                 axis.scatter(*zip(*points, strict=True), s=8, color=f"C{i}", alpha=0.5, linewidths=0)
-        for axis, level in ((axes[0][0], one.uniform_distance), (axes[0][2], one.uniform_entropy)):
+        for axis, level in ((distances, one.uniform_distance), (entropies, one.uniform_entropy)):
             levels = np.broadcast_to(level, len(blocks))
             axis.plot(blocks, levels, color=f"C{i}", linestyle=":", linewidth=1)
-    label(axes[0][0], "distance (dotted: uniform)", "block", "pixels")
-    label(axes[0][1], "normalised mutual information", "block", "", legend=False)
-    label(axes[0][2], "entropy (dotted: uniform)", "block", "nats", legend=False)
+    label(distances, "distance (dotted: uniform)", "block", "pixels")
+    label(entropies, "entropy (dotted: uniform)", "block", "nats", legend=False)
+    if flat:
+        label(axes[0][1], "normalised mutual information", "block", "", legend=False)
     return figure
 
 
