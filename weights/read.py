@@ -82,18 +82,23 @@ def open_checkpoint(path: str | Path) -> dict:
     and one that would fill much more memory than it stores.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        raise ValueError(f"{path} is a folder: name the weights file in it{', ' * bool(inside)}{' or '.join(inside[:4])}")
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     if path.suffix in (".npz", ".npy", ".h5", ".onnx"):
         raise ValueError(f"{path}: {path.suffix} files are not read; save the weights as .safetensors or .pth")
     with open(path, "rb") as file:
-        start = file.read(64)
+        start, rest = file.read(64), file.read(448)
     size = path.stat().st_size
     if not start:
         raise ValueError(f"{path} is not a readable weights file: it is empty, perhaps an incomplete download")
     for mark, what in MARKS:
         if re.match(mark, start, re.IGNORECASE):
             raise ValueError(f"{path} is {what.format(size=size)}")
+    if rest[193:198] == b"ustar":
+        raise ValueError(f"{path} is a tar archive: unpack it, and load the file inside")
     if re.fullmatch(rb"[\x09\x0a\x0d\x20-\x7e]{16,}", start):
         raise ValueError(f"{path} is a text file, not weights; it begins {start[:40].decode()!r}")
     if start[8:9] == b"{" or (path.suffix == ".safetensors" and start[:2] not in (b"PK", b"\x80\x02")):
@@ -112,9 +117,12 @@ def check_zip(path: Path, size: int) -> None:
     """ValueError for a zip file that would unpack to much more than it stores: torch never compresses."""
     try:
         with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
+    if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+        raise ValueError(f"{path} is a zip archive that torch.save did not write: unpack it, and load the file inside")
     if unpacked > size + ROOM:
         raise ValueError(f"{path} is refused: its {size} bytes would unpack to {unpacked}, which no weights file does")
 

@@ -3,6 +3,8 @@
 import json
 import runpy
 import sys
+import tarfile
+import zipfile
 
 import golden
 import numpy as np
@@ -199,3 +201,21 @@ def test_weights_in_a_list_or_tuple_are_found(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "f.pth")
     with pytest.raises(ValueError, match="holds a list, not a dictionary of weights"):
         weights.load_checkpoint(model, tmp_path / "f.pth")
+
+
+def test_archives_and_folders_are_named_as_what_they_are(tmp_path):
+    torch.save(timm.create_model("nat_mini", **SMALL).state_dict(), tmp_path / "in.pth")
+    with tarfile.open(tmp_path / "t.pth.tar", "w") as archive:
+        archive.add(tmp_path / "in.pth", "in.pth")
+    with zipfile.ZipFile(tmp_path / "z.pth", "w") as archive:
+        archive.write(tmp_path / "in.pth", "in.pth")
+    for path, words in (
+        (tmp_path / "t.pth.tar", "is a tar archive: unpack it, and load the file inside"),
+        (tmp_path / "z.pth", "is a zip archive that torch.save did not write: unpack it"),
+        (tmp_path, "is a folder: name the weights file in it, in.pth or z.pth"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            weights.open_checkpoint(path)
+        assert "weights_only" not in str(error.value)
+    torch.save({"a": torch.ones(2)}, tmp_path / "torch.tar")  # torch's own files may have any name
+    assert weights.open_checkpoint(tmp_path / "torch.tar").keys() == {"a"}
