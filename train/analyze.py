@@ -19,6 +19,7 @@ from train.checks import nearest
 from train.data.files import RGB, PixelRules, read_image
 from train.evaluation import open_run
 from train.output import check_writable, make_folder, whole
+from train.plugins import built_at
 from train.predict import find_images
 from train.show import Panel, save_sheet, to_rgb
 from train.show.analysis import DRAW, heat, short
@@ -91,13 +92,7 @@ def open_subject(
     if not timm.is_model(source):
         raise ValueError(f"{source!r} is neither a run folder nor a model; {nearest(source, timm.list_models())}")
     released = not (checkpoint or untrained)
-    try:
-        model = timm.create_model(source, pretrained=released, **({} if size is None else {"img_size": tuple(size)}))
-    except TypeError as error:
-        if "img_size" not in str(error):
-            raise
-        model = timm.create_model(source, pretrained=released)  # one that takes any size has no argument for it
-    model.eval()
+    model = built_at(source, size, pretrained=released).eval()
     if checkpoint:
         weights.load_checkpoint(model, checkpoint, which=which)
     about: Any = model.pretrained_cfg

@@ -3,10 +3,12 @@
 Also the two errors of a run that are no mistake of the user.
 """
 
+import argparse
 import contextlib
 import difflib
 import functools
 import inspect
+import math
 import re
 import types
 import typing
@@ -145,6 +147,25 @@ def _takes_none(cls: Callable, name: str) -> bool:
     if kind is Any or kind is inspect.Parameter.empty or isinstance(kind, str):
         return not isinstance(kind, str) or "None" in kind
     return kind is type(None) or type(None) in typing.get_args(kind) or inspect.signature(cls).parameters[name].default is None
+
+
+def within(kind: type[int] | type[float], low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """The type of a flag that is a number from `low` to `high`, both included; others end the program with the range."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high:
+            return value
+        limits = f"of {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g} on"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number {limits}")
+
+    return convert
+
+
+SIDE = within(int, 1, 32768)  # of an image, pixels
 
 
 def spelled(kind: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.bench import options
-from train.checks import RunError, nearest
+from train.checks import SIDE, RunError, nearest, within
 from train.packages import shadowed
 
 TRAIN_EXTRA = ("accelerate", "jsonargparse", "matplotlib", "rich", "sklearn", "tensorboard")  # what `[train]` installs
@@ -101,7 +101,7 @@ def build_parser() -> Parser:
 
     sub = command("info", info, "What a model is: parameters, multiply-adds, feature maps, licence.")
     sub.add_argument("model", help="any model of the zoo or of timm")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the model's own")
+    sub.add_argument("--size", nargs=2, type=SIDE, metavar=("H", "W"), help="image size; default: the model's own")
     sub.add_argument("--heads", action="store_true", help="also try a training step under every dense head (at 128 x 160)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -149,7 +149,7 @@ def build_parser() -> Parser:
     sub.add_argument("source", metavar="RUN_OR_MODEL", help="run folder or model name")
     sub.add_argument("destination", metavar="FILE", help="file ending in .onnx, .pt2 or .safetensors")
     sub.add_argument("--to", choices=("onnx", "pt2", "safetensors"), help="format; default: as the file ends")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
+    sub.add_argument("--size", nargs=2, type=SIDE, metavar=("H", "W"), help="image size; default: the run's or the model's own")
     sub.add_argument("--dynamic", default="batch", help="what stays free: batch, hw (height and width), batch,hw or none")
     sub.add_argument("--opset", type=int, help="of ONNX; default: torch's own")
     sub.add_argument("--half", action="store_true", help="float16 weights, input and output")
@@ -170,15 +170,15 @@ def build_parser() -> Parser:
         "--what", nargs="+", help="attention spectrum similarity dimension activations artefacts heads; default: all but heads"
     )
     sub.add_argument("--beside", nargs="+", default=[], metavar="MODEL", help="further models or runs, in the same pictures")
-    sub.add_argument("--batch", type=int, default=8, help="images at a time")
+    sub.add_argument("--batch", type=within(int, 1), default=8, help="images at a time")
     analysis_options(sub)
 
     sub = command("explain", explain, "Where in an image a vision transformer finds a class, or what a pixel comes from.")
     sub.add_argument("model", help="model name, or run folder")
     sub.add_argument("images", nargs="+", help="images and folders of images")
     sub.add_argument("--class", dest="wanted", metavar="CLASS", help="id or name; default: the best class of each image")
-    sub.add_argument("--pixel", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="of a dense run's output")
-    sub.add_argument("--start", type=int, default=0, help="first block that counts")
+    sub.add_argument("--pixel", nargs=2, type=within(int, 0), metavar=("ROW", "COLUMN"), help="of a dense run's output")
+    sub.add_argument("--start", type=within(int, 0), default=0, help="first block that counts")
     analysis_options(sub)
 
     sub = command("look", look, "What a backbone sees: features of each stage, and what one place attends to, as a picture.")
@@ -190,7 +190,7 @@ def build_parser() -> Parser:
     sub = command("demo", demo, "A page in the browser: drop an image, see prediction, features and attention.")
     sub.add_argument("runs", nargs="*", metavar="RUN", help="run folders to offer; default: those below ./runs")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    sub.add_argument("--port", type=int, default=7860)
+    sub.add_argument("--port", type=within(int, 0, 65535), default=7860)
 
     options.add_to(command("bench", bench, "Measure speed.", formatter_class=argparse.RawDescriptionHelpFormatter))
 
@@ -205,7 +205,7 @@ def build_parser() -> Parser:
 
     sub = command("doctor", doctor, "What works on this machine, and why not.")
     sub.add_argument("model", nargs="?", help="a model to say it for")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"))
+    sub.add_argument("--size", nargs=2, type=SIDE, metavar=("H", "W"))
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("completion", completion, "Print a script that completes zoo's commands and options in your shell.")
@@ -217,7 +217,7 @@ def build_parser() -> Parser:
 def analysis_options(sub: argparse.ArgumentParser) -> None:
     """What analyze, explain and look share."""
     sub.add_argument("--out", required=True, help="folder for the results")
-    sub.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="image size; default: the run's or the model's own")
+    sub.add_argument("--size", nargs=2, type=SIDE, metavar=("H", "W"), help="image size; default: the run's or the model's own")
     sub.add_argument("--checkpoint", help="weights for a model by name; default: its released ones")
     sub.add_argument("--which", help="of several weights in that file: a part of their place, e.g. student or model_ema")
     sub.add_argument("--untrained", action="store_true", help="random weights for a model by name")

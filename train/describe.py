@@ -3,7 +3,6 @@
 import fnmatch
 from typing import Any
 
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,8 +10,8 @@ import backbones
 from backbones.ops import neighborhood
 from train import recipes
 from train.checks import nearest
+from train.plugins import built_at, require_model
 from train.plugins import models as foreign_models
-from train.plugins import require_model
 from weights import manifest
 
 
@@ -77,15 +76,19 @@ def matches(name: str, pattern: str) -> bool:
 def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | None = None) -> dict[str, Any]:
     """Parameters (millions), multiply-adds (GMACs, one image), feature maps and licence of any timm model, ours included.
 
-    size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one.
+    size: (H, W) to count at; the model's own by default. Raises ValueError with the nearest name for an unknown one, and for a
+    size that the model cannot take.
     """
     require_model("", name)
-    model: Any = timm.create_model(name, **(args or {})).eval()
+    model: Any = built_at(name, size, **(args or {})).eval()
     cfg = model.pretrained_cfg
     size = size or tuple(cfg["input_size"][1:])
     image = torch.zeros(1, cfg["input_size"][0], *size)
-    with torch.no_grad(), neighborhood.using("reference"), FlopCounterMode(display=False) as counter:
-        model(image)
+    try:
+        with torch.no_grad(), neighborhood.using("reference"), FlopCounterMode(display=False) as counter:
+            model(image)
+    except (AssertionError, RuntimeError, ValueError) as error:  # whatever an architecture says of a size
+        raise ValueError(f"{name} cannot take images of {size[0]} x {size[1]}: {' '.join(str(error).split())[:200]}") from error
     result = {
         "model": name,
         "parameters (M)": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
@@ -94,7 +97,7 @@ def info(name: str, size: tuple[int, int] | None = None, args: dict[str, Any] | 
         "smallest image side": getattr(model, "min_size", "not stated"),
     }
     try:
-        features: Any = timm.create_model(name, features_only=True, feature_cls="getter", **(args or {})).eval()
+        features: Any = built_at(name, size, features_only=True, feature_cls="getter", **(args or {})).eval()
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
         result["feature maps"] = f"none ({' '.join(str(error).split())[:80]})"
     else:

@@ -1,6 +1,10 @@
 """Backbones that other installed packages add. An entry point of the group names a timm model and the module registering it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import timm
+from torch import nn
 
 import backbones  # noqa: F401  (registers our models with timm)
 from heads.plugins import entries, load
@@ -32,3 +36,14 @@ def require_model(where: str, name: str) -> None:
     """Raises ValueError with the nearest names unless timm, or another package, has this model. where: before the sentence."""
     if not is_model(name):
         raise ValueError(f"{where}unknown model {name!r}; {nearest(name, [*timm.list_models(), *models()])}")
+
+
+def built_at(name: str, size: Sequence[int] | None, **options: Any) -> nn.Module:
+    """timm.create_model(name, **options), built for images of `size` (H, W) where its constructor takes one; None: its own."""
+    if size is not None and "img_size" not in options:
+        try:
+            return timm.create_model(name, img_size=tuple(size), **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+    return timm.create_model(name, **options)  # one that takes any size has no argument for it

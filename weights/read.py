@@ -229,12 +229,14 @@ def safe_reading(path: str | Path, stand_ins: list[Any] | None = None) -> Iterat
         if name and "." not in name:
             name = f"builtins.{name}"
         if name is None and not re.search("reduce for|create new object|Can only|whose module", str(error)):
-            text = re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
+            text = re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200] or "it ends too early"
             raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {text}") from error
         wanted = name or re.sub(r"(?s).*WeightsUnpickler error: |\n.*", "", str(error))[:200]
         raise Refused(refusal(path, wanted), name) from error
     except EOFError as error:
-        raise ValueError(f"{path} is not a readable weights file, perhaps an incomplete download: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable weights file, perhaps an incomplete download: {error or 'it ends too early'}"
+        ) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -279,3 +279,32 @@ def test_completion_without_its_package_names_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     code, _, err = zoo(capsys, "completion", "bash")
     assert code == 2 and 'pip install "backbone-zoo[complete]"' in err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("info", "nat_mini", "--size", "-3", "7"), "--size: '-3' is not a whole number of 1 to 32768"),
+        (("export", "nat_mini", "x.onnx", "--size", "0", "9"), "--size: '0' is not"),
+        (("look", "nat_mini", "x.png", "--out", "y", "--size", "64", "1000000"), "--size: '1000000' is not"),
+        (("analyze", "nat_mini", "x.png", "--out", "y", "--batch", "0"), "--batch: '0' is not a whole number from 1 on"),
+        (("explain", "nat_mini", "x.png", "--out", "y", "--start", "-1"), "--start: '-1' is not a whole number from 0 on"),
+        (("explain", "nat_mini", "x.png", "--out", "y", "--pixel", "3", "x"), "--pixel: 'x' is not a whole number from 0 on"),
+        (("demo", "--port", "99999"), "--port: '99999' is not a whole number of 0 to 65535"),
+        (("bench", "nat_mini", "--rounds", "0"), "--rounds: '0' is not a whole number from 1 on"),
+    ],
+)
+def test_numbers_of_flags_are_in_their_range(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_info_of_a_model_bound_to_a_size(capsys):
+    assert cli.main(["info", "vit_tiny_patch16_224", "--size", "64", "96"]) == 0
+    assert "GMACs at 64x96: 0." in capsys.readouterr().out
+    assert cli.main(["info", "levit_128s", "--size", "64", "96"]) in (0, 2)
+    assert cli.main(["info", "mixer_s32_224", "--size", "100", "100"]) in (0, 2)
+    assert cli.main(["info", "resnet10t", "--size", "64", "96"]) == 0
+    assert cli.main(["info", "vgg11", "--size", "8", "8"]) == 2
+    assert "vgg11 cannot take images of 8 x 8: " in capsys.readouterr().err

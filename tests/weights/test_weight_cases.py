@@ -217,5 +217,8 @@ def test_archives_and_folders_are_named_as_what_they_are(tmp_path):
         with pytest.raises(ValueError, match=words) as error:
             weights.open_checkpoint(path)
         assert "weights_only" not in str(error.value)
+    (tmp_path / "short.pth").write_bytes(b"x")
+    with pytest.raises(ValueError, match="perhaps an incomplete download: it ends too early"):
+        weights.open_checkpoint(tmp_path / "short.pth")
     torch.save({"a": torch.ones(2)}, tmp_path / "torch.tar")  # torch's own files may have any name
     assert weights.open_checkpoint(tmp_path / "torch.tar").keys() == {"a"}

@@ -3,6 +3,7 @@
 import argparse
 
 from train.bench import gpu
+from train.checks import SIDE, within
 
 HELP = """what is one or more models, run folders or exported files, measured beside each other; the first is compared with the
 others, one alone with timm's swin_tiny_patch4_window7_224. Ways follow an "@": swin_t@fuse, nat_tiny@compile+tiled,
@@ -22,11 +23,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `zoo bench`."""
     parser.epilog = HELP
     parser.add_argument("what", nargs="+", help="what to measure")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="of the images or, for ops, of the only map")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes, for models (1 is the latency)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds that count")
+    parser.add_argument("--size", nargs=2, type=SIDE, metavar=("H", "W"), help="of the images or, for ops, of the only map")
+    parser.add_argument(
+        "--batches", nargs="+", type=within(int, 1), default=[1, 8], help="batch sizes, for models (1 is the latency)"
+    )
+    parser.add_argument("--rounds", type=within(int, 1), default=7, help="interleaved rounds that count")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU; one is timed by process time, more by the wall")
+    parser.add_argument(
+        "--threads", type=within(int, 1, 1024), default=1, help="of a CPU; one is timed by process time, more by the wall"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
