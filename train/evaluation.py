@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import nn
 
 from backbones.ops import neighborhood
@@ -23,6 +22,7 @@ from train.setup import build, load_weights, start, validation_set
 from train.show import Names, save_sheet, to_rgb
 from train.tasks import Task
 from train.transforms import describe_evaluation
+from weights.read import safetensors_header
 
 
 @torch.no_grad()
@@ -103,9 +103,9 @@ def open_run(
     }
     task = configuration.build_task(config)
     model = build(config, task, say=lambda text: None)
-    with safe_open(path, "pt") as file:
-        names = Names(**json.loads((file.metadata() or {}).get("names", "{}")))
-        lost = [name for name in model.state_dict() if name not in set(file.keys())]
+    text, stored = safetensors_header(path)
+    names = Names(**json.loads(text.get("names", "{}")))
+    lost = [name for name in model.state_dict() if name not in set(stored)]
     if lost:
         raise ValueError(f"{path} lacks {len(lost)} tensors of this model, e.g. {lost[0]}: leave the model as it was trained")
     load_weights(model, str(path), strict=True)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from train import checkpoint, sharding
@@ -20,6 +18,7 @@ from train.log import Log, curves
 from train.schema import Config
 from train.show import Names
 from train.tasks import Task
+from weights.read import read_safetensors, safetensors_header
 
 
 def save_product(
@@ -71,9 +70,9 @@ def finish(
     main, names = accelerator.is_main_process, Names.of(data)
     save_product(folder / "last.safetensors", model, config, summary["step"], summary["last"], names, main)
     accelerator.wait_for_everyone()  # the best weights may have been written a moment ago
-    sharding.load_model(model, load_file(folder / "model.safetensors"))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        summary["best"] = json.loads(file.metadata()["metrics"])
+    best = folder / "model.safetensors"
+    sharding.load_model(model, read_safetensors(best))
+    summary["best"] = json.loads(safetensors_header(best)[0].get("metrics", "{}"))
     if main:
         text = json.dumps(summary, indent=1)
         checkpoint.write(folder / "summary.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -91,6 +91,11 @@ def load_checkpoint(
         source, checkpoint = "a state dict", path_or_state_dict
     else:
         source, checkpoint = str(path_or_state_dict), open_checkpoint(path_or_state_dict)
+    return _load(model, checkpoint, source, strict, which)
+
+
+def _load(model: nn.Module, checkpoint: dict, source: str, strict: bool, which: str | None) -> Report:
+    """`load_checkpoint` of what was read already; source: what errors and the report call it."""
     *wrappers, target = layers(model)
     for wrapper in wrappers:
         found = _choose(checkpoint, wrapper, which, source)
@@ -369,8 +374,7 @@ def convert_file(
     content = open_checkpoint(source)
     if isinstance(model, str):
         model = _build_for(model, content, model_args, which, str(source))
-    report = load_checkpoint(model, content, strict=False, which=which)
-    report.source = str(source)
+    report = _load(model, content, str(source), strict=False, which=which)
     target = backbone(model)
     result = {name: value for name, value in target.state_dict().items() if name in set(report.loaded)}
     if naming == "official":

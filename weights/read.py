@@ -250,6 +250,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file, perhaps an incomplete download: {text}") from error
 
 
+def safetensors_header(path: Path) -> tuple[dict[str, str], list[str]]:
+    """(text in the header, names of the tensors) of a safetensors file; ValueError if it is damaged or of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file, perhaps an incomplete one: {error}") from error
+
+
 def check_tensors(state: dict[str, Tensor], source: str) -> None:
     """ValueError for tensors that are no plain numbers (sparse, quantized) or claim far more numbers than are stored."""
     for name, value in state.items():

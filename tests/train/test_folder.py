@@ -10,10 +10,11 @@ import sys
 
 import golden
 import pytest
+import saved
 import tiny
 import torch
 
-from train import checkpoint, config, engine, log, results
+from train import checkpoint, config, engine, evaluation, log, results
 from train import folder as run_folder
 from train.checks import RunError
 from train.tasks.segmentation import Segmentation
@@ -219,3 +220,12 @@ def test_files_are_written_where_folders_have_no_sync(case):
     script = golden.case(case) / "simulate.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert done.stdout == "ok\n", done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"text of another file\n" * 9, None])
+def test_damaged_weights_of_a_run_are_named(tmp_path, content):
+    run = saved.run(tmp_path / "run", tiny.values())
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(whole[:-100] if content is None else content)
+    with pytest.raises(ValueError, match="model.safetensors is not a readable safetensors file, perhaps an incomplete one"):
+        evaluation.open_run(run)

@@ -169,6 +169,9 @@ def test_convert_takes_the_weights_that_which_names(tmp_path, capsys):
         assert ("which=" in capsys.readouterr().out) == (which is None)
     assert cli.main(["convert", "nat_mini", str(file), str(tmp_path / "x.safetensors"), "--which", "swa"]) == 2
     assert "no weights in a place with 'swa' in it; the file has 'model', 'model_ema'" in capsys.readouterr().err
+    wide = args.replace("32", "64")
+    assert cli.main(["convert", "nat_mini", str(file), str(tmp_path / "x.safetensors"), "--args", wide]) == 2
+    assert f"{file} has other shapes than the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
