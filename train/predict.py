@@ -63,7 +63,9 @@ def predict(
     """
     model, pipeline = open_model(run, weights, overrides)
     source, out = Path(images), Path(out)
-    files = find_images(source, say, (*SUFFIXES, *VIDEO_SUFFIXES))
+    if source.is_dir() and source.resolve() == out.resolve():
+        raise ValueError(f"--out is {images} itself: what is written there would be taken for images; choose another folder")
+    files = find_images(source, say, (*SUFFIXES, *VIDEO_SUFFIXES), besides=out)
     if not any(p.is_cuda for p in model.parameters()):
         neighborhood.settle(model)
     base = source if source.is_dir() else source.parent
@@ -157,13 +159,25 @@ def made_by(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def find_images(source: Path, say: Callable[[str], None] = print, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The files below a folder with one of the suffixes, sorted, or the one file given. FileNotFoundError if there is none."""
+def find_images(
+    source: Path, say: Callable[[str], None] = print, suffixes: Sequence[str] = SUFFIXES, besides: Path | None = None
+) -> list[Path]:
+    """The files below a folder with one of the suffixes, sorted, or the one file given. FileNotFoundError if there is none.
+
+    Args:
+        source: the folder or file.
+        say: is told what is passed over.
+        suffixes: that count.
+        besides: a folder whose files do not count: what was predicted is no image to predict.
+    """
     if source.is_file():
         return [source]
     if not source.is_dir():
         raise FileNotFoundError(f"no folder or image {source}")
     entries = sorted(walk(source))
+    if besides is not None:
+        made = besides.absolute()
+        entries = [path for path in entries if not path.absolute().is_relative_to(made)]
     files = [path for path in entries if path.suffix.lower() in suffixes]
     for path in entries:
         if path.suffix.lower() not in suffixes:

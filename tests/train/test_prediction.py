@@ -383,3 +383,18 @@ def test_a_video_without_its_package_names_the_line_that_installs_it(runs, tmp_p
     (tmp_path / "clip.mp4").write_bytes(b"x")
     code, _, err = zoo(capsys, "predict", runs / "mask", tmp_path / "clip.mp4", "--out", tmp_path / "out")
     assert code == 2 and "pip install 'backbone-zoo[video]'" in err and not (tmp_path / "out").exists()
+
+
+def test_predictions_are_no_images(runs, tmp_path, capsys):
+    images = tmp_path / "images"
+    (images / "more").mkdir(parents=True)
+    for name in ("a.png", "more/b.png"):
+        Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(images / name)
+    code, _, err = zoo(capsys, "predict", runs / "mask", images, "--out", images)
+    assert code == 2 and f"--out is {images} itself: what is written there would be taken for images" in err
+    assert len(list(images.rglob("*.png"))) == 2
+    assert zoo(capsys, "predict", runs / "mask", images, "--out", images / "out")[0] == 0
+    made = sorted(path.relative_to(images / "out") for path in (images / "out").rglob("*.png"))
+    assert len(made) == 4
+    assert zoo(capsys, "predict", runs / "mask", images, "--out", images / "out", "--overwrite")[0] == 0
+    assert sorted(path.relative_to(images / "out") for path in (images / "out").rglob("*.png")) == made
