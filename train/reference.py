@@ -234,7 +234,8 @@ def sections() -> list[str]:
         known = described(cls.__doc__)
         rows = []
         for key in fields(cls):
-            made = key.default if key.default is not MISSING else key.default_factory()  # type: ignore[misc]
+            factory: Any = key.default_factory
+            made = key.default if key.default is not MISSING else factory()
             rows.append((f"`{name}.{key.name}`", code(made), known[key.name]))
         lines += [f"## {name}", "", lead(cls.__doc__), "", *table(("key", "default", "meaning"), rows), ""]
     return lines
