@@ -226,7 +226,7 @@ def from_windows(x: Tensor, like: Tensor, size: tuple[int, int], front: bool) ->
     """The inverse of `to_windows` for the map `like`, B C H W."""
     if is_open(like.shape[2:]):
         windows = open_windows(like[0, 0], size, front=front)
-        tokens = windows.joined(x.flatten(2).mT.unflatten(0, (like.shape[0], windows.count)))
+        tokens = windows.joined(x.flatten(2).mT.unflatten(0, (like.shape[0], windows.number)))
         return tokens.mT.unflatten(2, like.shape[2:])
     rows, columns, top, _, left, _ = placed(like, size, front)
     x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

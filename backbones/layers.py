@@ -63,29 +63,29 @@ class OpenWindows(NamedTuple):
     """Where the tokens of a map's n windows of L tokens lie, all tensors of whole numbers; see `open_windows`.
 
     Attributes:
-        index: place of each token in the map, row-major, 0 for padding; (n L).
+        source: place of each token in the map, row-major, 0 for padding; (n L).
         exists: whether it has one; (n L), bool.
         places: of each place of the map, which token of the windows it is; (H W).
         row: of each token in the padded and rolled map; (n L).
         column: likewise.
-        count: n.
+        number: n.
         length: L.
         sides: rows and columns of the padded map.
     """
 
-    index: Tensor
+    source: Tensor
     exists: Tensor
     places: Tensor
     row: Tensor
     column: Tensor
-    count: int
+    number: int
     length: int
     sides: tuple[int, int]
 
     def cut(self, tokens: Tensor) -> Tensor:  # B H*W C -> B n L C
         """The windows' tokens, zeros where they are padding."""
-        tokens = tokens.index_select(1, self.index) * self.exists[:, None].to(tokens.dtype)
-        return tokens.reshape(tokens.shape[0], self.count, self.length, tokens.shape[2])
+        tokens = tokens.index_select(1, self.source) * self.exists[:, None].to(tokens.dtype)
+        return tokens.reshape(tokens.shape[0], self.number, self.length, tokens.shape[2])
 
     def joined(self, windows: Tensor) -> Tensor:  # B n L C -> B H*W C
         """The map's tokens, from where they are in the windows."""
@@ -237,11 +237,10 @@ def relative_bias(table: Tensor, height: int, width: int) -> Tensor:
     table: heads x (2 height - 1) x (2 width - 1), entry = key position - query position + side - 1 on each axis.
     Returns heads x queries x keys, tokens row-major. Views, a flip and one copy: no index tensor to store or to rebuild.
     """
-    if torch.compiler.is_exporting():  # Tensor.unfold would fix the grid
+    if torch.compiler.is_exporting():  # Tensor.unfold would fix the grid, and so would the division of height ** 2 by height
         rows, columns = (torch.arange(side, device=table.device) for side in (height, width))
-        table = table.index_select(1, (rows - rows[:, None] + height - 1).view(-1))
-        table = table.index_select(2, (columns - columns[:, None] + width - 1).view(-1))
-        pairs = table.view(-1, height, height, width, width).transpose(2, 3)
+        table = table[:, rows - rows[:, None] + height - 1]
+        pairs = table[..., columns - columns[:, None] + width - 1].transpose(2, 3)
         return pairs.reshape(-1).view(-1, height * width, height * width)
     pairs = table.unfold(1, height, 1).unfold(2, width, 1)  # heads, -query row, -query column, key row, key column
     return pairs.flip(1, 2).flatten(3).flatten(1, 2)

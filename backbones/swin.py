@@ -61,7 +61,14 @@ def shift_of(height: int, width: int, window: int, shifted: bool, unshifted: tup
 
 
 def open_shift(like: Tensor, window: int, shifted: bool, unshifted: tuple[int, int] | None) -> int | Tensor:
-    """shift_of for a map like H W whose size a program keeps open: a tensor where it depends on the size."""
+    """shift_of for a map whose size a program keeps open: a tensor where it depends on the size.
+
+    Args:
+        like: H W, of the map's size.
+        window: tokens per side of a window.
+        shifted: whether the block shifts.
+        unshifted: map size on which it does not, None for none.
+    """
     if not shifted or unshifted is None:
         return shift_of(0, 0, window, shifted, unshifted)
     height, width = (torch.ones(side, device=like.device, dtype=torch.int64).sum() for side in like.shape)

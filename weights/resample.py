@@ -118,6 +118,7 @@ def resample_predictor(matrix: Tensor, grid: Sequence[int], summing: bool, old_g
     new = resample_position_embedding(matrix[None], grid, 1, old_grid, antialias=True)[0]
     if not summing:
         return new
+    share: Tensor | float
     if is_open(grid):
         share = (matrix.shape[0] - 1) / torch.ones_like(new[1:, :1]).sum()
     else:

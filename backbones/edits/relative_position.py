@@ -179,7 +179,19 @@ def grid_of(embed: Part) -> tuple[int, int]:
 
 @leaf
 def tables_for(method: str, ratio: float, skip: int, height: int, width: int, patches: int, x: Tensor) -> tuple[Tensor, ...]:
-    """The buckets of a grid where `x` is. ValueError if the patches do not lie on it."""
+    """The buckets of a grid where `x` is.
+
+    Args:
+        method: of the relative positions.
+        ratio: of the buckets' number.
+        skip: tokens before the patches.
+        height: rows of the grid.
+        width: columns of the grid.
+        patches: how many there are.
+        x: a tensor on the device.
+
+    Raises ValueError if the patches do not lie on the grid.
+    """
     if not is_open((height, width)) and height * width != patches:
         raise ValueError(f"{patches} patches do not lie on a grid of {height} x {width}: relative positions are not known")
     return tuple(table.to(x.device) for table in buckets(method, height, width, skip, ratio))

@@ -27,11 +27,6 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ValueError for something that cannot be measured.
     """
-    for name in ("rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if min([*args.batches, *(args.size or ())]) < 1:
-        raise ValueError(f"--batches and --size must be at least 1, got {args.batches} and {args.size}")
     named = [what for what in args.what if what in WHOLE]
     if named and len(args.what) > 1 and args.what[0] != "heads":
         raise ValueError(f"{named[0]!r} is measured alone, got {' '.join(args.what)}")
